@@ -1,0 +1,51 @@
+"""What one forward pass may see: which tokens, where they stand in their sequences, and each layer's state.
+
+Tokens of all sequences are packed in one stream without a batch dimension. Prefill, chunk, decode and draft
+verification differ only in how many rows a sequence has. Letters as in docs/shapes.md: T packed tokens,
+B sequences, D model, H query heads, G key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class KVState(Protocol):
+    """One attention layer's view of the cache for this step. Attention cannot tell which policy it got."""
+
+    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """Append this step's keys and values, then attend causally within each sequence.
+
+        Returns (T, H, d) in q's dtype. `window`: how many positions a token sees, itself included; None for all.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass.
+
+    positions_T: position of each row in its own sequence (int64, on the model's device).
+    rows: how many rows each sequence has in this step (host integers, sum T).
+    past: how many tokens of each sequence are cached already (host integers).
+    states: one state per layer, in layer order; None for a layer that keeps nothing.
+    memo: values computed once per step and shared by all layers, such as rope's angles.
+    """
+
+    positions_T: Tensor
+    rows: Sequence[int]
+    past: Sequence[int]
+    states: Sequence[Any]
+    memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value made for `key` in this step, made on first use."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]  # type: ignore[no-any-return]

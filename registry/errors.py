@@ -1,0 +1,67 @@
+"""Errors for users: one message that says where, what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ZooError(Exception):
+    """A fault that the user can mend. The command line prints the message and exits with status 2.
+
+    `message` says what is wrong; `where` is a file and line, a field, a tensor or a flag;
+    `found` and `expected` are values or phrases; `hint` is the next step to take.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        found: object = None,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.message, self.where, self.found, self.expected, self.hint = message, where, found, expected, hint
+        text = f"{where}: {message}" if where else message
+        if found is not None:
+            text += f"; found {found}"
+        if expected:
+            text += f"; expected {expected}"
+        if hint:
+            text += f". {hint[0].upper()}{hint[1:]}"
+        super().__init__(text if text.endswith((".", "?", "!")) else text + ".")
+
+
+class CardError(ZooError):
+    """A card, a field of a card, or a name of a card."""
+
+
+class PluginError(ZooError):
+    """A plugin, or a name that two plugins claim."""
+
+
+class WeightsError(ZooError):
+    """A checkpoint's files or tensors."""
+
+
+class FetchError(ZooError):
+    """The hub, the network, the cache or the disk."""
+
+
+class TextError(ZooError):
+    """A tokenizer, a chat format or a conversation."""
+
+
+class RequestError(ZooError):
+    """A prompt or an option of a generation request."""
+
+
+class CapacityError(ZooError):
+    """Something does not fit: memory, context, batch."""
+
+
+def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str | None:
+    """The sentence "did you mean ...?" for the known `names` closest to `name`, or None."""
+    close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
+    return f"did you mean {' or '.join(repr(n) for n in close)}?" if close else None

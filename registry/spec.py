@@ -1,0 +1,168 @@
+"""What a component says of itself without torch: its settings, parameters, state and cost.
+
+A `Spec` is a frozen pydantic model that stands beside an `nn.Module`. The resolver fills it from a card's node:
+
+- a plain field is written in the card;
+- a field marked `Inherited()` is taken from the enclosing node (`dim`, `head_dim`, ...) and may not be written;
+- a field marked `Slot(...)` is itself a node with a `kind`, filled by whichever component is registered for it.
+
+After resolution a Spec is complete: modules read it and never invent defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """Marks a field whose value comes from the enclosing node of the card."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Marks a field that holds a component (or, annotated as a tuple, a list of them).
+
+    name: the slot whose kinds may stand here.
+    default: the kind of a node that names none; a function gets the enclosing node's plain fields.
+    absent: what a missing node means: "required" (pydantic's own rule), "build" the default kind from an
+        empty node, or "inherit" the node of the same field name from the enclosing nodes.
+    bind: the child's inherited field -> the field of this node that gives its value.
+    runs: the list holds runs, `{repeat: n, ...node}` or `{repeat: n, pattern: [node, ...]}`.
+    """
+
+    name: str
+    default: str | Callable[[Mapping[str, Any]], str] | None = None
+    absent: Literal["required", "build", "inherit"] = "required"
+    bind: Mapping[str, str] = field(default_factory=dict)
+    runs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rows of a projection that rope turns: heads of `head_dim` rows whose first `rotary_dim` are rotated."""
+
+    head_dim: int
+    rotary_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint tensor inside a stored parameter.
+
+    index: per leading axis an int or a (start, stop) pair; axes that are not named are taken whole.
+    """
+
+    index: tuple[int | tuple[int, int], ...]
+    rotary: Rotary | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter as the module stores it.
+
+    shape: full shape, before any sharding.
+    shard: the axis that tensor parallelism splits; None keeps a copy on every rank.
+    parts: the checkpoint tensors that it is fused from, by name relative to the component; empty: one tensor
+        of the parameter's own name.
+    init: how random weights are drawn. active: the share of it that one token uses.
+    product: multiplied with every token (False for tables that are looked up and for scales).
+    dtype: "model", or "float32" for what must not be rounded.
+    """
+
+    shape: tuple[int, ...]
+    shard: int | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    rotary: Rotary | None = None
+    init: Literal["normal", "ones", "zeros"] = "normal"
+    active: float = 1.0
+    product: bool = True
+    dtype: Literal["model", "float32"] = "model"
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A checkpoint-level tensor: the piece of a stored parameter that one name in a file fills."""
+
+    name: str
+    shape: tuple[int, ...]
+    param: str
+    index: tuple[int | slice, ...]
+    rotary: Rotary | None
+
+
+class Spec(BaseModel):
+    """Base of every component's settings. Subclasses set `module` and describe parameters, state and cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    module: ClassVar[str]
+    """Dotted path of the class built from this Spec, e.g. `zoo.components.ffn.gated:Gated`."""
+
+    kind: str
+
+    def parameters(self) -> dict[str, Param]:
+        """This component's own parameters by attribute path, children's excluded."""
+        return {}
+
+    def children(self) -> dict[str, Spec]:
+        """Child components by attribute path; by default the fields that hold Specs, `name.i` for lists."""
+        found: dict[str, Spec] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Spec):
+                found[name] = value
+            elif isinstance(value, tuple) and value and isinstance(value[0], Spec):
+                found.update({f"{name}.{i}": item for i, item in enumerate(value)})
+        return found
+
+    def flops(self, context: int) -> float:
+        """Floating-point operations for one token at `context` cached tokens, children excluded."""
+        return sum(2.0 * p.numel * p.active for p in self.parameters().values() if p.product)
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, Spec]]:
+        """This Spec and all below it, with their attribute paths."""
+        yield path, self
+        for name, child in self.children().items():
+            yield from child.walk(f"{path}.{name}" if path else name)
+
+    def all_parameters(self) -> dict[str, Param]:
+        """Every stored parameter of the tree by its full attribute path."""
+        return {
+            f"{path}.{name}" if path else name: param
+            for path, spec in self.walk()
+            for name, param in spec.parameters().items()
+        }
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every checkpoint-level tensor of the tree, fused parameters taken apart."""
+        for path, spec in self.walk():
+            prefix = f"{path}." if path else ""
+            for name, param in spec.parameters().items():
+                if not param.parts:
+                    yield Tensor(prefix + name, param.shape, prefix + name, (), param.rotary)
+                for part_name, part in param.parts.items():
+                    yield _part_tensor(prefix, name, param, part_name, part)
+
+
+def _part_tensor(prefix: str, name: str, param: Param, part_name: str, part: Part) -> Tensor:
+    index = tuple(i if isinstance(i, int) else slice(*i) for i in part.index)
+    kept = tuple(i.stop - i.start for i in index if isinstance(i, slice))
+    return Tensor(prefix + part_name, kept + param.shape[len(index) :], prefix + name, index, part.rotary)
+
+
+class StateSpec(Spec):
+    """What one layer keeps of a sequence between steps: the `cache` slot. Subclasses set both sizes."""
+
+    def elements(self, tokens: int) -> int:
+        """Cached elements of one layer for one sequence of `tokens` tokens."""
+        raise NotImplementedError
