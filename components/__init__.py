@@ -1,0 +1,25 @@
+"""The components that come with zoo, registered through the same door as a plugin's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from zoo.registry.hooks import hookimpl
+
+
+@hookimpl
+def register_components(register: Callable[[str, str, str], None]) -> None:
+    """One line per component: its slot, its kind, the dotted path of its Spec."""
+    register("model", "decoder", "zoo.components.decoder.spec:DecoderSpec")
+    register("block", "prenorm", "zoo.components.decoder.spec:PrenormSpec")
+    register("mixer", "attention", "zoo.components.attention.spec:AttentionSpec")
+    register("ffn", "gated", "zoo.components.ffn.spec:GatedSpec")
+    register("ffn", "moe", "zoo.components.ffn.spec:MoESpec")
+    register("router", "softmax_topk", "zoo.components.ffn.spec:SoftmaxTopkSpec")
+    register("norm", "rms", "zoo.components.norm.spec:RMSSpec")
+    register("rope", "default", "zoo.components.rope.spec:DefaultRopeSpec")
+    register("rope", "linear", "zoo.components.rope.spec:LinearRopeSpec")
+    register("rope", "llama3", "zoo.components.rope.spec:Llama3RopeSpec")
+    register("rope", "yarn", "zoo.components.rope.spec:YarnRopeSpec")
+    register("cache", "full", "zoo.components.cache.spec:FullCacheSpec")
+    register("cache", "window", "zoo.components.cache.spec:WindowCacheSpec")

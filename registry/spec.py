@@ -129,6 +129,10 @@ class Spec(BaseModel):
         """Floating-point operations for one token at `context` cached tokens, children excluded."""
         return sum(2.0 * p.numel * p.active for p in self.parameters().values() if p.product)
 
+    def state(self) -> StateSpec | None:
+        """What a mixer, or a block around one, keeps of a sequence between steps; None keeps nothing."""
+        return None
+
     def walk(self, path: str = "") -> Iterator[tuple[str, Spec]]:
         """This Spec and all below it, with their attribute paths."""
         yield path, self

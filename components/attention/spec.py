@@ -1,0 +1,97 @@
+"""Settings of grouped-query attention."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from zoo.components.fields import Count, Flag, Positive
+from zoo.components.rope.spec import RopeSpec
+from zoo.registry.spec import Inherited, Param, Part, Rotary, Slot, Spec, StateSpec
+
+
+def _cache_kind(fields: Mapping[str, Any]) -> str:
+    return "full" if fields["window"] is None else "window"
+
+
+class QueryScaling(BaseModel):
+    """Llama 4's temperature for long contexts: queries are multiplied with 1 + beta ln(1 + floor(p / original))."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beta: Positive = Field(description="Strength.")
+    original_context: Count = Field(description="Context length in tokens below which nothing changes.")
+
+
+class AttentionSpec(Spec):
+    """Attention whose query heads share key and value heads in groups (Ainslie et al., arXiv 2305.13245)."""
+
+    module: ClassVar[str] = "zoo.components.attention.gqa:Attention"
+
+    kind: Literal["attention"] = "attention"
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
+    num_heads: Count = Field(description="Query heads.")
+    num_kv_heads: Count = Field(description="Key and value heads; a divisor of num_heads.")
+    head_dim: Count = Field(description="Size of a head.")
+    window: Count | None = Field(
+        default=None, description="How many positions a token sees, itself included; null sees all."
+    )
+    rope: Annotated[RopeSpec | None, Slot("rope", default="default")] = Field(
+        description="Rotary positions; null for a layer without positions."
+    )
+    qkv_bias: Flag = Field(default=False, description="Whether the query, key and value projections add a bias.")
+    o_bias: Flag = Field(default=False, description="Whether the output projection adds a bias.")
+    qk_norm: Annotated[Spec | None, Slot("norm", bind={"dim": "head_dim"})] = Field(
+        default=None, description="Norm of each query and key head before rope; null for none."
+    )
+    query_scaling: QueryScaling | None = Field(
+        default=None, description="Scaling of queries far into a long context; null for none."
+    )
+    cache: Annotated[StateSpec, Slot("cache", default=_cache_kind, absent="build")] = Field(
+        description="What is kept of earlier tokens: by default `window` for layers with a window, else `full`."
+    )
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                "num_heads must be a multiple of num_kv_heads; "
+                f"found num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads}"
+            )
+        return self
+
+    def parameters(self) -> dict[str, Param]:
+        width = self.num_heads * self.head_dim
+        rows = width + 2 * self.num_kv_heads * self.head_dim
+        found = {"qkv.weight": Param((rows, self.dim), shard=0, parts=self._parts("weight"))}
+        if self.qkv_bias:
+            found["qkv.bias"] = Param((rows,), shard=0, parts=self._parts("bias"), init="zeros", product=False)
+        found["o.weight"] = Param((self.dim, width), shard=1)
+        if self.o_bias:
+            found["o.bias"] = Param((self.dim,), init="zeros", product=False)
+        return found
+
+    def _parts(self, leaf: str) -> dict[str, Part]:
+        """Where the checkpoint's query, key and value projections stand in the fused one."""
+        width, step = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        rotary: Rotary | None = None if self.rope is None else self.rope.rotary
+        return {
+            f"q.{leaf}": Part(((0, width),), rotary),
+            f"k.{leaf}": Part(((width, width + step),), rotary),
+            f"v.{leaf}": Part(((width + step, width + 2 * step),)),
+        }
+
+    def children(self) -> dict[str, Spec]:
+        found: dict[str, Spec] = {}
+        if self.qk_norm is not None:
+            found |= {"q_norm": self.qk_norm, "k_norm": self.qk_norm}
+        if self.rope is not None:
+            found["rope"] = self.rope
+        return found
+
+    def state(self) -> StateSpec:
+        return self.cache
+
+    def flops(self, context: int) -> float:
+        seen = context if self.window is None else min(context, self.window)
+        return super().flops(context) + 4.0 * self.num_heads * self.head_dim * seen

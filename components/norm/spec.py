@@ -1,0 +1,21 @@
+"""Settings of the norms."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from zoo.components.fields import Count, Positive
+from zoo.registry.spec import Inherited, Param, Spec
+
+
+class RMSSpec(Spec):
+    """Divides by the root mean square and multiplies with a weight (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    module: ClassVar[str] = "zoo.components.norm.rms:RMS"
+
+    kind: Literal["rms"] = "rms"
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the vectors that are normalised.")
+    eps: Positive = Field(description="Added to the mean square before the root.")
+
+    def parameters(self) -> dict[str, Param]:
+        return {"weight": Param((self.dim,), init="ones", product=False)}
