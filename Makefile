@@ -1,0 +1,72 @@
+# make run     install, then ask the embedded model a question
+# make test    install, then lint, types and tests: what continuous integration runs
+# make lint | types | format | docs | bench | constraints | clean
+#
+# PYTHON names the interpreter (3.11 to 3.13), VENV the environment's folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= How many experts does mixtral-8x7b have?
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+PRODUCT := zoo registry components
+CHECKED := $(PRODUCT) tests docs
+
+.PHONY: run test lint types format docs bench constraints clean python
+
+run: $(VENV)/installed
+	$(BIN)/zoo run tiny --prompt "$(PROMPT)"
+
+test: $(VENV)/installed-tests lint types
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-tests
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+format: $(VENV)/installed-tests
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+# mypy cannot follow the mapping of registry/ to zoo.registry, so it reads a tree of links in which it is a folder.
+types: $(VENV)/installed-tests
+	rm -rf .mypy_tree && mkdir -p .mypy_tree/zoo
+	ln -s "$(CURDIR)"/zoo/* "$(CURDIR)"/registry "$(CURDIR)"/components "$(CURDIR)"/cards .mypy_tree/zoo/
+	cd .mypy_tree && "$(abspath $(BIN))/mypy" --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p zoo
+
+docs: $(VENV)/installed-tests
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/installed-tests
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+constraints: $(VENV)/installed-tests
+	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .mypy_tree .mypy_cache .ruff_cache .pytest_cache build zoo_inference.egg-info
+
+# The environment is made anew when PYTHON's version changes, and brought up to date when the requirements do.
+$(VENV)/python-$(VERSION): | python
+	$(PYTHON) -m venv --clear "$(VENV)"
+	touch $@
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'zoo needs Python 3.11 or newer; $(PYTHON) is $(or $(VERSION),not there). Name another: make run PYTHON=python3.12' >&2; \
+	  exit 2; }
+
+$(VENV)/installed: pyproject.toml constraints.txt $(VENV)/python-$(VERSION)
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+# mistral-inference is compared with in tests. Its xformers has no CPU kernels, and a tree of requirements of its
+# own, so both are installed bare; where xformers has no wheel, those tests say so and are skipped.
+$(VENV)/installed-tests: $(VENV)/installed
+	$(PIP) install -c constraints.txt -e '.[test,lint]'
+	$(PIP) install -c constraints.txt --no-deps mistral-inference 'xformers; sys_platform == "linux" and platform_machine == "x86_64"'
+	touch $@
