@@ -1,0 +1,36 @@
+"""zoo on native folders computes what mistral-inference's own code computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+TOKENS = [1, 5, 42, 7, 96, 11, 3, 8, 60, 2, 77, 31]
+
+
+@pytest.mark.parametrize("experts", [None, 4], ids=["dense", "mixture"])
+@pytest.mark.parametrize("window", [None, 5, [None, 5]], ids=["full", "window", "interleaved"])
+def test_oracle_agrees_with_itself(
+    mistral_inference: ModuleType, tmp_path: Path, experts: int | None, window: Any
+) -> None:
+    """Prefill, chunks and single tokens: three of its masks, which must mean the same."""
+    model = mistral_inference.open_folder(
+        mistral_inference.write_folder(tmp_path, experts=experts, sliding_window=window)
+    )
+    (whole_TV,) = mistral_inference.logits(model, [TOKENS])
+    for chunk in (4, 1):
+        torch.testing.assert_close(mistral_inference.logits(model, [TOKENS], chunk=chunk)[0], whole_TV)
+    both = mistral_inference.logits(model, [TOKENS[:3], TOKENS])
+    torch.testing.assert_close(both[1], whole_TV)
+
+
+def test_oracle_sees_the_window(mistral_inference: ModuleType, tmp_path: Path) -> None:
+    full = mistral_inference.open_folder(mistral_inference.write_folder(tmp_path / "full"))
+    cut = mistral_inference.open_folder(mistral_inference.write_folder(tmp_path / "cut", sliding_window=5))
+    (full_TV,), (cut_TV,) = (mistral_inference.logits(model, [TOKENS]) for model in (full, cut))
+    torch.testing.assert_close(full_TV[:5], cut_TV[:5])
+    assert (full_TV[5] - cut_TV[5]).abs().max() > 1e-2
