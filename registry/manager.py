@@ -57,7 +57,12 @@ class Manager:
     """
 
     def __init__(
-        self, *, builtins: bool = True, installed: bool = True, strict: bool = False, disabled: frozenset[str] = frozenset()
+        self,
+        *,
+        builtins: bool = True,
+        installed: bool = True,
+        strict: bool = False,
+        disabled: frozenset[str] = frozenset(),
     ) -> None:
         self.strict, self.disabled = strict, disabled
         self.catalog = Catalog()
