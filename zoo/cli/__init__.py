@@ -1,0 +1,113 @@
+"""The command line: a thin skin over the Python API. Answers go to stdout, everything else to stderr."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from zoo import __version__
+from zoo.registry.errors import ZooError, nearest
+
+BUILTIN = {
+    "run": "zoo.cli.run:run",
+    "chat": "zoo.cli.chat:chat",
+    "list": "zoo.cli.cards:list_cards",
+    "inspect": "zoo.cli.inspect:inspect",
+    "diff": "zoo.cli.cards:diff",
+    "verify": "zoo.cli.files:verify",
+    "pull": "zoo.cli.files:pull",
+    "rm": "zoo.cli.files:rm",
+    "schema": "zoo.cli.cards:schema",
+    "card": "zoo.cli.cards:card",
+    "plugins": "zoo.cli.system:plugins",
+    "doctor": "zoo.cli.system:doctor",
+    "bench": "zoo.cli.bench:bench",
+}
+
+
+class Commands(click.Group):
+    """Imports a command's module when it is called or its help is shown, so that each starts at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*BUILTIN, *sorted(self._from_plugins())]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        path = BUILTIN.get(cmd_name) or self._from_plugins().get(cmd_name)
+        if path is None:
+            return None
+        module, _, attribute = path.partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            hint = nearest(args[0], self.list_commands(ctx)) or "see `zoo --help`"
+            raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    @staticmethod
+    def _from_plugins() -> dict[str, str]:
+        from zoo.registry.manager import manager
+
+        return manager().commands()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="zoo")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--strict-plugins", is_flag=True, help="Stop when a plugin cannot be loaded.")
+def cli(debug: bool, strict_plugins: bool) -> None:
+    """Run open-weight language models from declarative cards."""
+    if strict_plugins:
+        os.environ["ZOO_STRICT_PLUGINS"] = "1"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The `zoo` command. Exit status: 0 done, 1 a fault of zoo, 2 a fault of the input, 130 interrupted."""
+    arguments = [*(sys.argv[1:] if args is None else args)]
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    debug = "--debug" in arguments[: arguments.index("--")] if "--" in arguments else "--debug" in arguments
+    arguments = [a for i, a in enumerate(arguments) if a != "--debug" or "--" in arguments[:i]]
+    try:
+        result = cli.main(args=arguments, prog_name="zoo", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ZooError as error:
+        return _report(f"zoo: {error}", 2, debug)
+    except (click.Abort, KeyboardInterrupt):
+        return _report("\nzoo: interrupted", 130, debug)
+    except BrokenPipeError:
+        # The reader has gone (`zoo run ... | head`): nobody is left to tell. Keep the interpreter from flushing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _report(
+            f"zoo: internal error: {type(error).__name__}: {error}\n"
+            "This is a fault of zoo or of a plugin. Run again with --debug to see where, and please report it.",
+            1,
+            debug,
+        )
+
+
+def _report(message: str, status: int, debug: bool) -> int:
+    if debug and status != 130:
+        import traceback
+
+        traceback.print_exc()
+    click.echo(message, err=True)
+    return status

@@ -1,0 +1,182 @@
+"""Writes the reference pages from the code, so that they cannot drift; `--check` fails when a page is out of date.
+
+python docs/generate.py            # write docs/cards.md, docs/components.md, docs/cli.md and README's table
+python docs/generate.py --check    # exit status 1 and a list when one of them differs
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import click
+
+from zoo.api import inspect
+from zoo.api import list as cards
+from zoo.cli import cli
+from zoo.cli.console import number, size
+from zoo.inspection import Inspection
+from zoo.registry.manager import Manager
+from zoo.registry.spec import Inherited, Slot, Spec
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- cards: made by docs/generate.py -->", "<!-- end of cards -->"
+MADE = "<!-- Made by docs/generate.py from the code: change that, then run `make docs`. -->\n\n"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file and what it should hold."""
+    inspections = [inspect(card) for card in cards() if not _from_plugin(card.name)]
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return {
+        readme: f"{before}{BEGIN}\n{_card_table(inspections)}\n{END}{after}",
+        ROOT / "docs/cards.md": MADE + _cards_page(inspections),
+        ROOT / "docs/components.md": MADE + _components_page(),
+        ROOT / "docs/cli.md": MADE + _cli_page(),
+    }
+
+
+def _from_plugin(name: str) -> bool:
+    return name not in Manager(installed=False).cards()
+
+
+def _card_table(inspections: list[Inspection]) -> str:
+    rows = ["| card | parameters | active | context | licence |", "|---|---:|---:|---:|---|"]
+    for i in inspections:
+        active = number(i.active_parameters) if i.active_parameters != i.parameters else ""
+        rows.append(
+            f"| `{i.card.name}` | {number(i.parameters)} | {active} | {i.card.context_length:,} | {i.card.license} |"
+        )
+    return "\n".join(rows)
+
+
+def _cards_page(inspections: list[Inspection]) -> str:
+    parts = ["# Cards\n\nWhat `zoo list` knows. Bytes are for the card's own number format.\n"]
+    for i in inspections:
+        card = i.card
+        source = (
+            f"[{card.source.hub}](https://huggingface.co/{card.source.hub})" if card.source.hub else "in the package"
+        )
+        parts.append(
+            f"\n## {card.name}\n\n{card.summary}\n\n"
+            f"- {number(i.parameters)} parameters, {number(i.active_parameters)} active for each token; "
+            f"{size(i.weight_bytes)} of weights in {i.dtype}; {size(i.cache_bytes_per_token)} of cache per token\n"
+            f"- context of {card.context_length:,} tokens; features: {', '.join(card.text.features) or 'none'}\n"
+            f"- licence {card.license}; released {card.released or 'unknown'}; weights: {source}\n\n"
+            + "".join(_layer_row(row) for row in i.layers())
+        )
+    return "".join(parts)
+
+
+def _layer_row(row: dict[str, Any]) -> str:
+    parts = "; ".join(f"{name} `{text}`" for name, text in row.items() if name not in ("layers", "block"))
+    return f"- layers {row['layers']}, {row['block']}: {parts}\n"
+
+
+def _components_page() -> str:
+    catalog = Manager(installed=False).catalog
+    parts = [
+        "# Components\n\nEvery kind that may stand in a slot of a card, and what its node may hold. "
+        "Fields marked *inherited* come from the enclosing node and are not written.\n"
+    ]
+    slots: dict[str, list[type[Spec]]] = {}
+    for entry in catalog.components.values():
+        slots.setdefault(entry.slot, []).append(catalog.spec(entry))
+    kinds = {catalog.spec(e): e.kind for e in catalog.components.values()}
+    for slot, specs in slots.items():
+        parts.append(f"\n## {slot}\n")
+        for spec in specs:
+            parts.append(f"\n### {slot}: {kinds[spec]}\n\n{_paragraph(spec.__doc__)}\n")
+            rows = [*_fields(spec)]
+            if rows:
+                parts.append("\n| field | type | default | meaning |\n|---|---|---|---|\n" + "".join(rows))
+    return "".join(parts)
+
+
+def _paragraph(doc: str | None) -> str:
+    return " ".join((doc or "").split())
+
+
+def _fields(spec: type[Spec]) -> Iterator[str]:
+    for name, field in spec.model_fields.items():
+        if name == "kind":
+            continue
+        if any(isinstance(m, Inherited) for m in field.metadata):
+            default = "*inherited*"
+        elif field.is_required():
+            slot = next((m for m in field.metadata if isinstance(m, Slot)), None)
+            default = {"build": "*its default kind*", "inherit": "*the enclosing node's*"}.get(
+                slot.absent if slot else "", "required"
+            )
+        else:
+            default = f"`{_yaml(field.default)}`"
+        yield f"| `{name}` | {_type(field)} | {default} | {_paragraph(field.description)} |\n"
+
+
+def _type(field: Any) -> str:
+    slot = next((m for m in field.metadata if isinstance(m, Slot)), None)
+    if slot:
+        return f"{'list of ' if slot.runs else ''}[{slot.name}](#{slot.name})"
+    return _name(field.annotation).replace("|", "\\|")
+
+
+def _name(annotation: Any) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _name(args[0])
+    if args and str(origin) == "typing.Literal":
+        return " | ".join(f"`{a}`" for a in args)
+    if args:
+        return " | ".join(_name(a) for a in args if a is not Ellipsis)
+    return {"int": "whole number", "float": "number", "bool": "true or false", "str": "text", "NoneType": "null"}.get(
+        annotation.__name__, f"{annotation.__name__}: " + ", ".join(getattr(annotation, "model_fields", {}))
+    )
+
+
+def _yaml(value: Any) -> str:
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _cli_page() -> str:
+    parts = ["# Commands\n"]
+    for path, command in _commands(cli, ["zoo"]):
+        context = click.Context(command, info_name=" ".join(path), max_content_width=100, terminal_width=100)
+        parts.append(f"\n## {' '.join(path)}\n\n```\n{command.get_help(context)}\n```\n")
+    return "".join(parts)
+
+
+def _commands(command: click.Command, path: list[str]) -> Iterator[tuple[list[str], click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            if child is not None and name not in Manager().commands():
+                yield from _commands(child, [*path, name])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for file, text in pages().items():
+        if file.exists() and file.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(file.relative_to(ROOT))
+        if not check:
+            file.write_text(text, encoding="utf-8")
+    for file in stale:
+        sys.stderr.write(f"{file}: {'out of date; run `make docs`' if check else 'written'}\n")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

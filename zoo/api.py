@@ -1,0 +1,248 @@
+"""The public functions, and the only place where loading is put together."""
+
+import builtins
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.inspection import Inspection
+from zoo.registry.card import Card, load_card
+from zoo.registry.errors import CardError, RequestError, TextError
+from zoo.registry.manager import manager
+from zoo.registry.resolve import Plan, resolve
+
+if TYPE_CHECKING:
+    from zoo.components.decoder.model import Decoder
+    from zoo.device import Placement
+    from zoo.loading.load import Progress
+    from zoo.model import Model
+    from zoo.text.tokenizer import Tokenizer
+
+Ref = str | Path | Card | Mapping[str, Any]
+
+DEFAULT_BATCH = 64
+
+
+def list() -> "builtins.list[Card]":
+    """Every known card, built-in and from plugins, by name."""
+    return [load_card(name) for name in sorted(manager().catalog.cards)]
+
+
+def inspect(ref: Ref, *, dtype: str = "auto", overrides: Mapping[str, Any] | None = None) -> Inspection:
+    """What the model costs and who provides it. Nothing is downloaded and torch is not imported.
+
+    dtype: the format for the byte figures; "auto" is the card's own. Raises CardError for a card that does not resolve.
+    """
+    found = locate(ref, overrides)
+    plan = resolve(found.card)
+    return Inspection(
+        card=found.card,
+        plan=plan,
+        dtype=found.card.source.dtype if dtype == "auto" else dtype,
+        folder=found.folder,
+        owners=_owners(plan),
+    )
+
+
+def load(
+    ref: Ref,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    weights: str | Path = "auto",
+    quantize: str | None = None,
+    adapters: Iterable[str | Path] = (),
+    devices: int | Sequence[str] | None = None,
+    max_batch_size: int | None = None,
+    max_context: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    progress: "Progress | None" = None,
+) -> "Model":
+    """Build a model, fill its weights and return it ready to generate.
+
+    ref: a card's name, a path (card file, or a folder with params.json or config.json), a Card or a dict.
+    weights: "auto" (the ref's own folder, else fetched from the card's hub repository), "random" (real shapes,
+        seeded values, no files) or a folder or file.
+    max_batch_size: sequences that may run together (default 64). max_context: tokens of prompt and answer together
+        (default: the card's context length). overrides: dotted card fields and their values.
+    progress: called with (bytes done, bytes in all) while weights are read.
+
+    Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
+    where it can be known by then.
+    """
+    _refuse_later_work(quantize, tuple(adapters), devices)
+    found = locate(ref, overrides)
+    plan = resolve(found.card)
+    from zoo.device import choose
+
+    placement = choose(device, dtype, found.card.source.dtype)
+    context = _context(found.card, max_context)
+    _check_memory(plan, placement, context)
+    module, folder, notes = _filled(plan, found, placement, weights, progress)
+    return _model(plan, module, placement, folder, notes, max_batch_size or DEFAULT_BATCH, context)
+
+
+def tokenizer_of(inspection: Inspection) -> "Tokenizer":
+    """The inspected model's tokenizer, from its folder, else from the hub's cache: only tokenizer files are fetched."""
+    from zoo.text.tokenizer import open_tokenizer
+
+    plan = inspection.plan
+    if plan.tokenizer is None:
+        raise TextError("the card names no tokenizer", where=plan.card.name, expected="text.tokenizer in the card")
+    folder = inspection.folder
+    if folder is None:
+        from zoo.loading.hub import fetch
+
+        folder = fetch(plan.card.source, weights=False)
+    return open_tokenizer(plan.tokenizer, plan.chat, folder if folder.is_dir() else folder.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A card and, where the reference was a path, the folder or file that holds its weights."""
+
+    card: Card
+    folder: Path | None
+
+
+def locate(ref: Ref, overrides: Mapping[str, Any] | None = None) -> Located:
+    """The card that `ref` means: a Card, a dict, a name, a card file, or a checkpoint folder to infer it from."""
+    found = _locate(ref)
+    return Located(found.card.with_overrides(overrides), found.folder) if overrides else found
+
+
+def _locate(ref: Ref) -> Located:
+    if isinstance(ref, Card):
+        return Located(ref, ref.local_path())
+    if isinstance(ref, Mapping):
+        card = Card.from_dict(ref)
+        return Located(card, card.local_path())
+    path = Path(ref).expanduser()
+    if path.is_dir() or path.suffix in {".safetensors", ".pth", ".gguf"}:
+        from zoo.loading.infer import infer_card
+
+        return Located(Card.from_dict(infer_card(path), origin=str(path)), path)
+    card = load_card(ref)
+    return Located(card, card.local_path())
+
+
+def _owners(plan: Plan) -> dict[str, str]:
+    """Who brought the card and each component in use."""
+    resource = manager().catalog.cards.get(plan.card.name)
+    card_owner = resource.owner if resource and str(resource.file) == plan.card.file else plan.card.file
+    return {"card": card_owner, **{f"{entry.slot} {entry.kind}": entry.owner for entry in plan.entries}}
+
+
+def _context(card: Card, max_context: int | None) -> int:
+    if max_context is None:
+        return card.context_length
+    if not 1 <= max_context <= card.context_length:
+        raise RequestError(
+            "max_context is out of range",
+            where=card.name,
+            found=str(max_context),
+            expected=f"1 to {card.context_length}, the card's context_length",
+            hint="override the card's context_length if the model really reads more",
+        )
+    return max_context
+
+
+def _check_memory(plan: Plan, placement: "Placement", context: int) -> None:
+    """Refuse before loading what could not hold its weights and one short sequence."""
+    from zoo.device import check_fits
+
+    inspection = Inspection(plan.card, plan, placement.dtype_name, None, {})
+    shortest = min(context, 512)
+    check_fits(
+        {"weights": inspection.weight_bytes, f"cache for {shortest} tokens": inspection.cache_bytes(shortest)},
+        placement.device,
+        f"use a smaller dtype than {placement.dtype_name}, another device, or a smaller model"
+        if placement.dtype_name == "float32"
+        else "use another device or a smaller model; `zoo inspect` shows what each card needs",
+    )
+
+
+def _filled(
+    plan: Plan, found: Located, placement: "Placement", weights: str | Path, progress: "Progress | None"
+) -> "tuple[Decoder, Path | None, builtins.list[str]]":
+    """The assembled module with its weights, the folder that they came from, and what was chosen on the way."""
+    from zoo.assemble import assemble
+    from zoo.loading.load import load_weights, random_weights
+
+    notes = [placement.note]
+    if weights == "random":
+        module = assemble(plan, placement.dtype)
+        random_weights(module, plan, device=placement.device)
+        return module, found.folder, [*notes, "random weights: the answers mean nothing"]
+    from zoo.loading.files import locate as locate_files
+
+    folder = _weights_folder(found, weights)
+    files = locate_files(folder, plan.card.source.layout)
+    module = assemble(plan, placement.dtype)
+    load_weights(module, plan, files, device=placement.device, progress=progress)
+    return module, folder if folder.is_dir() else folder.parent, [*notes, files.note]
+
+
+def _weights_folder(found: Located, weights: str | Path) -> Path:
+    if weights != "auto":
+        return Path(weights).expanduser()
+    if found.folder is not None:
+        return found.folder
+    source = found.card.source
+    if source.hub is None:
+        raise CardError(
+            "the card names no place to fetch weights from",
+            where=found.card.name,
+            expected="source.hub in the card, or weights on this machine",
+            hint="pass weights=FOLDER (`--weights FOLDER`), or weights='random' to try the shape",
+        )
+    from zoo.loading.hub import fetch
+
+    return fetch(source)
+
+
+def _model(
+    plan: Plan,
+    module: "Decoder",
+    placement: "Placement",
+    folder: Path | None,
+    notes: "builtins.list[str]",
+    batch: int,
+    context: int,
+) -> "Model":
+    from zoo.engine.engine import Engine
+    from zoo.model import Model
+    from zoo.text.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(plan.tokenizer, plan.chat, folder) if plan.tokenizer and folder else None
+    engine = Engine(
+        module,
+        plan,
+        device=placement.device,
+        dtype=placement.dtype,
+        memory_bytes=_cache_budget(plan, placement, batch, context),
+        max_batch_size=batch,
+        max_context=context,
+    )
+    return Model(plan, module, engine, tokenizer, placement, folder, notes)
+
+
+def _cache_budget(plan: Plan, placement: "Placement", batch: int, context: int) -> int:
+    """Bytes for the cache: what a full batch of full contexts needs, within 80 % of what is free now."""
+    from zoo.device import memory_free
+
+    inspection = Inspection(plan.card, plan, placement.dtype_name, None, {})
+    return min(batch * inspection.cache_bytes(context), int(0.8 * memory_free(placement.device)))
+
+
+def _refuse_later_work(quantize: str | None, adapters: tuple[Any, ...], devices: object) -> None:
+    for name, value in (("quantize", quantize), ("adapters", adapters or None), ("devices", devices)):
+        if value is not None and value not in (1, "none"):
+            raise RequestError(
+                f"{name} is not supported by this version of zoo",
+                where=f"zoo.load({name}=...)",
+                found=repr(value),
+                expected="no value",
+                hint="leave it out; the changelog says when it comes",
+            )

@@ -1,0 +1,183 @@
+"""zoo chat: a conversation on the terminal."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo.cli.options import load_options, sample_arguments, sample_options
+from zoo.cli.run import load_model, write_stream
+from zoo.registry.errors import RequestError, TextError, ZooError, nearest
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--system", help="A system message before the conversation.")
+@load_options
+@sample_options
+def chat(ref: str, system: str | None, **flags: Any) -> None:
+    """Talk with REF. Type /help for the commands, Ctrl-D to leave."""
+    with load_model(ref, flags) as model:
+        if "chat" not in model.card.text.features:
+            raise RequestError(
+                "this model was not trained to chat",
+                where=model.card.name,
+                found=f"features {', '.join(model.card.text.features) or 'none'}",
+                expected="the feature chat",
+                hint="use `zoo run` for raw text, or an instruct card",
+            )
+        Conversation(model, sample_arguments(flags), system).loop()
+
+
+@dataclass
+class Conversation:
+    """The messages so far and the settings for the next answer."""
+
+    model: "Model"
+    options: dict[str, Any]
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def loop(self) -> None:
+        """Read lines until the end of input. A faulty turn is reported and leaves the conversation as it was."""
+        while (line := _read()) is not None:
+            try:
+                if line.startswith("/"):
+                    if not self.command(line):
+                        return
+                elif line.strip():
+                    self.turn(line)
+            except ZooError as error:
+                click.echo(f"zoo: {error}", err=True)
+            except KeyboardInterrupt:
+                click.echo("\n(stopped)", err=True)
+
+    def turn(self, text: str) -> None:
+        """Send one message and stream the answer. A stopped answer is kept as far as it came."""
+        sent = [*self.messages, {"role": "user", "content": text}]
+        answer: list[str] = []
+
+        def listen() -> Any:
+            for chunk in self.model.stream_chat(self._with_system(sent), **self.options):
+                answer.append(chunk.text)
+                yield chunk
+
+        try:
+            write_stream(listen())
+        finally:
+            if answer:
+                self.messages = [*sent, {"role": "assistant", "content": "".join(answer)}]
+
+    def command(self, line: str) -> bool:
+        """Run one /command. Returns False when the conversation is to end."""
+        name, _, argument = line[1:].strip().partition(" ")
+        if name in ("quit", "exit", "bye"):
+            return False
+        known: dict[str, Callable[[str], None]] = {
+            "help": self._help,
+            "reset": self._reset,
+            "system": self._set_system,
+            "undo": self._undo,
+            "retry": self._retry,
+            "set": self._set,
+            "save": self._save,
+            "load": self._load,
+            "info": self._info,
+        }
+        if name not in known:
+            raise RequestError(
+                f"there is no command /{name}", where="zoo chat", hint=nearest(name, [*known, "quit"]) or "type /help"
+            )
+        known[name](argument.strip())
+        return True
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}, *messages] if self.system else messages
+
+    def _help(self, _: str) -> None:
+        click.echo(
+            "/system TEXT   set the system message (nothing: remove it)\n"
+            "/set NAME=VALUE   an option of the next answers, such as temperature=0.7 or max_tokens=200\n"
+            "/undo   take back the last question and answer\n"
+            "/retry   ask the last question again\n"
+            "/reset   forget the conversation\n"
+            "/save FILE, /load FILE   the conversation as JSON\n"
+            "/info   the model, its memory and the settings\n"
+            "/quit   leave (also Ctrl-D); Ctrl-C stops an answer",
+            err=True,
+        )
+
+    def _reset(self, _: str) -> None:
+        self.messages = []
+
+    def _set_system(self, text: str) -> None:
+        self.system = text or None
+
+    def _undo(self, _: str) -> None:
+        self.messages = self.messages[:-2]
+
+    def _retry(self, _: str) -> None:
+        if not self.messages:
+            raise RequestError("there is no question to ask again", where="/retry")
+        question = self.messages[-2]["content"]
+        self.messages = self.messages[:-2]
+        self.turn(question)
+
+    def _set(self, pair: str) -> None:
+        from zoo.cli.options import parse_overrides
+        from zoo.engine.request import SamplingParams
+
+        changed = {**self.options, **(parse_overrides((pair,)) or {})}
+        SamplingParams.from_options(changed)
+        self.options = changed
+
+    def _save(self, name: str) -> None:
+        data = {"model": self.model.card.name, "system": self.system, "messages": self.messages}
+        try:
+            Path(name).expanduser().write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise TextError("the conversation cannot be saved", where=name or "/save", found=str(error)) from None
+
+    def _load(self, name: str) -> None:
+        try:
+            data = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+            self.system, self.messages = data["system"], [*data["messages"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TextError(
+                "this is no saved conversation", where=name or "/load", found=str(error), expected="a file from /save"
+            ) from None
+
+    def _info(self, _: str) -> None:
+        from zoo.cli.console import size
+
+        memory = self.model.memory
+        click.echo(
+            f"{self.model!r}\nweights {size(memory.weights)}, cache {size(memory.cache_used)} "
+            f"of {size(memory.cache_budget)}\n"
+            f"{len(self.messages)} messages, system {self.system!r}, options {self.options}",
+            err=True,
+        )
+
+
+def _read() -> str | None:
+    """The next line, or None at the end of input. A prompt sign is shown on terminals only."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    try:
+        import readline  # noqa: F401  (line editing and history for input())
+
+        return input("> ")
+    except EOFError:
+        click.echo(err=True)
+        return None
+    except KeyboardInterrupt:
+        click.echo("\n(/quit or Ctrl-D leaves)", err=True)
+        return ""

@@ -1,0 +1,75 @@
+"""zoo pull, rm and verify: checkpoints on disk and on the hub."""
+
+from pathlib import Path
+
+import click
+
+from zoo.registry.errors import FetchError
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
+def pull(ref: str, dry_run: bool) -> None:
+    """Fetch REF's weights and tokenizer from the hub: one weight set, resumed where it stopped."""
+    from zoo.api import locate
+    from zoo.cli.console import loading_bar, note, size
+    from zoo.loading.hub import choose, fetch, list_files
+
+    card = locate(ref).card
+    if card.source.hub is None:
+        raise FetchError("the card has no hub repository", where=card.name, expected="source.hub in the card")
+    if dry_run:
+        remote = list_files(card.source.hub, card.source.revision)
+        chosen = choose(remote.files, card.source.layout)
+        for file in chosen.files:
+            click.echo(f"{file.path}  {size(file.size)}")
+        note(f"{size(chosen.total_bytes)} from {card.source.hub} at revision {remote.revision}; {chosen.note}")
+        return
+    with loading_bar(f"fetching {card.source.hub}") as progress:
+        folder = fetch(card.source, progress=progress)
+    click.echo(folder)
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(ref: str, yes: bool) -> None:
+    """Remove REF's fetched files from this machine's cache."""
+    from zoo.api import locate
+    from zoo.cli.console import note, size
+    from zoo.loading.hub import cached, remove
+
+    card = locate(ref).card
+    held = cached(card.source)
+    if not held:
+        raise FetchError("nothing of this model is in the cache", where=card.name)
+    total = sum(revision.size for revision in held)
+    if not yes:
+        click.confirm(f"remove {size(total)} of {card.source.hub}?", abort=True, err=True)
+    note(f"{size(remove(card.source))} removed")
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--weights", type=click.Path(path_type=Path), help="Check this folder or file against REF's card.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def verify(ref: str, weights: Path | None, as_json: bool) -> int:
+    """Check a checkpoint's headers against the card: on disk, or on the hub by reading headers only."""
+    from zoo.api import locate
+    from zoo.cli.console import emit, size
+    from zoo.loading.verify import verify_files, verify_hub
+    from zoo.registry.resolve import resolve
+
+    found = locate(ref)
+    plan = resolve(found.card)
+    folder = weights or found.folder
+    report = verify_files(plan, folder) if folder else verify_hub(plan)
+    if as_json:
+        emit(report.to_dict())
+    else:
+        for problem in report.problems:
+            click.echo(f"zoo: {problem}", err=True)
+        if report.ok:
+            click.echo(f"{found.card.name}: ok, {report.tensors} tensors, {size(report.bytes)}, layout {report.layout}")
+    return 0 if report.ok else 2

@@ -1,0 +1,101 @@
+"""zoo inspect: what a model is and costs, before anything is fetched."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo.cli.options import parse_overrides
+
+if TYPE_CHECKING:
+    from zoo.inspection import Inspection
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--context", type=int, help="Tokens to reckon the cache for. [default: the card's context length]")
+@click.option("--dtype", default="auto", show_default=True, help="Number format for the byte figures.")
+@click.option("--prompt", help="Show this prompt's token ids and pieces as the model would get them.")
+@click.option("--raw", is_flag=True, help="With --prompt: as raw text, not as a chat turn.")
+@click.option("--files", is_flag=True, help="Ask the hub which files a pull would fetch.")
+@click.option("--resolved", is_flag=True, help="Print the flat card, parents merged, and nothing else.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a card's field.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def inspect(
+    ref: str,
+    context: int | None,
+    dtype: str,
+    prompt: str | None,
+    raw: bool,
+    files: bool,
+    resolved: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show REF's parameters, memory, layers, source and cost. Fetches nothing, imports no torch."""
+    from zoo.api import inspect as examine
+    from zoo.cli.console import emit
+
+    found = examine(ref, dtype=dtype, overrides=parse_overrides(overrides))
+    if resolved:
+        click.echo(found.card.to_yaml(), nl=False)
+        return
+    data = found.to_dict(context)
+    if files:
+        data["files"] = _files(found)
+    if prompt is not None:
+        data["prompt"] = _prompt(found, prompt, raw)
+    if as_json:
+        emit(data)
+    else:
+        _write(data)
+
+
+def _files(found: "Inspection") -> list[dict[str, Any]]:
+    from zoo.loading.hub import choose, list_files
+    from zoo.registry.errors import FetchError
+
+    if found.card.source.hub is None:
+        raise FetchError("the card has no hub repository", where=found.card.name, expected="source.hub")
+    remote = list_files(found.card.source.hub, found.card.source.revision)
+    return [{"path": f.path, "bytes": f.size} for f in choose(remote.files, found.card.source.layout).files]
+
+
+def _prompt(found: "Inspection", prompt: str, raw: bool) -> list[dict[str, Any]]:
+    from zoo.api import tokenizer_of
+
+    tokenizer = tokenizer_of(found)
+    chat = not raw and "chat" in found.card.text.features
+    ids = tokenizer.render([{"role": "user", "content": prompt}]).ids if chat else tokenizer.encode(prompt)
+    return [{"id": i, "piece": tokenizer.piece(i)} for i in ids]
+
+
+def _write(data: dict[str, Any]) -> None:
+    from zoo.cli.console import columns, number, size
+
+    memory = data["memory"]
+    active = data["active_parameters"]
+    sparse = f" ({number(active)} active for each token)" if active != data["parameters"] else ""
+    room = "fits" if memory["fits"] else "does not fit"
+    source = data["source"]
+    facts = [
+        ["name", f"{data['name']}: {data['summary']}"],
+        ["license", f"{data['license']}, released {data['released'] or 'unknown'}"],
+        ["source", data["folder"] or source["hub"] or "none"],
+        ["features", ", ".join(data["features"]) or "none"],
+        ["parameters", number(data["parameters"]) + sparse],
+        ["weights", f"{size(data['weight_bytes'])} in {data['dtype']}"],
+        ["cache", f"{size(data['cache_bytes_per_token'])} per token"],
+        ["compute", f"{number(data['flops_per_token'])} operations per token"],
+        ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens"],
+        ["here", f"{size(memory['free_bytes'])} free: {room}"],
+    ]
+    if not memory["fits"] and memory["largest_context"]:
+        facts.append(["", f"the longest context that fits here now is {memory['largest_context']} tokens"])
+    click.echo(columns(facts, heading=False))
+    for row in data["layers"]:
+        click.echo(f"\nlayers {row['layers']}")
+        click.echo(columns([[f"  {name}", text] for name, text in row.items() if name != "layers"], heading=False))
+    for title in ("files", "prompt"):
+        if title in data:
+            rows = [[str(v) for v in row.values()] for row in data[title]]
+            click.echo("\n" + columns([[name.upper() for name in data[title][0]], *rows]))

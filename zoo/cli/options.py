@@ -1,0 +1,82 @@
+"""Flags that several commands share, and what they become."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from zoo.registry.errors import RequestError
+
+Decorated = Callable[..., Any]
+
+_LOAD = [
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, mps, or auto."),
+    click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto."),
+    click.option("--weights", default="auto", show_default=True, help="A folder or file, `random`, or auto."),
+    click.option("--max-context", type=int, help="Tokens of prompt and answer together. [default: the card's]"),
+    click.option("--max-batch-size", type=int, help="Sequences that may run together."),
+    click.option("--devices", type=int, help="Number of devices to spread the model over."),
+    click.option("--quantize", help="Weight format to convert to while loading."),
+    click.option("--adapter", "adapters", multiple=True, help="Adapter file or folder; may be repeated."),
+    click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a card's field."),
+]
+
+_SAMPLE = [
+    click.option("--max-tokens", type=int, help="Stop after so many new tokens."),
+    click.option("--temperature", type=float, help="0 takes the likeliest token; higher is more varied."),
+    click.option("--top-p", type=float, help="Sample within this probability mass."),
+    click.option("--top-k", type=int, help="Sample among the k likeliest tokens."),
+    click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one."),
+    click.option("--seed", type=int, help="Same seed, same answer."),
+    click.option("--stop", multiple=True, help="Stop before this text; may be repeated."),
+]
+
+SAMPLE_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+LOAD_NAMES = ("device", "dtype", "weights", "max_context", "max_batch_size", "devices", "quantize", "adapters")
+
+
+def load_options(command: Decorated) -> Decorated:
+    """Add the flags of `zoo.load`."""
+    return _with(_LOAD, command)
+
+
+def sample_options(command: Decorated) -> Decorated:
+    """Add the flags of SamplingParams."""
+    return _with(_SAMPLE, command)
+
+
+def _with(options: list[Callable[[Decorated], Decorated]], command: Decorated) -> Decorated:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def load_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `zoo.load` from the command's flags."""
+    return {**{name: flags[name] for name in LOAD_NAMES}, "overrides": parse_overrides(flags["overrides"])}
+
+
+def sample_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """Sampling options that were given; those left out keep the engine's defaults."""
+    given = {name: flags[name] for name in SAMPLE_NAMES if flags[name] not in (None, ())}
+    return {**given, "stop": [*given["stop"]]} if "stop" in given else given
+
+
+def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any] | None:
+    """`--set a.b=3` pairs as dotted fields and values; a value is JSON where it parses, else text."""
+    overrides: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise RequestError(
+                "an override needs a field and a value",
+                where="--set",
+                found=repr(pair),
+                expected="FIELD=VALUE, such as model.layers.0.mixer.window=1024",
+            )
+        try:
+            overrides[name] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[name] = text
+    return overrides or None

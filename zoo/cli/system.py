@@ -1,0 +1,73 @@
+"""zoo plugins and doctor: what is installed here."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def plugins(as_json: bool) -> None:
+    """Show the plugins, what they provide, and those that failed."""
+    from zoo.cli.console import columns, emit
+    from zoo.registry.manager import manager
+
+    rows = manager().plugins()
+    if as_json:
+        emit([{"name": p.name, "version": p.version, "status": p.status, "provides": [*p.provides]} for p in rows])
+        return
+    table = [[p.name, p.version or "-", p.status, ", ".join(p.provides) or "-"] for p in rows]
+    click.echo(columns([["NAME", "VERSION", "STATUS", "PROVIDES"], *table]))
+
+
+@click.command()
+def doctor() -> None:
+    """Show what this machine and installation have, what is missing, and what that costs."""
+    from zoo.cli.console import columns, size
+    from zoo.machine import free_memory, total_memory
+
+    facts = [
+        ["zoo", importlib.metadata.version("zoo-inference")],
+        ["python", f"{platform.python_version()} at {sys.executable}"],
+        ["system", f"{platform.platform()}, {os.cpu_count()} processors"],
+        ["memory", f"{size(free_memory())} free of {size(total_memory())}"],
+        ["disk", f"{size(shutil.disk_usage(_cache()).free)} free for {_cache()}"],
+        *_torch(),
+        *([name, _optional(name, cost)] for name, cost in _OPTIONAL.items()),
+    ]
+    click.echo(columns(facts, heading=False))
+
+
+_OPTIONAL = {"xformers": "attention on a GPU runs through torch's own kernels"}
+
+
+def _optional(name: str, cost: str) -> str:
+    found = importlib.util.find_spec(name) is not None
+    return importlib.metadata.version(name) if found else f"not installed: {cost}"
+
+
+def _torch() -> list[list[str]]:
+    import torch
+
+    devices = [
+        f"cuda:{i} {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+        for i in range(torch.cuda.device_count())
+    ]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return [
+        ["torch", f"{torch.__version__}, {torch.get_num_threads()} threads, CPU kernels {cpu}"],
+        ["devices", "; ".join(devices) or "no GPU: the model runs on the CPU"],
+    ]
+
+
+def _cache() -> Path:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    return next(folder for folder in (home, *home.parents) if folder.exists())

@@ -1,0 +1,116 @@
+"""Where a model runs and in which number format: what the machine really has, said in one line."""
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from zoo.machine import free_memory
+from zoo.registry.errors import CapacityError, RequestError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A device, a dtype, and the sentence that says why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    note: str
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def choose(device: str, dtype: str, card_dtype: str) -> Placement:
+    """The placement for `--device` and `--dtype`; "auto" picks the best that the machine has.
+
+    Raises RequestError for an unknown or absent device or dtype, naming what there is.
+    """
+    chosen = _device(device)
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise RequestError(
+                "unknown dtype", where="dtype", found=repr(dtype), expected=f"auto or one of {', '.join(DTYPES)}"
+            )
+        _refuse_missing(chosen, DTYPES[dtype])
+        return Placement(chosen, DTYPES[dtype], f"{chosen}, {dtype} as asked")
+    best = _best_dtype(chosen, card_dtype)
+    name = str(best).removeprefix("torch.")
+    why = "" if name == card_dtype else f" (the weights are {card_dtype}, which this device does not compute well)"
+    return Placement(chosen, best, f"{chosen}, {name}{why}")
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device, before the operating system would have to swap."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory()
+
+
+def check_fits(need: dict[str, int], device: torch.device, hint: str) -> None:
+    """Raise CapacityError when the named byte counts together exceed what the device has free."""
+    have, total = memory_free(device), sum(need.values())
+    if total > have:
+        parts = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in need.items())
+        raise CapacityError(
+            "the model does not fit in memory",
+            where=str(device),
+            found=f"{have / 2**30:.1f} GiB free",
+            expected=f"{total / 2**30:.1f} GiB ({parts})",
+            hint=hint,
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    known = ["auto", "cpu", "cuda", "cuda:N", "mps"]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(
+            "unknown device",
+            where="device",
+            found=repr(name),
+            expected=f"one of {', '.join(known)}",
+            hint=nearest(name, known),
+        ) from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise RequestError(
+            "the device is not there",
+            where="device",
+            found=f"{name!r} with {count.get(device.type, 0)} {device.type} device(s) on this machine",
+            expected="a device that this installation of torch sees",
+            hint="`zoo doctor` lists what was found; `--device cpu` always works",
+        )
+    return device
+
+
+def _best_dtype(device: torch.device, card_dtype: str) -> torch.dtype:
+    if card_dtype == "float16" and device.type == "cpu":
+        return torch.float32
+    if card_dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return DTYPES.get(card_dtype, torch.bfloat16)
+
+
+def _refuse_missing(device: torch.device, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise RequestError(
+            "this GPU does not compute in bfloat16",
+            where="dtype",
+            found=torch.cuda.get_device_name(device),
+            expected="compute capability 8.0 or later",
+            hint="use --dtype float16 or --dtype auto",
+        )
+
+
+def describe(device: torch.device) -> str:
+    """The device's name for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

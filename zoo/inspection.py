@@ -1,0 +1,116 @@
+"""What a model costs, from its card alone: parameters, bytes, cache, operations. Imports no torch, reads no weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.machine import free_memory, total_memory
+from zoo.registry.card import Card
+from zoo.registry.resolve import Plan
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Room for one chunk's activations, the interpreter and torch itself, beside weights and cache.
+OVERHEAD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A card's arithmetic. `dtype` is the format that the byte figures assume.
+
+    folder: where the weights lie on this machine, or None when they would have to be fetched.
+    owners: who provides the card and each component kind, as "slot kind" -> owner.
+    """
+
+    card: Card
+    plan: Plan
+    dtype: str
+    folder: Path | None
+    owners: dict[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters in all."""
+        return sum(p.numel for p in self.plan.model.all_parameters().values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses, embeddings counted whole: of a mixture, the chosen experts only."""
+        return round(sum(p.numel * (p.active if p.product else 1) for p in self.plan.model.all_parameters().values()))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in `dtype`."""
+        size = BYTES[self.dtype]
+        return sum(p.numel * (4 if p.dtype == "float32" else size) for p in self.plan.model.all_parameters().values())
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that each further token adds to the cache while no window is full."""
+        return self.cache_bytes(2) - self.cache_bytes(1)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of cache that one sequence of `tokens` tokens holds."""
+        assert isinstance(self.plan.model, DecoderSpec)
+        return BYTES[self.dtype] * sum(state.elements(tokens) for state in self.plan.model.states() if state)
+
+    def flops_per_token(self, context: int = 0) -> float:
+        """Floating-point operations for one token that sees `context` earlier ones."""
+        return sum(spec.flops(context) for _, spec in self.plan.model.walk())
+
+    def memory(self, context: int) -> int:
+        """Bytes needed to run one sequence of `context` tokens: weights, cache and working space."""
+        return self.weight_bytes + self.cache_bytes(context) + OVERHEAD_BYTES
+
+    def fits(self, context: int) -> bool:
+        """Whether this machine's main memory has room now for one sequence of `context` tokens."""
+        return self.memory(context) <= free_memory()
+
+    def largest_context(self) -> int:
+        """The longest sequence, up to the card's context length, that fits this machine's memory now; 0 if none."""
+        low, high = 0, self.card.context_length
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits(middle) else (low, middle - 1)
+        return low
+
+    def layers(self) -> list[dict[str, Any]]:
+        """The layer table: equal layers in one row, wherever they stand."""
+        rows: dict[tuple[Any, ...], list[str]] = {}
+        for row in self.plan.table():
+            rows.setdefault((("block", row.block), *row.parts.items()), []).append(row.layers)
+        return [{"layers": ", ".join(places), **dict(parts)} for parts, places in rows.items()]
+
+    def to_dict(self, context: int | None = None) -> dict[str, Any]:
+        """Everything above as plain data; `context` (tokens) defaults to the card's context length."""
+        length = context or self.card.context_length
+        card = self.card
+        return {
+            "name": card.name,
+            "family": card.family,
+            "summary": card.summary,
+            "license": card.license,
+            "released": card.released.isoformat() if card.released else None,
+            "context_length": card.context_length,
+            "source": card.source.model_dump(),
+            "folder": str(self.folder) if self.folder else None,
+            "features": [*card.text.features],
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+            "weight_bytes": self.weight_bytes,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "flops_per_token": self.flops_per_token(0),
+            "memory": {
+                "context": length,
+                "cache_bytes": self.cache_bytes(length),
+                "total_bytes": self.memory(length),
+                "free_bytes": free_memory(),
+                "machine_bytes": total_memory(),
+                "fits": self.fits(length),
+                "largest_context": self.largest_context(),
+            },
+            "layers": self.layers(),
+            "owners": self.owners,
+        }

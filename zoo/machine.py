@@ -1,0 +1,37 @@
+"""Facts of this machine that need no torch."""
+
+import os
+from pathlib import Path
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can be taken without swapping, within this process's control group."""
+    free = _system_free()
+    limit = _read_number(Path("/sys/fs/cgroup/memory.max"))
+    used = _read_number(Path("/sys/fs/cgroup/memory.current"))
+    if limit is not None and used is not None:
+        free = min(free, limit - used)
+    return max(free, 0)
+
+
+def total_memory() -> int:
+    """Bytes of main memory in the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _system_free() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # macOS has no figure for memory that could be reclaimed: half of the memory is a cautious stand-in.
+    return total_memory() // 2
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

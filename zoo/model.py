@@ -1,0 +1,238 @@
+"""A loaded model: prompts in, completions out. Everything heavy is done by its tokenizer and its engine."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+from zoo.components.decoder.model import Decoder
+from zoo.device import Placement
+from zoo.engine.engine import Engine
+from zoo.engine.request import Chunk, Completion, Request, SamplingParams
+from zoo.registry.card import Card
+from zoo.registry.errors import RequestError, TextError
+from zoo.registry.resolve import Plan
+from zoo.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: weights as stored, the cache in use, at its highest and allowed."""
+
+    weights: int
+    cache_used: int
+    cache_peak: int
+    cache_budget: int
+
+
+class Model:
+    """What `zoo.load` returns. A context manager; `close()` gives its memory back.
+
+    card: the card that it was built from. plan: the resolved card. module: the PyTorch decoder.
+    tokenizer: None for a folder without one, which answers to token ids only.
+    placement: device and dtype. notes: what was chosen while loading, one sentence each.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        module: Decoder,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        placement: Placement,
+        folder: Path | None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.plan, self._module, self._engine = plan, module, engine
+        self._tokenizer, self.placement, self.folder = tokenizer, placement, folder
+        self.notes = [*notes]
+
+    # --- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def card(self) -> Card:
+        return self.plan.card
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
+
+    @property
+    def module(self) -> Decoder:
+        return self._module
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def memory(self) -> Memory:
+        return Memory(**self._engine.memory)
+
+    # --- what it does -------------------------------------------------------------------------------------------
+
+    def logits(self, tokens: Sequence[int], images: Sequence[Any] | None = None) -> Tensor:
+        """Logits (T, V) in float32 of one full prefill of `tokens`."""
+        self._refuse_images(images)
+        return self._engine.logits(tokens)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        raw: bool = False,
+        images: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """One Completion per prompt, in order; all prompts run together.
+
+        prompts: a text, a list of texts, lists of token ids, or lists of messages (`{"role": ..., "content": ...}`).
+        A text is sent as the card says, as a chat turn or as raw text; `raw=True` forces raw.
+        options: fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs,
+        ignore_eos, ...); an unknown one raises RequestError.
+        """
+        self._refuse_images(images)
+        params = SamplingParams.from_options(options)
+        return self._engine.generate([self._request(p, params, raw) for p in _separate(prompts)])
+
+    def stream(
+        self, prompt: Prompt, *, raw: bool = False, images: Sequence[Any] | None = None, **options: Any
+    ) -> Iterator[Chunk]:
+        """Chunks of one answer as they are made; closing the iterator cancels the request. Options as `generate`."""
+        self._refuse_images(images)
+        request = self._request(prompt, SamplingParams.from_options(options), raw)
+        return self._engine.stream(request)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        images: Sequence[Any] | None = None,
+        continue_final: bool = False,
+        **options: Any,
+    ) -> Completion:
+        """The answer to a conversation. `continue_final`: go on from the last message, an assistant's beginning."""
+        self._refuse_images(images)
+        return self._engine.generate([self.chat_request(messages, tools, continue_final=continue_final, **options)])[0]
+
+    def stream_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> Iterator[Chunk]:
+        """As `chat`, in chunks."""
+        return self._engine.stream(self.chat_request(messages, tools, **options))
+
+    def chat_request(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        continue_final: bool = False,
+        **options: Any,
+    ) -> Request:
+        """The engine's request for a conversation."""
+        prompt = self._text().render(messages, tools=tools, continue_final=continue_final)
+        return Request(prompt.ids, SamplingParams.from_options(options), self._tokenizer)
+
+    def fill(self, prefix: str, suffix: str, **options: Any) -> Completion:
+        """The text between `prefix` and `suffix`; RequestError when the card does not list the feature `fim`."""
+        if "fim" not in self.card.text.features:
+            raise RequestError(
+                "this model was not trained to fill in the middle",
+                where=self.card.name,
+                found=f"features {', '.join(self.card.text.features) or 'none'}",
+                expected="the feature fim, as codestral models have it",
+            )
+        ids = self._text().fill(prefix, suffix)
+        return self._engine.generate([Request(ids, SamplingParams.from_options(options), self._tokenizer)])[0]
+
+    def score(self, text: str | Sequence[int]) -> list[float]:
+        """Natural log-probability of every token after the first, each given all before it.
+
+        A text is encoded raw with its beginning-of-sequence token, so each of its own tokens is scored.
+        """
+        ids = self.encode(text) if isinstance(text, str) else [*text]
+        logprobs_TV = torch.log_softmax(self.logits(ids)[:-1], dim=-1)
+        following = torch.tensor(ids[1:], device=logprobs_TV.device)
+        return cast("list[float]", logprobs_TV.gather(1, following[:, None])[:, 0].tolist())
+
+    def embed(self, texts: str | Sequence[str]) -> Tensor:
+        """One unit vector per text, (N, D) float32 on the CPU: the mean of its tokens' final hidden states."""
+        several = [texts] if isinstance(texts, str) else texts
+        rows = [self._engine.hidden(self.encode(text)).float().mean(0) for text in several]
+        return torch.nn.functional.normalize(torch.stack(rows), dim=-1).cpu()
+
+    # --- prompts ------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """The raw text's token ids, beginning-of-sequence token first where the tokenizer has one."""
+        return self._text().encode(text)
+
+    def prompt_ids(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """The token ids that `generate` would send for this prompt."""
+        if isinstance(prompt, str):
+            if raw or "chat" not in self.card.text.features:
+                return self.encode(prompt)
+            return self._text().render([{"role": "user", "content": prompt}]).ids
+        if prompt and isinstance(prompt[0], Mapping):
+            return self._text().render(cast("Sequence[Message]", prompt)).ids
+        return [*cast("Sequence[int]", prompt)]
+
+    def _request(self, prompt: Prompt, params: SamplingParams, raw: bool) -> Request:
+        return Request(self.prompt_ids(prompt, raw=raw), params, self._tokenizer)
+
+    def _text(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise TextError(
+                "there is no tokenizer, so only token ids can be used",
+                where=str(self.folder or self.card.name),
+                expected="tekken.json, tokenizer.model.v* or tokenizer.json beside the weights",
+                hint="pass lists of token ids, or add the model's tokenizer file to the folder",
+            )
+        return self._tokenizer
+
+    def _refuse_images(self, images: Sequence[Any] | None) -> None:
+        if images:
+            raise RequestError(
+                "this model does not read images",
+                where=self.card.name,
+                found=f"{len(images)} image(s)",
+                expected="text or token ids",
+                hint="`zoo list` shows which cards have the feature vision",
+            )
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End running requests and free weights and cache. The model cannot be used afterwards."""
+        self._engine.close()
+        self._module.to("meta")
+        if self.placement.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Model({self.card.name}, {self.placement.device}, {self.placement.dtype_name})"
+
+
+def _separate(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many: a text, a list of ids and a list of messages are one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int | Mapping):
+        return [cast("Prompt", prompts)]
+    return [*cast("Sequence[Prompt]", prompts)]
