@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from zoo.registry.catalog import CARD_SUFFIXES, Catalog, Resource
 from zoo.registry.errors import CardError
 from zoo.registry.faults import card_error, spot
-from zoo.registry.manager import manager
+from zoo.registry.manager import BUILT_IN, log, manager
 from zoo.registry.node import Node, from_plain, merge, put, shown, undotted
 from zoo.registry.node import Path as Keys
 from zoo.registry.reader import read_card, scalar
@@ -122,8 +122,8 @@ class Card(_Part):
         """`file:line` of the value at `path`, or of the nearest value around it."""
         return self._node.deepest(path).where
 
-    def local_path(self) -> Path | None:
-        """`source.path` relative to the file that names it; None for a card without one."""
+    def weights_folder(self) -> Path | None:
+        """`source.path`, relative to the file that names it; None for a card without one."""
         if self.source.path is None:
             return None
         return Path(self._node.deepest(("source", "path")).file).parent / Path(self.source.path).expanduser()
@@ -171,6 +171,20 @@ def load_card(ref: str | Path, catalog: Catalog | None = None) -> Card:
     if resource.owner and card.name != resource.name:
         raise card.fault(("name",), "a card's name is its file's", found=repr(card.name), expected=repr(resource.name))
     return card
+
+
+def list_cards(catalog: Catalog | None = None) -> list[Card]:
+    """Every known card by name. A plugin's faulty card is left out with a warning; a built-in one raises."""
+    catalog = catalog or manager().catalog
+    cards = []
+    for name, resource in sorted(catalog.cards.items()):
+        try:
+            cards.append(load_card(name, catalog))
+        except CardError as error:
+            if resource.owner in BUILT_IN or manager().strict:
+                raise
+            log.warning("zoo: card %r of plugin %r is left out: %s", name, resource.owner, error)
+    return cards
 
 
 def find(ref: str | Path, catalog: Catalog, folder: Path | None = None, where: str | None = None) -> Resource:
@@ -223,7 +237,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that our reader, or a YAML 1.1 reader, would take for something else; dates stay bare."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
-        tag = super().resolve(kind, value, implicit)
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         if kind is not yaml.ScalarNode or not implicit[0]:
             return tag
         if tag == "tag:yaml.org,2002:timestamp":

@@ -35,10 +35,8 @@ def card_error(
     faults = error.errors(include_url=False)
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     loc = tuple(fault["loc"])
-    if loc and origins and loc[0] in origins:
-        place = (*origins[str(loc[0])], *loc[1:])
-    else:
-        place = (*path, *loc)
+    handed = origins and loc and origins.get(str(loc[0]))
+    place = (*handed, *loc[1:]) if handed else (*path, *loc)
     owner = _model_at(model, loc[:-1])
     if fault["type"] == "extra_forbidden" and owner is not None:
         return unknown_key(root.deepest(place[:-1]), place[:-1], str(loc[-1]), list(owner.model_fields))

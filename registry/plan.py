@@ -15,20 +15,6 @@ from zoo.registry.spec import Inherited, Spec
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """Neighbouring layers that are equal: `first` to `last`, and each of their parts in words."""
-
-    first: int
-    last: int
-    block: str
-    parts: dict[str, str]
-
-    @property
-    def layers(self) -> str:
-        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What a card means: the Spec of the model, of its tokenizer and of its chat format.
 
@@ -41,14 +27,27 @@ class Plan:
     chat: Spec | None = None
     entries: tuple[Entry, ...] = field(default=())
 
-    def table(self) -> list[Row]:
-        """The layers, equal neighbours in one row."""
-        rows: list[Row] = []
+    def table(self) -> list[dict[str, Any]]:
+        """The layers, equal neighbours in one row: `layers` ("0-31"), `count`, `block`, `components`, `parts`."""
+        rows: list[dict[str, Any]] = []
+        first = 0
         for block, count in runs(_layers(self.model)):
-            first = rows[-1].last + 1 if rows else 0
             parts = {name: phrase(child) for name, child in slots(block)}
-            rows.append(Row(first, first + count - 1, block.kind, parts))
+            rows.append(
+                {
+                    "layers": str(first) if count == 1 else f"{first}-{first + count - 1}",
+                    "count": count,
+                    "block": block.kind,
+                    "components": " + ".join(parts.values()),
+                    "parts": parts,
+                }
+            )
+            first += count
         return rows
+
+    def owners(self) -> dict[str, str]:
+        """Which plugin brought each component in use: "slot kind" -> owner."""
+        return {f"{entry.slot} {entry.kind}": entry.owner for entry in self.entries}
 
     def describe(self) -> dict[str, Any]:
         """All Specs as nested plain values, inherited sizes included; equal neighbours as one with `repeat`."""

@@ -40,7 +40,7 @@ class _Resolver:
 
 if yaml.__with_libyaml__:
 
-    class _Loader(_Resolver, yaml.cyaml.CParser):
+    class _Loader(_Resolver, yaml.cyaml.CParser):  # type: ignore[name-defined,misc]
         pass
 
 else:  # the same in Python, an order of magnitude slower

@@ -21,6 +21,8 @@ from zoo.registry.node import Node, Path, shown, unknown_key
 from zoo.registry.plan import Plan
 from zoo.registry.spec import Inherited, Slot, Spec
 
+__all__ = ["Plan", "resolve"]
+
 MODEL = Slot("model", default="decoder")
 MAX_LAYERS = 10_000
 
@@ -119,9 +121,9 @@ class _Resolver:
             )
         for name, info in cls.model_fields.items():
             slot = slots_of(cls).get(name)
-            if name in writable[1:] and name not in node.value and info.is_required():
-                if slot is None or slot.absent == "required":
-                    raise missing(cls, self.root, (*path, name))
+            needed = info.is_required() and (slot is None or slot.absent == "required")
+            if needed and name in writable[1:] and name not in node.value:
+                raise missing(cls, self.root, (*path, name))
 
     def plain(self, cls: type[Spec], node: Node, path: Path) -> dict[str, tuple[Any, Path]]:
         """Plain fields as written, or their defaults, with their place."""
