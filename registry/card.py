@@ -122,7 +122,7 @@ class Card(_Part):
         """`file:line` of the value at `path`, or of the nearest value around it."""
         return self._node.deepest(path).where
 
-    def weights_folder(self) -> Path | None:
+    def local_path(self) -> Path | None:
         """`source.path`, relative to the file that names it; None for a card without one."""
         if self.source.path is None:
             return None

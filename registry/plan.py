@@ -45,10 +45,6 @@ class Plan:
             first += count
         return rows
 
-    def owners(self) -> dict[str, str]:
-        """Which plugin brought each component in use: "slot kind" -> owner."""
-        return {f"{entry.slot} {entry.kind}": entry.owner for entry in self.entries}
-
     def describe(self) -> dict[str, Any]:
         """All Specs as nested plain values, inherited sizes included; equal neighbours as one with `repeat`."""
         parts = {"model": self.model, "tokenizer": self.tokenizer, "chat": self.chat}
