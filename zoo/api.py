@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.inspection import Inspection
-from zoo.registry.card import Card, load_card
+from zoo.registry.card import Card, list_cards, load_card
 from zoo.registry.errors import CardError, RequestError, TextError
 from zoo.registry.manager import manager
 from zoo.registry.resolve import Plan, resolve
@@ -26,7 +26,7 @@ DEFAULT_BATCH = 64
 
 def list() -> "builtins.list[Card]":
     """Every known card, built-in and from plugins, by name."""
-    return [load_card(name) for name in sorted(manager().catalog.cards)]
+    return list_cards()
 
 
 def inspect(ref: Ref, *, dtype: str = "auto", overrides: Mapping[str, Any] | None = None) -> Inspection:

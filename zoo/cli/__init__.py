@@ -54,7 +54,7 @@ class Commands(click.Group):
     def _from_plugins() -> dict[str, str]:
         from zoo.registry.manager import manager
 
-        return manager().commands()
+        return {name: command.path for name, command in manager().commands().items()}
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
