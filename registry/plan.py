@@ -15,6 +15,20 @@ from zoo.registry.spec import Inherited, Spec
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """Neighbouring layers that are equal: `first` to `last`, and each of their parts in words."""
+
+    first: int
+    last: int
+    block: str
+    parts: dict[str, str]
+
+    @property
+    def layers(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a card means: the Spec of the model, of its tokenizer and of its chat format.
 
@@ -27,22 +41,13 @@ class Plan:
     chat: Spec | None = None
     entries: tuple[Entry, ...] = field(default=())
 
-    def table(self) -> list[dict[str, Any]]:
-        """The layers, equal neighbours in one row: `layers` ("0-31"), `count`, `block`, `components`, `parts`."""
-        rows: list[dict[str, Any]] = []
-        first = 0
+    def table(self) -> list[Row]:
+        """The layers, equal neighbours in one row."""
+        rows: list[Row] = []
         for block, count in runs(_layers(self.model)):
+            first = rows[-1].last + 1 if rows else 0
             parts = {name: phrase(child) for name, child in slots(block)}
-            rows.append(
-                {
-                    "layers": str(first) if count == 1 else f"{first}-{first + count - 1}",
-                    "count": count,
-                    "block": block.kind,
-                    "components": " + ".join(parts.values()),
-                    "parts": parts,
-                }
-            )
-            first += count
+            rows.append(Row(first, first + count - 1, block.kind, parts))
         return rows
 
     def describe(self) -> dict[str, Any]:
