@@ -41,7 +41,7 @@ docs: $(VENV)/installed-tests
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/installed-tests
-	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+	$(BIN)/python tests/benchmarks/against_transformers.py $(ARGS)
 
 constraints: $(VENV)/installed-tests
 	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
