@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= How many experts does mixtral-8x7b have?
+PROMPT ?= How many experts does Mixtral 8x7B have?
 ARGS ?=
 
 BIN := $(VENV)/bin
