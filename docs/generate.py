@@ -5,6 +5,7 @@ python docs/generate.py --check    # exit status 1 and a list when one of them d
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,11 +138,7 @@ def _name(annotation: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _cli_page() -> str:

@@ -1,6 +1,6 @@
 """zoo beside transformers' `generate`, in one process and by turns, on a random checkpoint of Mistral's shape.
 
-    python tests/benchmarks/against_transformers.py            # 1.1 B parameters, bfloat16, about ten minutes on 2 cores
+    python tests/benchmarks/against_transformers.py   # 1.1 B parameters, bfloat16, some ten minutes on 2 cores
     python tests/benchmarks/against_transformers.py --dim 256 --layers 2 --vocab 512   # a quick try
 
 Both read the same files. Each figure is the median of the repeats, taken in turns (zoo, transformers, zoo, ...) so that
