@@ -106,7 +106,7 @@ class _Resolver:
     def check_keys(self, cls: type[Spec], node: Node, path: Path) -> None:
         writable = [
             "kind",
-            *(name for name, info in cls.model_fields.items() if not _inherits(info) and name != "kind"),
+            *(name for name, info in cls.model_fields.items() if not inherits(info) and name != "kind"),
         ]
         for key in node.value:
             if key in writable:
@@ -135,13 +135,13 @@ class _Resolver:
                 (*path, name),
             )
             for name, info in cls.model_fields.items()
-            if name != "kind" and name not in slots_of(cls) and not _inherits(info)
+            if name != "kind" and name not in slots_of(cls) and not inherits(info)
         }
 
     def inherited(self, cls: type[Spec], path: Path, scope: Scope) -> dict[str, tuple[Any, Path]]:
         found = {}
         for name, info in cls.model_fields.items():
-            if not _inherits(info):
+            if not inherits(info):
                 continue
             if name in scope.values:
                 found[name] = scope.values[name]
@@ -167,7 +167,7 @@ class _Resolver:
         if child.value is None:
             return True, None
         inner = scope.bound(slot)
-        if _is_list(cls.model_fields[name]):
+        if is_list(cls.model_fields[name]):
             return True, self.items(slot, child, place, inner)
         return True, self.component(slot, child, place, inner)
 
@@ -224,11 +224,13 @@ def slots_of(cls: type[Spec]) -> dict[str, Slot]:
     return found
 
 
-def _inherits(info: FieldInfo) -> bool:
+def inherits(info: FieldInfo) -> bool:
+    """Whether a field is taken from the enclosing node."""
     return any(isinstance(mark, Inherited) for mark in info.metadata)
 
 
-def _is_list(info: FieldInfo) -> bool:
+def is_list(info: FieldInfo) -> bool:
+    """Whether a slot's field holds a list of components."""
     return getattr(info.annotation, "__origin__", None) is tuple
 
 
