@@ -11,7 +11,7 @@ from zoo.registry.spec import Inherited, StateSpec
 class FullCacheSpec(StateSpec):
     """Keys and values of every token."""
 
-    module: ClassVar[str] = "zoo.components.cache.policy:Full"
+    module: ClassVar[str] = "zoo.components.cache.kv:KVStore"
 
     kind: Literal["full"] = "full"
     num_kv_heads: Annotated[Count, Inherited()] = Field(description="Key and value heads.")
@@ -24,7 +24,7 @@ class FullCacheSpec(StateSpec):
 class WindowCacheSpec(StateSpec):
     """Keys and values of the last `window` tokens, in a ring: constant memory once it is full."""
 
-    module: ClassVar[str] = "zoo.components.cache.policy:Window"
+    module: ClassVar[str] = "zoo.components.cache.kv:KVStore"
 
     kind: Literal["window"] = "window"
     num_kv_heads: Annotated[Count, Inherited()] = Field(description="Key and value heads.")

@@ -1,0 +1,52 @@
+"""Grouped-query attention; multi-head and multi-query attention are cases of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components.attention.spec import AttentionSpec, QueryScaling
+from zoo.components.build import make
+from zoo.components.linear import Linear
+from zoo.components.step import KVState, Step
+
+
+class Attention(nn.Module):
+    """Projects to queries, keys and values in one product, turns them, attends, projects back."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        self.qkv = Linear(spec.dim, sum(self.heads) * spec.head_dim, bias=spec.qkv_bias)
+        self.o = Linear(spec.num_heads * spec.head_dim, spec.dim, bias=spec.o_bias)
+        self.q_norm = None if spec.qk_norm is None else make(spec.qk_norm)
+        self.k_norm = None if spec.qk_norm is None else make(spec.qk_norm)
+        self.rope = None if spec.rope is None else make(spec.rope)
+
+    def forward(self, x_TD: Tensor, step: Step, state: KVState) -> Tensor:
+        """(T, D) to (T, D); appends this step's keys and values to `state`."""
+        spec = self.spec
+        qkv_TNd = self.qkv(x_TD).view(len(x_TD), sum(self.heads), spec.head_dim)
+        qk_TNd, v_TGd = qkv_TNd.split((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THd, k_TGd = qk_TNd.split(self.heads[:2], dim=1)
+            qk_TNd = torch.cat((self.q_norm(q_THd), self.k_norm(k_TGd)), dim=1)
+        if self.rope is not None:
+            qk_TNd = self.rope(qk_TNd, step)
+        q_THd, k_TGd = qk_TNd.split(self.heads[:2], dim=1)
+        if spec.query_scaling is not None:
+            q_THd = (q_THd * _query_scale(spec.query_scaling, step)).to(x_TD.dtype)
+        o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=spec.head_dim**-0.5, window=spec.window)
+        o_TD: Tensor = self.o(o_THd.flatten(1))
+        return o_TD
+
+
+def _query_scale(scaling: QueryScaling, step: Step) -> Tensor:
+    """1 + beta ln(1 + floor(position / original_context)) of every row, (T, 1, 1) float32."""
+
+    def make_scale() -> Tensor:
+        passed_T = torch.floor(step.positions_T / scaling.original_context)
+        return (1 + scaling.beta * torch.log1p(passed_T)).view(-1, 1, 1)
+
+    return step.once(("query_scaling", scaling), make_scale)

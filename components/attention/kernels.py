@@ -1,0 +1,126 @@
+"""Causal attention of one sequence's new rows over its keys: one dispatch, every kernel behind it.
+
+The last T of the S keys belong to the T rows themselves; `past` = S - T keys stand before them. Row t sees keys
+0 .. past + t, with a window w only the last w of these.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.registry.errors import ZooError, nearest
+
+Memo = dict[Hashable, Any]
+Kernel = Callable[[Tensor, Tensor, Tensor, float, int, int | None, Memo], Tensor]
+
+
+def attention(
+    q_THd: Tensor,
+    k_GSd: Tensor,
+    v_GSd: Tensor,
+    *,
+    scale: float,
+    past: int,
+    window: int | None,
+    memo: Memo | None = None,
+) -> Tensor:
+    """(T, H, d) of queries over (G, S, d) keys and values; H is a multiple of G and S = past + T.
+
+    `memo` keeps masks between the layers of a step. ZOO_ATTENTION forces a kernel; raises ZooError for a name
+    that is none.
+    """
+    if window is not None:
+        k_GSd, v_GSd, past = _trimmed(k_GSd, v_GSd, past, window)
+        if len(q_THd) > window:
+            return _in_blocks(q_THd, k_GSd, v_GSd, scale, past, window)
+    seen_by_all = window is None or past + len(q_THd) <= window
+    return _kernel()(q_THd, k_GSd, v_GSd, scale, past, None if seen_by_all else window, {} if memo is None else memo)
+
+
+def _trimmed(k_GSd: Tensor, v_GSd: Tensor, past: int, window: int) -> tuple[Tensor, Tensor, int]:
+    """Without the keys that even the first row does not see."""
+    unseen = past - window + 1
+    return (k_GSd, v_GSd, past) if unseen <= 0 else (k_GSd[:, unseen:], v_GSd[:, unseen:], past - unseen)
+
+
+def _in_blocks(q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, scale: float, past: int, window: int) -> Tensor:
+    """Window by window: a block of rows needs its own keys and one window before them."""
+    blocks, memo = [], Memo()
+    for start in range(0, len(q_THd), window):
+        q_block = q_THd[start : start + window]
+        end = past + start + len(q_block)
+        blocks.append(
+            attention(q_block, k_GSd[:, :end], v_GSd[:, :end], scale=scale, past=past + start, window=window, memo=memo)
+        )
+    return torch.cat(blocks)
+
+
+def reference(
+    q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, scale: float, past: int, window: int | None, memo: Memo
+) -> Tensor:
+    """The formula in float32."""
+    rows, groups = len(q_THd), len(k_GSd)
+    q_GRTd = q_THd.float().view(rows, groups, -1, q_THd.shape[-1]).permute(1, 2, 0, 3)
+    scores_GRTS = q_GRTd @ k_GSd.float().unsqueeze(1).transpose(-1, -2) * scale
+    scores_GRTS = scores_GRTS.masked_fill(~visible(rows, past, window, q_THd.device), float("-inf"))
+    o_GRTd = scores_GRTS.softmax(-1) @ v_GSd.float().unsqueeze(1)
+    return o_GRTd.permute(2, 0, 1, 3).reshape(q_THd.shape).to(q_THd.dtype)
+
+
+def sdpa(
+    q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, scale: float, past: int, window: int | None, memo: Memo
+) -> Tensor:
+    """PyTorch's fused attention. A single row is sent as one row per query head of its group: no mask, one read."""
+    rows, heads, width = q_THd.shape
+    k_1GSd, v_1GSd = k_GSd.unsqueeze(0), v_GSd.unsqueeze(0)
+    if rows == 1:
+        q_1GRd = q_THd.view(1, len(k_GSd), -1, width)
+        return F.scaled_dot_product_attention(q_1GRd, k_1GSd, v_1GSd, scale=scale).view(1, heads, width)
+    q_1HTd = q_THd.transpose(0, 1).unsqueeze(0)
+    causal = past == 0 and window is None
+    mask = None if causal else _mask(q_THd, past, window, memo)
+    o_1HTd = F.scaled_dot_product_attention(
+        q_1HTd, k_1GSd, v_1GSd, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != len(k_GSd)
+    )
+    return o_1HTd[0].transpose(0, 1)
+
+
+def visible(rows: int, past: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of the keys each row sees, (T, S) bool."""
+    ones_TS = torch.ones(rows, past + rows, dtype=torch.bool, device=device)
+    seen_TS = ones_TS.tril(past)
+    return seen_TS if window is None else seen_TS.triu(past - window + 1)
+
+
+def _mask(q_THd: Tensor, past: int, window: int | None, memo: Memo) -> Tensor:
+    """`visible` as an addend in q's dtype."""
+    key = ("mask", len(q_THd), past, window)
+    if key not in memo:
+        seen_TS = visible(len(q_THd), past, window, q_THd.device)
+        memo[key] = torch.zeros(seen_TS.shape, dtype=q_THd.dtype, device=q_THd.device).masked_fill_(
+            ~seen_TS, float("-inf")
+        )
+    mask: Tensor = memo[key]
+    return mask
+
+
+KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa}
+
+
+def _kernel() -> Kernel:
+    name = os.environ.get("ZOO_ATTENTION", "sdpa")
+    if name not in KERNELS:
+        raise ZooError(
+            "unknown attention kernel",
+            where="ZOO_ATTENTION",
+            found=repr(name),
+            expected=" or ".join(repr(known) for known in KERNELS),
+            hint=nearest(name, KERNELS),
+        )
+    return KERNELS[name]

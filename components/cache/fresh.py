@@ -1,0 +1,28 @@
+"""States that keep nothing: every sequence is whole within the step. For training and for one-off logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zoo.components.attention.kernels import Memo, attention
+
+
+class FreshKV:
+    """Attention over the rows of the step alone; gradients flow through it."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = list(rows)
+        self.memo: Memo = {}
+
+    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """Causal attention within each sequence, (T, H, d)."""
+        parts = zip(q_THd.split(self.rows), k_TGd.split(self.rows), v_TGd.split(self.rows), strict=True)
+        return torch.cat(
+            [
+                attention(q, k.transpose(0, 1), v.transpose(0, 1), scale=scale, past=0, window=window, memo=self.memo)
+                for q, k, v in parts
+            ]
+        )

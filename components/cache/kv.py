@@ -1,0 +1,172 @@
+"""Keys and values of attention layers: a policy (all tokens, or a ring of the last ones) over a storage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zoo.components.attention.kernels import Memo, attention
+from zoo.components.cache.fresh import FreshKV
+from zoo.components.cache.pages import Pages
+from zoo.components.cache.slab import Slabs
+from zoo.components.cache.spec import FullCacheSpec, WindowCacheSpec
+
+
+class Storage(Protocol):
+    """Where slots live. Slots of a sequence are numbered from 0; a policy says which position uses which."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that sequences hold now."""
+        ...
+
+    def cost(self, slots: int) -> int:
+        """Bytes of a sequence with room for `slots` slots."""
+        ...
+
+    def grow(self, seq: int, slots: int) -> None:
+        """Makes room for `slots` slots in all."""
+        ...
+
+    def free(self, seq: int) -> None:
+        """Gives the room back."""
+        ...
+
+    def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
+        """Fills the slots from `start` on."""
+        ...
+
+    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
+        """Keys and values of a range of slots, (G, S, d) each."""
+        ...
+
+
+class KVStore:
+    """Keys and values of all sequences for a group of attention layers."""
+
+    def __init__(
+        self,
+        spec: FullCacheSpec | WindowCacheSpec,
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        storage: str,
+        budget_bytes: int | None,
+    ) -> None:
+        self.num_layers = num_layers
+        self.ring = spec.slots if isinstance(spec, WindowCacheSpec) else None
+        if storage == "auto":
+            storage = "slab" if device.type == "cpu" else "pages"
+        kinds: dict[str, type[Slabs] | type[Pages]] = {"slab": Slabs, "pages": Pages}
+        shape = (num_layers, spec.num_kv_heads, spec.head_dim)
+        self.storage: Storage = kinds[storage](shape, dtype, device, budget_bytes, self.ring)
+
+    @staticmethod
+    def fresh(rows: Sequence[int]) -> FreshKV:
+        """The state of a layer in a step of whole sequences."""
+        return FreshKV(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that sequences hold now."""
+        return self.storage.nbytes
+
+    def cost(self, tokens: int) -> int:
+        """Bytes that a sequence of `tokens` tokens holds, over all layers, as allocated."""
+        return self.storage.cost(self._slots(tokens))
+
+    def grow(self, seq: int, tokens: int) -> None:
+        """Makes room for `tokens` tokens of a sequence in all. Raises CapacityError beyond the budget."""
+        self.storage.grow(seq, self._slots(tokens))
+
+    def free(self, seq: int) -> None:
+        """Gives a sequence's memory back."""
+        self.storage.free(seq)
+
+    def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[KVView]:
+        """One state per layer for a step of `rows` new tokens after `past` cached ones each."""
+        plan = StepPlan(list(seqs), list(rows), list(past))
+        return [KVView(self.storage, layer, self.ring, plan) for layer in range(self.num_layers)]
+
+    def _slots(self, tokens: int) -> int:
+        return tokens if self.ring is None else min(tokens, self.ring)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which sequences a step works on, and what its layers share."""
+
+    seqs: list[int]
+    rows: list[int]
+    past: list[int]
+    memo: Memo = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KVView:
+    """One layer's keys and values in one step."""
+
+    storage: Storage
+    layer: int
+    ring: int | None
+    plan: StepPlan
+
+    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """Appends the step's keys and values, then attends causally within each sequence, (T, H, d)."""
+        plan = self.plan
+        if len(plan.seqs) == 1:
+            return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, scale, window)
+        parts = zip(q_THd.split(plan.rows), k_TGd.split(plan.rows), v_TGd.split(plan.rows), strict=True)
+        return torch.cat(
+            [
+                self._attend_one(seq, past, q, k, v, scale, window)
+                for seq, past, (q, k, v) in zip(plan.seqs, plan.past, parts, strict=True)
+            ]
+        )
+
+    def _attend_one(
+        self, seq: int, past: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        rows, memo = len(q_THd), self.plan.memo
+        if self.ring is not None and past + rows > self.ring:
+            k_GSd, v_GSd, seen = self._turn(self.ring, seq, past, k_TGd, v_TGd)
+        else:
+            self.storage.write(self.layer, seq, past, k_TGd, v_TGd, memo)
+            k_GSd, v_GSd = self.storage.read(self.layer, seq, 0, past + rows, memo)
+            seen = past
+        return attention(q_THd, k_GSd, v_GSd, scale=scale, past=seen, window=window, memo=memo)
+
+    def _turn(self, ring: int, seq: int, past: int, k_TGd: Tensor, v_TGd: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Keys, values and how many come before the rows, when new tokens take the slots of old ones.
+
+        A ring of 4 with 6 tokens cached holds positions 4 5 2 3. One new token, 6, takes the slot of 2, and sees
+        the whole ring in any order. Three new ones, 6 7 8, need 3 4 5 before them: these are read in order before
+        their slots are taken, and then 5 6 7 8 remain.
+        """
+        rows, memo = len(k_TGd), self.plan.memo
+        if rows == 1:
+            self.storage.write(self.layer, seq, past % ring, k_TGd, v_TGd, memo)
+            return (*self.storage.read(self.layer, seq, 0, ring, memo), ring - 1)
+        first = max(0, past - ring + 1)
+        old = [self.storage.read(self.layer, seq, a, b, memo) for a, b in _spans(first, past, ring)]
+        k_GSd = torch.cat([k for k, _ in old] + [k_TGd.transpose(0, 1)], dim=1)
+        v_GSd = torch.cat([v for _, v in old] + [v_TGd.transpose(0, 1)], dim=1)
+        kept = min(rows, ring)
+        done = rows - kept
+        for start, stop in _spans(past + rows - kept, past + rows, ring):
+            count = stop - start
+            self.storage.write(self.layer, seq, start, k_TGd[done : done + count], v_TGd[done : done + count], memo)
+            done += count
+        return k_GSd, v_GSd, past - first
+
+
+def _spans(start: int, stop: int, ring: int) -> list[tuple[int, int]]:
+    """The ranges of slots of positions start .. stop - 1, in the order of positions; at most a ring's length."""
+    if start == stop:
+        return []
+    first, last = start % ring, (stop - 1) % ring
+    return [(first, last + 1)] if first <= last else [(first, ring), (0, last + 1)]

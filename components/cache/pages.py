@@ -1,0 +1,98 @@
+"""A pool of pages that sequences share: what a GPU reads, and what wastes least among many sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.components.attention.kernels import Memo
+from zoo.registry.errors import CapacityError
+
+PAGE = 16
+"""Slots of a page."""
+
+
+class Pages:
+    """Slots in a pool (layers, pages, 2, page, G, d); each sequence has a table of its pages in order."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        budget_bytes: int | None,
+        limit: int | None,
+    ) -> None:
+        """shape: layers, key and value heads, head size. limit: slots that no sequence exceeds (a ring's size)."""
+        self.layers, self.heads, self.width = shape
+        self.dtype, self.device = dtype, device
+        self.page_bytes = 2 * self.layers * PAGE * self.heads * self.width * dtype.itemsize
+        self.budget_bytes = budget_bytes
+        count = 0 if budget_bytes is None else budget_bytes // self.page_bytes
+        self._pool = self._empty(count)
+        self._unused = list(range(count))
+        self._tables: dict[int, list[int]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages that sequences hold."""
+        return self.page_bytes * sum(len(table) for table in self._tables.values())
+
+    def cost(self, slots: int) -> int:
+        """Bytes of a sequence with room for `slots` slots: whole pages."""
+        return self.page_bytes * -(-slots // PAGE)
+
+    def grow(self, seq: int, slots: int) -> None:
+        """Makes room for `slots` slots in all. Raises CapacityError when a budget leaves too few pages."""
+        table = self._tables.get(seq, [])
+        needed = -(-slots // PAGE) - len(table)
+        if needed <= 0:
+            return
+        if needed > len(self._unused):
+            self._enlarge(needed - len(self._unused))
+        self._tables[seq] = table + [self._unused.pop() for _ in range(needed)]
+
+    def free(self, seq: int) -> None:
+        """Gives the pages back to the pool."""
+        self._unused.extend(self._tables.pop(seq))
+
+    def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
+        """Fills the slots from `start` on."""
+        pages_T, offsets_T = self._places(seq, start, start + len(k_TGd), memo)
+        pool = self._pool[layer]
+        pool[:, 0][pages_T, offsets_T] = k_TGd
+        pool[:, 1][pages_T, offsets_T] = v_TGd
+
+    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
+        """Keys and values of a range of slots, (G, S, d) each, gathered."""
+        pages_S, offsets_S = self._places(seq, start, stop, memo)
+        pool = self._pool[layer]
+        k_SGd, v_SGd = pool[:, 0][pages_S, offsets_S], pool[:, 1][pages_S, offsets_S]
+        return k_SGd.transpose(0, 1), v_SGd.transpose(0, 1)
+
+    def _places(self, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
+        """Page and offset of each slot of a range, made once per step."""
+        key = ("places", seq, start, stop)
+        if key not in memo:
+            table_P = torch.tensor(self._tables[seq], device=self.device)
+            slots_S = torch.arange(start, stop, device=self.device)
+            memo[key] = (table_P[slots_S // PAGE], slots_S % PAGE)
+        places: tuple[Tensor, Tensor] = memo[key]
+        return places
+
+    def _empty(self, pages: int) -> Tensor:
+        shape = (self.layers, pages, 2, PAGE, self.heads, self.width)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _enlarge(self, missing: int) -> None:
+        """More pages where no budget is set: half as many again, or what is missing."""
+        count = self._pool.shape[1]
+        if self.budget_bytes is not None:
+            raise CapacityError(
+                "the cache is full",
+                found=f"{missing} pages of {self.page_bytes} bytes more than there are",
+                expected=f"at most {self.budget_bytes} bytes",
+            )
+        added = max(missing, count // 2)
+        self._pool = torch.cat((self._pool, self._empty(added)), dim=1)
+        self._unused.extend(range(count, count + added))

@@ -1,0 +1,79 @@
+"""One growable piece of memory per sequence and layer, heads outermost: what a CPU reads fastest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.components.attention.kernels import Memo
+from zoo.registry.errors import CapacityError
+
+STEP = 256
+"""Slots by which a slab grows."""
+
+
+class Slabs:
+    """Slots of every sequence as (2, G, slots, d) per layer: keys, then values."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        budget_bytes: int | None,
+        limit: int | None,
+    ) -> None:
+        """shape: layers, key and value heads, head size. limit: slots that no sequence exceeds."""
+        self.layers, self.heads, self.width = shape
+        self.dtype, self.device = dtype, device
+        self.budget_bytes, self.limit = budget_bytes, limit
+        self.nbytes = 0
+        self._slabs: dict[int, list[Tensor]] = {}
+
+    def cost(self, slots: int) -> int:
+        """Bytes of a sequence with room for `slots` slots: whole steps, at most `limit`."""
+        return 2 * self.layers * self.heads * self.width * self.dtype.itemsize * self._rounded(slots)
+
+    def grow(self, seq: int, slots: int) -> None:
+        """Makes room for `slots` slots in all. Raises CapacityError beyond the budget."""
+        old = self._slabs.get(seq, [])
+        held = old[0].shape[2] if old else 0
+        rounded = self._rounded(slots)
+        if rounded <= held:
+            return
+        extra = self.cost(rounded) - self.cost(held)
+        if self.budget_bytes is not None and self.nbytes + extra > self.budget_bytes:
+            raise CapacityError(
+                "the cache is full",
+                found=f"{self.nbytes + extra} bytes for {slots} tokens of one more sequence",
+                expected=f"at most {self.budget_bytes} bytes",
+            )
+        slabs = self._slabs.setdefault(seq, [])
+        for layer in range(self.layers):
+            slab = torch.empty(2, self.heads, rounded, self.width, dtype=self.dtype, device=self.device)
+            if held:
+                slab[:, :, :held] = slabs[layer]
+                slabs[layer] = slab
+            else:
+                slabs.append(slab)
+        self.nbytes += extra
+
+    def free(self, seq: int) -> None:
+        """Gives the room back."""
+        slabs = self._slabs.pop(seq)
+        self.nbytes -= self.cost(slabs[0].shape[2])
+
+    def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
+        """Fills the slots from `start` on."""
+        k_GSd, v_GSd = self._slabs[seq][layer].narrow(2, start, len(k_TGd)).unbind()
+        k_GSd.copy_(k_TGd.transpose(0, 1))
+        v_GSd.copy_(v_TGd.transpose(0, 1))
+
+    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
+        """Keys and values of a range of slots, (G, S, d) each, without a copy."""
+        k_GSd, v_GSd = self._slabs[seq][layer].narrow(2, start, stop - start).unbind()
+        return k_GSd, v_GSd
+
+    def _rounded(self, slots: int) -> int:
+        rounded = -(-slots // STEP) * STEP
+        return rounded if self.limit is None else min(rounded, self.limit)

@@ -1,0 +1,71 @@
+"""What holds the state of all sequences between steps, for a group of layers with equal state Specs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from zoo.components.build import load
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.components.step import Step
+from zoo.registry.spec import StateSpec
+
+
+class Store(Protocol):
+    """The state of every sequence for one group of layers. A Spec of the cache slot names its class.
+
+    The class is called with (spec, num_layers, dtype, device, storage, budget_bytes), and has a static method
+    `fresh(rows)` for the state of a layer in a step that starts and ends with whole sequences.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that sequences hold now."""
+        ...
+
+    def cost(self, tokens: int) -> int:
+        """Bytes that a sequence of `tokens` tokens holds, over all layers of the group, as allocated."""
+        ...
+
+    def grow(self, seq: int, tokens: int) -> None:
+        """Makes room for `tokens` tokens of a sequence in all, new or known. Raises CapacityError."""
+        ...
+
+    def free(self, seq: int) -> None:
+        """Gives a sequence's memory back."""
+        ...
+
+    def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
+        """One state per layer of the group for a step of `rows` new tokens after `past` cached ones each."""
+        ...
+
+
+def make_store(
+    spec: StateSpec,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    storage: str = "auto",
+    budget_bytes: int | None = None,
+) -> Store:
+    """The store that a state Spec asks for.
+
+    storage: "slab", one growable piece per sequence and layer; "pages", a pool that sequences share; "auto" takes
+    slabs on the CPU and pages elsewhere. budget_bytes: never hold more; None sets no limit.
+    """
+    store: Store = load(spec.module)(spec, num_layers, dtype, torch.device(device), storage, budget_bytes)
+    return store
+
+
+def fresh_states(spec: DecoderSpec, rows: Sequence[int]) -> list[Any]:
+    """One state per layer for a step of whole sequences with `rows` tokens each; nothing is kept after it."""
+    kinds = {state: load(state.module).fresh(rows) for state in spec.states() if state is not None}
+    return [None if state is None else kinds[state] for state in spec.states()]
+
+
+def fresh_step(spec: DecoderSpec, rows: Sequence[int], device: str | torch.device = "cpu") -> Step:
+    """The step of whole sequences with `rows` tokens each, packed one after the other."""
+    positions_T = torch.cat([torch.arange(count, device=device) for count in rows])
+    return Step(positions_T, list(rows), [0] * len(rows), fresh_states(spec, rows))

@@ -1,0 +1,53 @@
+"""The skeleton of every language model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components.build import make
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.components.linear import Linear, product
+from zoo.components.step import Step
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm, head."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = Embedding(spec.vocab_size, spec.dim)
+        self.layers = nn.ModuleList(make(layer) for layer in spec.layers)
+        self.norm = make(spec.norm)
+        self.head = None if spec.tied_embeddings else Linear(spec.dim, spec.vocab_size)
+
+    def forward(self, tokens_T: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
+        """Float32 logits (R, V) of the given rows of the step (int64), of all rows when None."""
+        x_TD = self.hidden(tokens_T, step)
+        return self.logits(x_TD if rows is None else x_TD[rows])
+
+    def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
+        """The normalised output of the last block, (T, D)."""
+        x_TD = self.embed(tokens_T)
+        for layer, state in zip(self.layers, step.states, strict=True):
+            x_TD = layer(x_TD, step, state)
+        normed_TD: Tensor = self.norm(x_TD)
+        return normed_TD
+
+    def logits(self, x_RD: Tensor) -> Tensor:
+        """Float32 logits (R, V) of normalised rows."""
+        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        return product(x_RD, weight_VD).float()
+
+
+class Embedding(nn.Module):
+    """A table of one vector per token id."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """(T,) to (T, D)."""
+        return nn.functional.embedding(tokens_T, self.weight)

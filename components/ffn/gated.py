@@ -1,0 +1,40 @@
+"""Gated feed-forward: SwiGLU and its kin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.components.ffn.spec import Activation, GatedSpec
+from zoo.components.linear import Linear
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Gated(nn.Module):
+    """down(activation(gate(x)) * up(x)), with gate and up in one product."""
+
+    def __init__(self, spec: GatedSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.gate_up = Linear(spec.dim, 2 * spec.hidden_dim)
+        self.down = Linear(spec.hidden_dim, spec.dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) to (T, D)."""
+        down: Tensor = self.down(gate(self.gate_up(x_TD), self.spec.activation))
+        return down
+
+
+def gate(gate_up_T2F: Tensor, activation: Activation) -> Tensor:
+    """activation(first half) * second half, (T, 2 F) to (T, F)."""
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+    active_TF = ACTIVATIONS[activation](gate_TF)
+    return active_TF * up_TF if torch.is_grad_enabled() else active_TF.mul_(up_TF)

@@ -1,0 +1,92 @@
+"""Mixture of gated experts, computed expert by expert on grouped tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.components.build import make
+from zoo.components.ffn.gated import gate
+from zoo.components.ffn.spec import MoESpec
+from zoo.components.linear import packed, product
+
+
+class MoE(nn.Module):
+    """sum_k weight_k expert_k(x) over the experts that the router chooses for each token."""
+
+    def __init__(self, spec: MoESpec) -> None:
+        super().__init__()
+        self.spec = spec
+        hidden = spec.gated.hidden_dim
+        self.experts_gate_up = nn.Parameter(torch.empty(spec.num_experts, 2 * hidden, spec.dim))
+        self.experts_down = nn.Parameter(torch.empty(spec.num_experts, spec.dim, hidden))
+        self.router = make(spec.router)
+        self.packed: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) to (T, D)."""
+        weights_TK, experts_TK = self.router(x_TD)
+        if x_TD.device.type == "cpu":
+            return self._by_expert(x_TD, weights_TK, experts_TK)
+        return self._grouped(x_TD, weights_TK, experts_TK)
+
+    def pack(self) -> None:
+        """Stores each expert in oneDNN's layout, for inference on this machine only.
+
+        The parameters keep their names and shapes, without memory behind them.
+        """
+        self.packed = [
+            (packed(gate_up), packed(down))
+            for gate_up, down in zip(self.experts_gate_up.detach(), self.experts_down.detach(), strict=True)
+        ]
+        self.experts_gate_up = nn.Parameter(self.experts_gate_up.detach().to("meta"), requires_grad=False)
+        self.experts_down = nn.Parameter(self.experts_down.detach().to("meta"), requires_grad=False)
+
+    def _expert(self, index: int, x_TD: Tensor) -> Tensor:
+        gate_up, down = self.packed[index] if self.packed else (self.experts_gate_up[index], self.experts_down[index])
+        return product(gate(product(x_TD, gate_up), self.spec.gated.activation), down)
+
+    def _by_expert(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """One product per chosen expert. Choices are host integers, which costs nothing on the CPU."""
+        order_N, tokens_N = _sorted(experts_TK)
+        counts = torch.bincount(experts_TK.flatten(), minlength=self.spec.num_experts).tolist()
+        x_ND, weights_N1 = x_TD[tokens_N], weights_TK.flatten()[order_N].unsqueeze(1)
+        groups = [self._expert(e, rows) for e, rows in enumerate(x_ND.split(counts)) if len(rows)]
+        return _combined(x_TD, torch.cat(groups), weights_N1, tokens_N)
+
+    def _grouped(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """All experts in one grouped product; group borders stay on the device."""
+        order_N, tokens_N = _sorted(experts_TK)
+        counts_E = torch.zeros(self.spec.num_experts, dtype=torch.int32, device=x_TD.device)
+        counts_E.index_add_(0, experts_TK.flatten(), torch.ones_like(tokens_N, dtype=torch.int32))
+        ends_E = counts_E.cumsum(0, dtype=torch.int32)
+        hidden_NF = gate(
+            F.grouped_mm(x_TD[tokens_N], self.experts_gate_up.transpose(1, 2), offs=ends_E),
+            self.spec.gated.activation,
+        )
+        y_ND = F.grouped_mm(hidden_NF, self.experts_down.transpose(1, 2), offs=ends_E)
+        return _combined(x_TD, y_ND, weights_TK.flatten()[order_N].unsqueeze(1), tokens_N)
+
+
+def moe_reference(moe: MoE, x_TD: Tensor) -> Tensor:
+    """Every expert on every token, weighted with what the router gives it, else with zero."""
+    weights_TK, experts_TK = moe.router(x_TD)
+    total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for e in range(moe.spec.num_experts):
+        share_T1 = (weights_TK * (experts_TK == e)).sum(-1, keepdim=True)
+        hidden_TF = gate(F.linear(x_TD, moe.experts_gate_up[e]), moe.spec.gated.activation)
+        total_TD = total_TD + share_T1 * F.linear(hidden_TF, moe.experts_down[e])
+    return total_TD.to(x_TD.dtype)
+
+
+def _sorted(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The (token, choice) pairs ordered by expert: their places in the flat (T K) list, and their tokens."""
+    order_N = experts_TK.flatten().argsort(stable=True)
+    return order_N, order_N // experts_TK.shape[1]
+
+
+def _combined(x_TD: Tensor, y_ND: Tensor, weights_N1: Tensor, tokens_N: Tensor) -> Tensor:
+    """Each token's weighted sum, in float32."""
+    total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    return total_TD.index_add(0, tokens_N, y_ND * weights_N1).to(x_TD.dtype)

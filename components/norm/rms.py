@@ -1,0 +1,29 @@
+"""Root-mean-square norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.components.norm.spec import RMSSpec
+
+
+class RMS(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times the weight."""
+
+    def __init__(self, spec: RMSSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.dim))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Normalises the last axis of (..., D)."""
+        return F.rms_norm(x_TD, (self.spec.dim,), self.weight, self.spec.eps)
+
+
+def rms_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The formula, step by step."""
+    x_float = x_TD.float()
+    scaled = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
+    return scaled.to(x_TD.dtype) * weight_D

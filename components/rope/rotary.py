@@ -1,0 +1,43 @@
+"""Rotary position embeddings in the half layout: lanes i and i + r / 2 turn together (r: rotary_dim)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components.build import load
+from zoo.components.rope.spec import RopeSpec
+from zoo.components.step import Step
+
+Angles = tuple[Tensor, Tensor]
+"""cos and signed sin of every row, (T, 1, r) float32 each; sin is negative in the first half."""
+
+
+class Rope(nn.Module):
+    """Turns queries and keys by their positions. The angles are computed once per step for all equal Specs."""
+
+    def __init__(self, spec: RopeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x_THd: Tensor, step: Step) -> Tensor:
+        """Turns the first r lanes of every head; the result has x's dtype, the arithmetic is float32."""
+        angles = step.once(("rope", self.spec), lambda: rope_angles(self.spec, step.positions_T))
+        return rotate(x_THd, angles)
+
+
+def rope_angles(spec: RopeSpec, positions_T: Tensor) -> Angles:
+    """cos and signed sin of position x frequency, times the kind's factor."""
+    frequencies, factor = load(spec.frequencies)(spec)
+    angles_Tr = torch.outer(positions_T.float(), frequencies.to(positions_T.device))
+    cos, sin = angles_Tr.cos() * factor, angles_Tr.sin() * factor
+    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+
+
+def rotate(x_THd: Tensor, angles: Angles) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of the first r lanes."""
+    cos, sin = angles
+    lanes = cos.shape[-1]
+    turning = x_THd if lanes == x_THd.shape[-1] else x_THd[..., :lanes]
+    turned = torch.addcmul(turning * cos, turning.roll(lanes // 2, -1), sin).to(x_THd.dtype)
+    return turned if turning is x_THd else torch.cat((turned, x_THd[..., lanes:]), -1)
