@@ -59,6 +59,18 @@ def logits(model: Transformer, prompts: Sequence[Sequence[int]], *, chunk: int |
     return [torch.cat(row) for row in rows]
 
 
+@torch.inference_mode()
+def greedy(model: Transformer, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """The likeliest continuation, token by token through their cache."""
+    cache = _empty_cache(model, 1, len(prompt) + max_tokens)
+    tokens: list[int] = []
+    piece = list(prompt)
+    for _ in range(max_tokens):
+        piece = [int(model(torch.tensor(piece), seqlens=[len(piece)], cache=cache)[-1].argmax())]
+        tokens += piece
+    return tokens
+
+
 def _empty_cache(model: Transformer, sequences: int, tokens: int) -> BufferCache:
     args = model.args
     cache = BufferCache(args.n_layers, sequences, tokens, args.n_kv_heads, args.head_dim, args.sliding_window)
@@ -68,7 +80,9 @@ def _empty_cache(model: Transformer, sequences: int, tokens: int) -> BufferCache
     return cache
 
 
-def write_folder(folder: Path, *, experts: int | None = None, seed: int = 0, **changes: Any) -> Path:
+def write_folder(
+    folder: Path, *, experts: int | None = None, pickled: bool = False, seed: int = 0, **changes: Any
+) -> Path:
     """A small random checkpoint in Mistral's native form; `changes` go into `params.json`."""
     params = {"dim": 24, "n_layers": 2, "head_dim": 16, "hidden_dim": 40, "n_heads": 4, "n_kv_heads": 2}
     params |= {"norm_eps": 1e-5, "vocab_size": 97, "rope_theta": 1e4, **changes}
@@ -80,5 +94,8 @@ def write_folder(folder: Path, *, experts: int | None = None, seed: int = 0, **c
     weights = {name: 0.3 * torch.randn(p.shape, generator=draw) for name, p in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
-    save_file(weights, folder / "consolidated.safetensors")
+    if pickled:
+        torch.save(weights, folder / "consolidated.00.pth")
+    else:
+        save_file(weights, folder / "consolidated.safetensors")
     return folder
