@@ -28,7 +28,10 @@ def _date(value: Any) -> date:
         return value
     if not (isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value)):
         raise PydanticCustomError("date", "Input should be a day as YYYY-MM-DD")
-    return date.fromisoformat(value)
+    try:
+        return date.fromisoformat(value)
+    except ValueError:
+        raise PydanticCustomError("date", "Input should be a day of the calendar") from None
 
 
 def _name(value: Any) -> str:

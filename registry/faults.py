@@ -97,6 +97,7 @@ def _details(fault: Any) -> dict[str, Any]:
     if isinstance(value, Spec):
         return {"found": f"kind {value.kind!r}", "expected": f"a kind of {fault['ctx']['class_name']}"}
     expected = _EXPECTED.get(fault["type"]) or str(fault["msg"]).removeprefix("Input should be ")
+    expected = f"a value {expected}" if expected.startswith(("greater", "less")) else expected
     if fault["type"] != "literal_error" or not isinstance(value, str):
         return {"found": shown(value), "expected": expected}
     choices = [choice.strip("'") for choice in expected.replace(" or ", ", ").split(", ")]

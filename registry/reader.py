@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 import yaml
@@ -20,8 +21,8 @@ MAX_NODES = 20_000
 MAX_DEPTH = 50
 
 _PLAIN, _TEXT, _MAP, _LIST = "plain", "text", "map", "list"
-_INTEGER = re.compile(r"[-+]?[0-9]{1,20}")
-_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]{1,3})?")
+_INTEGER = re.compile(r"[-+]?[0-9]{1,300}")
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
@@ -38,21 +39,19 @@ class _Resolver:
         return _MAP if kind is yaml.MappingNode else _LIST
 
 
+class PythonLoader(_Resolver, yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer):
+    """The parser for machines without libyaml, an order of magnitude slower."""
+
+    def __init__(self, text: str) -> None:
+        yaml.reader.Reader.__init__(self, text)
+        yaml.scanner.Scanner.__init__(self)
+        yaml.parser.Parser.__init__(self)
+        yaml.composer.Composer.__init__(self)
+
+
+_Loader: type[Any] = PythonLoader
 if yaml.__with_libyaml__:
-
-    class _Loader(_Resolver, yaml.cyaml.CParser):  # type: ignore[name-defined,misc]
-        pass
-
-else:  # the same in Python, an order of magnitude slower
-
-    class _Loader(  # type: ignore[no-redef]
-        _Resolver, yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer
-    ):
-        def __init__(self, text: str) -> None:
-            yaml.reader.Reader.__init__(self, text)
-            yaml.scanner.Scanner.__init__(self)
-            yaml.parser.Parser.__init__(self)
-            yaml.composer.Composer.__init__(self)
+    _Loader = type("_Loader", (_Resolver, yaml.cyaml.CParser), {})  # type: ignore[attr-defined]
 
 
 def read_card(data: bytes, file: str) -> Node:
@@ -81,12 +80,11 @@ def decode(data: bytes, file: str) -> str:
 
 def read(text: str, file: str) -> Node:
     """Any YAML text as a Node tree; an empty text gives a Node of None."""
-    loader = _Loader(text)
     try:
-        root = loader.get_single_node()
+        root = _Loader(text).get_single_node()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise CardError("not valid YAML", where=f"{file}:{line}", found=f"the character {error.character!r}") from None
+        raise CardError("not valid YAML", where=f"{file}:{line}", found=_character(error)) from None
     except yaml.MarkedYAMLError as error:
         raise _syntax(error, text, file) from None
     except RecursionError:
@@ -99,17 +97,23 @@ def parse_value(text: str) -> Any:
     return read(text, "value").plain()
 
 
+def _character(error: yaml.reader.ReaderError) -> str:
+    code = error.character if isinstance(error.character, int) else ord(error.character)
+    return f"the control character U+{code:04X}"
+
+
 def _syntax(error: yaml.MarkedYAMLError, text: str, file: str) -> CardError:
-    mark = error.problem_mark or error.context_mark
-    line = mark.line if mark else 0
-    lines = text.splitlines()
-    source = lines[line] if line < len(lines) else ""
+    lines = [*text.splitlines(), ""]
+    marks = [min(mark.line, len(lines) - 1) for mark in (error.problem_mark, error.context_mark) if mark]
+    line = next((line for line in marks if lines[line].strip()), 0)
+    source = lines[line]
     if "\t" in source[: len(source) - len(source.lstrip())]:
         return CardError(
             "a tab stands in the indentation", where=f"{file}:{line + 1}", expected="spaces", hint="YAML forbids tabs"
         )
-    problem = (error.problem or error.context or "syntax error").removeprefix("found ")
-    return CardError(f"not valid YAML: {problem}", where=f"{file}:{line + 1}", found=repr(source.strip()[:60]))
+    problem = (error.problem or "syntax error").removeprefix("but ").removeprefix("found ")
+    context = f" ({error.context})" if error.context else ""
+    return CardError(f"not valid YAML: {problem}{context}", where=f"{file}:{line + 1}", found=repr(source.strip()[:60]))
 
 
 class _Converter:
@@ -176,6 +180,6 @@ def scalar(text: str) -> Any:
         return _WORDS[text.lower()]
     if _INTEGER.fullmatch(text):
         return int(text)
-    if _NUMBER.fullmatch(text):
+    if _NUMBER.fullmatch(text) and isfinite(float(text)):
         return float(text)
     return text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
@@ -63,8 +63,8 @@ class _Resolver:
             return None
         return self.component(slot, node, path, scope)
 
-    def component(self, slot: Slot, node: Node, path: Path, scope: Scope) -> Spec:
-        """The Spec of the component that `node` names for `slot`."""
+    def component(self, slot: Slot, node: Node, path: Path, scope: Scope, beside: tuple[str, ...] = ()) -> Spec:
+        """The Spec of the component that `node` names for `slot`. beside: keys that were taken off the node."""
         if isinstance(node.value, str):
             node = replace(node, value={"kind": node})
         if not node.is_map:
@@ -72,7 +72,9 @@ class _Resolver:
             raise CardError("wrong value", where=spot(self.root, path), found=shown(node.value), expected=expected)
         entry = self.catalog.find(slot.name, self.kind(slot, node, path, scope), spot(self.root, (*path, "kind")))
         self.used[entry.slot, entry.kind] = entry
-        return self.fill(self.catalog.spec(entry), entry.kind, node, path, scope)
+        cls = self.catalog.spec(entry)
+        self.check_keys(cls, node, path, beside)
+        return self.fill(cls, entry.kind, node, path, scope)
 
     def kind(self, slot: Slot, node: Node, path: Path, scope: Scope) -> str:
         written = node.child("kind")
@@ -88,7 +90,6 @@ class _Resolver:
 
     def fill(self, cls: type[Spec], kind: str, node: Node, path: Path, scope: Scope) -> Spec:
         """A complete Spec: plain fields from the node, inherited ones from the scope, slots by recursion."""
-        self.check_keys(cls, node, path)
         own, handed = self.plain(cls, node, path), self.inherited(cls, path, scope)
         nodes = {name: (node.value[name], (*path, name)) for name in slots_of(cls) if name in node.value}
         inner = Scope({**scope.values, **handed, **own}, {**scope.nodes, **nodes})
@@ -103,7 +104,7 @@ class _Resolver:
             lambda: cls.model_validate(values, strict=True), cls, self.root, path, origins
         )
 
-    def check_keys(self, cls: type[Spec], node: Node, path: Path) -> None:
+    def check_keys(self, cls: type[Spec], node: Node, path: Path, beside: tuple[str, ...]) -> None:
         writable = [
             "kind",
             *(name for name, info in cls.model_fields.items() if not inherits(info) and name != "kind"),
@@ -112,7 +113,7 @@ class _Resolver:
             if key in writable:
                 continue
             if key not in cls.model_fields:
-                raise unknown_key(node, path, key, writable)
+                raise unknown_key(node, path, key, [*beside, *writable])
             raise CardError(
                 f"the key {key!r} is taken from the enclosing node and may not be written here",
                 where=spot(self.root, (*path, key)),
@@ -164,7 +165,7 @@ class _Resolver:
             if cls.model_fields[name].is_required():
                 raise missing(cls, self.root, place)
             return False, None
-        if child.value is None:
+        if child.value is None and nullable(cls.model_fields[name]):
             return True, None
         inner = scope.bound(slot)
         if is_list(cls.model_fields[name]):
@@ -190,7 +191,9 @@ class _Resolver:
         count = self.repeat(run, path)
         rest = {key: value for key, value in run.value.items() if key != "repeat"} if run.is_map else {}
         if "pattern" not in rest:
-            blocks: tuple[Spec, ...] = (self.component(slot, replace(run, value=rest or run.value), path, scope),)
+            blocks: tuple[Spec, ...] = (
+                self.component(slot, replace(run, value=rest or run.value), path, scope, ("repeat", "pattern")),
+            )
         elif len(rest) > 1:
             other = next(key for key in rest if key != "pattern")
             where = spot(self.root, (*path, other))
@@ -227,6 +230,11 @@ def slots_of(cls: type[Spec]) -> dict[str, Slot]:
 def inherits(info: FieldInfo) -> bool:
     """Whether a field is taken from the enclosing node."""
     return any(isinstance(mark, Inherited) for mark in info.metadata)
+
+
+def nullable(info: FieldInfo) -> bool:
+    """Whether a slot's field may be null."""
+    return type(None) in get_args(info.annotation)
 
 
 def is_list(info: FieldInfo) -> bool:

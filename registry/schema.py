@@ -12,7 +12,7 @@ from zoo.registry.card import NAME, Card
 from zoo.registry.catalog import Catalog, Entry, one_line
 from zoo.registry.errors import PluginError
 from zoo.registry.manager import log, manager
-from zoo.registry.resolve import MODEL, inherits, is_list, slots_of
+from zoo.registry.resolve import MODEL, inherits, is_list, nullable, slots_of
 from zoo.registry.spec import Slot, Spec
 
 REPEAT = {"type": "integer", "minimum": 1, "description": "How often the run stands in the list."}
@@ -88,7 +88,7 @@ class _Writer:
         if slot is None:
             return raw
         if not is_list(info):
-            return self.node(slot, raw, nullable=type(None) in getattr(info.annotation, "__args__", ()))
+            return self.node(slot, raw, nullable=nullable(info))
         if not slot.runs:
             return {"type": "array", "items": self.node(slot, {}), **_described(raw)}
         self.run_slots.add(slot.name)
