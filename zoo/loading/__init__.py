@@ -1,0 +1,16 @@
+"""Weights: from files, here or on the hub, to tensors in a module. Tables of names are registered like a plugin's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from zoo.registry.hooks import hookimpl
+
+
+@hookimpl
+def register_layouts(register: Callable[[Traversable], None]) -> None:
+    """One table for each way of naming a model's tensors."""
+    for name in ("mistral", "huggingface", "zoo"):
+        register(files("zoo.loading") / f"{name}.yaml")
