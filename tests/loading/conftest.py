@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,13 @@ from safetensors.torch import save_file
 
 from zoo.registry.card import Card
 from zoo.registry.resolve import Plan, resolve
+
+_spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+assert _spec is not None
+assert _spec.loader is not None
+hub_server = sys.modules["hub_server"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hub_server)
+hub, weights = hub_server.hub, hub_server.weights
 
 SIZES = {"dim": 64, "vocab_size": 509, "norm": {"kind": "rms", "eps": 1.0e-5}}
 MIXER = {"kind": "attention", "num_heads": 4, "num_kv_heads": 1, "head_dim": 24, "rope": {"theta": 1.0e4}}
