@@ -78,11 +78,17 @@ def test_parameters_are_exactly_the_published_ones(name: str) -> None:
 def test_card_says_what_it_is(file: Path) -> None:
     card = load_card(file.stem)
     assert card.name == file.stem
-    assert card.family == file.parent.name
     assert re.fullmatch(r"[A-Z].{20,120}\.", card.summary)
     assert card.license in LICENSES
-    assert card.released is not None
     assert ("chat" in card.text.features) == (card.text.chat != "none")
+
+
+def test_published_checkpoints_have_their_day_and_place() -> None:
+    for card in mistral():
+        assert card.family == "mistral"
+        assert card.released is not None
+        assert card.released.year in (2023, 2024, 2025)
+        assert re.fullmatch(r"mistral(ai|-community)/[\w.-]+", card.source.hub or ""), card.name
 
 
 def test_no_two_cards_have_one_summary_or_one_repository() -> None:
