@@ -1,18 +1,19 @@
-"""Products of few rows with a large matrix: the work of decoding.
+"""Matrix products, and the layouts of weights that make them fast.
 
-A CPU reads a matrix in PyTorch's row-major layout at about half of the memory's speed. oneDNN's own blocked
-layout reaches all of it, so `pack` stores weights that way once they are loaded (same size, same results). The
-layout is a property of the weight: `product` asks it, and callers never know.
+A CPU reads a large matrix in PyTorch's row-major layout at about half of the memory's speed. oneDNN's own blocked
+layout can reach all of it, so `pack_weights` stores weights that way once they are loaded (same size, same
+results). The layout is a property of the weight: `product` asks it, and callers never know.
 """
 
 from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PACKED_SIZE = 1 << 19
-"""Elements from which a packed product beats its own call overhead of ten microseconds."""
+from zoo.components.tuning import LARGE, packed, packed_product, packing_pays, row_product
 
 
 class Linear(nn.Module):
@@ -28,40 +29,44 @@ class Linear(nn.Module):
         return product(x_TI, self.weight, self.bias)
 
     def pack(self) -> None:
-        """Stores the weight in oneDNN's layout, for inference on this machine only."""
-        self.weight = nn.Parameter(packed(self.weight.detach()), requires_grad=False)
+        """Stores the weight in oneDNN's layout if that is worth it; name, shape and dtype stay."""
+        if can_pack(self.weight):
+            self.weight = nn.Parameter(packed(self.weight.detach()), requires_grad=False)
 
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b of (T, in) rows, by the way that suits the weight's layout and the number of rows."""
     if weight_OI.is_mkldnn:
-        packed_product = torch.ops.mkldnn._linear_pointwise.default
-        result: Tensor = packed_product(x_TI, weight_OI, bias_O, "none", [], "")
-        return result
-    if len(x_TI) == 1 and weight_OI.dtype is torch.bfloat16 and weight_OI.device.type == "cpu":
-        return _single_row(x_TI, weight_OI, bias_O)
+        return packed_product(x_TI, weight_OI, bias_O)
+    if len(x_TI) == 1 and _is_large(weight_OI) and not torch.is_grad_enabled():
+        return row_product()(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
 
 
+@runtime_checkable
+class Packable(Protocol):
+    """A module that can store its own weights in oneDNN's layout."""
+
+    def pack(self) -> None:
+        """Packs what is worth it."""
+        ...
+
+
+def pack_weights(module: nn.Module) -> None:
+    """Stores the large bfloat16 weights of a loaded model in the layout that this CPU reads fastest.
+
+    Inference only: gradients and `state_dict` need the plain layout (`weight.to_dense()` gives it back). Weights
+    are packed one by one, so that memory never holds more than one twice. Does nothing where it would not help.
+    """
+    for child in module.modules():
+        if isinstance(child, Packable):
+            child.pack()
+
+
 def can_pack(weight: Tensor) -> bool:
-    """Whether this build and this CPU have oneDNN's bfloat16 products, and `weight` is worth packing."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype is torch.bfloat16
-        and weight.numel() >= PACKED_SIZE
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    """Whether `weight` is worth packing on this machine."""
+    return _is_large(weight) and not weight.is_mkldnn and packing_pays()
 
 
-def packed(weight_OI: Tensor) -> Tensor:
-    """A copy in oneDNN's layout: opaque, same shape and size; `to_dense()` gives the original back."""
-    result: Tensor = torch.ops.mkldnn._reorder_linear_weight.default(weight_OI, 1)
-    return result
-
-
-def _single_row(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Two equal rows instead of one: oneDNN's product of several rows reads the weight a third faster."""
-    if torch.is_grad_enabled() or weight_OI.numel() < PACKED_SIZE:
-        return F.linear(x_1I, weight_OI, bias_O)
-    return F.linear(x_1I.expand(2, -1), weight_OI, bias_O)[:1]
+def _is_large(weight: Tensor) -> bool:
+    return weight.dtype is torch.bfloat16 and weight.numel() >= LARGE and weight.device.type == "cpu"

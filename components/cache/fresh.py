@@ -19,7 +19,9 @@ class FreshKV:
 
     def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, scale: float, window: int | None) -> Tensor:
         """Causal attention within each sequence, (T, H, d)."""
-        parts = zip(q_THd.split(self.rows), k_TGd.split(self.rows), v_TGd.split(self.rows), strict=True)
+        parts = zip(
+            torch.split(q_THd, self.rows), torch.split(k_TGd, self.rows), torch.split(v_TGd, self.rows), strict=True
+        )
         return torch.cat(
             [
                 attention(q, k.transpose(0, 1), v.transpose(0, 1), scale=scale, past=0, window=window, memo=self.memo)

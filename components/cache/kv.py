@@ -120,7 +120,9 @@ class KVView:
         plan = self.plan
         if len(plan.seqs) == 1:
             return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, scale, window)
-        parts = zip(q_THd.split(plan.rows), k_TGd.split(plan.rows), v_TGd.split(plan.rows), strict=True)
+        parts = zip(
+            torch.split(q_THd, plan.rows), torch.split(k_TGd, plan.rows), torch.split(v_TGd, plan.rows), strict=True
+        )
         return torch.cat(
             [
                 self._attend_one(seq, past, q, k, v, scale, window)

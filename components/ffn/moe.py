@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from zoo.components.build import make
 from zoo.components.ffn.gated import gate
 from zoo.components.ffn.spec import MoESpec
-from zoo.components.linear import packed, product
+from zoo.components.linear import can_pack, product
+from zoo.components.tuning import packed
 
 
 class MoE(nn.Module):
@@ -32,10 +33,12 @@ class MoE(nn.Module):
         return self._grouped(x_TD, weights_TK, experts_TK)
 
     def pack(self) -> None:
-        """Stores each expert in oneDNN's layout, for inference on this machine only.
+        """Stores each expert in oneDNN's layout if that is worth it.
 
-        The parameters keep their names and shapes, without memory behind them.
+        The parameters keep their names and shapes, on the meta device: the packed experts take their place.
         """
+        if not (can_pack(self.experts_gate_up[0]) and can_pack(self.experts_down[0])):
+            return
         self.packed = [
             (packed(gate_up), packed(down))
             for gate_up, down in zip(self.experts_gate_up.detach(), self.experts_down.detach(), strict=True)
@@ -52,7 +55,7 @@ class MoE(nn.Module):
         order_N, tokens_N = _sorted(experts_TK)
         counts = torch.bincount(experts_TK.flatten(), minlength=self.spec.num_experts).tolist()
         x_ND, weights_N1 = x_TD[tokens_N], weights_TK.flatten()[order_N].unsqueeze(1)
-        groups = [self._expert(e, rows) for e, rows in enumerate(x_ND.split(counts)) if len(rows)]
+        groups = [self._expert(e, rows) for e, rows in enumerate(torch.split(x_ND, counts)) if len(rows)]
         return _combined(x_TD, torch.cat(groups), weights_N1, tokens_N)
 
     def _grouped(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
