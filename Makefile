@@ -26,6 +26,7 @@ test: $(VENV)/installed-tests lint types
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/python docs/generate.py --check
 
 format: $(VENV)/installed-tests
 	$(BIN)/ruff check --fix $(CHECKED)
