@@ -1,5 +1,6 @@
 """A checkpoint as data: the card, read from YAML or made from a mapping, with every value's place kept."""
 
+import os
 import re
 from collections.abc import Mapping
 from datetime import date
@@ -196,11 +197,14 @@ def find(ref: str | Path, catalog: Catalog, folder: Path | None = None, where: s
     if isinstance(ref, str) and "/" not in text and "\\" not in text and not text.endswith(CARD_SUFFIXES):
         return catalog.find_card(text, where)
     path = Path(folder or "", Path(ref).expanduser())
-    if path.is_dir():
-        raise CardError(f"{path} is a folder", where=where, expected="a card file")
-    if not path.is_file():
-        raise CardError(f"there is no card file at {path}", where=where)
-    return Resource(path.stem, path, "")
+    try:
+        if path.is_dir():
+            raise CardError(f"{path} is a folder", where=where, expected="a card file")
+        if path.is_file():
+            return Resource(path.stem, path, "")
+    except OSError as error:
+        raise CardError("not a path", where=where, found=f"{text[:60]!r}: {error.strerror}") from None
+    raise CardError(f"there is no card file at {path}", where=where)
 
 
 def flatten(node: Node, catalog: Catalog, seen: tuple[str, ...] = ()) -> Node:
@@ -212,11 +216,12 @@ def flatten(node: Node, catalog: Catalog, seen: tuple[str, ...] = ()) -> Node:
     if not isinstance(extends.value, str):
         raise CardError("wrong value", where=where, found=shown(extends.value), expected="a card's name or path")
     resource = find(extends.value, catalog, Path(extends.file).parent, where)
-    if str(resource.file) in seen or str(resource.file) == node.file:
-        chain = " extends ".join(Path(file).stem for file in (*seen, node.file, str(resource.file)))
+    seen = (*seen, os.path.realpath(node.file))
+    file = os.path.realpath(str(resource.file))
+    if file in seen:
+        chain = " extends ".join(Path(name).stem for name in (*seen, file))
         raise CardError("cards extend each other in a circle", where=where, found=chain)
-    parent = flatten(_read(resource.file), catalog, (*seen, node.file))
-    return merge(_heritable(parent, node), node)
+    return merge(_heritable(flatten(_read(resource.file), catalog, seen), node), node)
 
 
 def _heritable(parent: Node, child: Node) -> Node:
