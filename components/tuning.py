@@ -6,8 +6,9 @@ Measured in GB/s of weights read, of 25 that the memory gives on both machines:
     2 cores with AVX512-BF16     12 - 15    16 - 18    7 - 9      21 - 29
     2 cores with AMX             12         14         18         not measured
 
-so that no rule about processors would hold. All of them round alike, but for single last bits; the likeliest comes
-first and is only left for one that is clearly faster, so that a machine keeps its choice from run to run.
+so that no rule about processors would hold. All round alike, but for single last bits. What these two machines
+suggest comes first and is only left for what is clearly faster, so that a machine keeps its choice from run to run
+even when it is busy.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ RowProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 LARGE = 1 << 19
 """Elements of a matrix from which reading it outweighs the ten microseconds that a packed product costs to call."""
 
-GAIN = 1.25
-"""How much faster a way must be to replace one before it: more than the noise of the measurement."""
+GAIN = 1.4
+"""How much faster a way must be to replace one that was expected to be faster: more than a busy machine's noise."""
 
 SHAPE = (4096, 6144)
 """Of the matrix to measure with: 50 MB do not fit the caches of a desktop."""
 
-ROUNDS = 6
+ROUNDS = 10
 """Ways take turns, so that a busy moment of the machine hits all of them."""
 
 
@@ -47,14 +48,15 @@ def packed_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Te
     return result
 
 
+@cache
 def row_product() -> RowProduct:
     """The fastest product of one row with a row-major bfloat16 matrix."""
-    return _race()[0]
+    return _winner([way for way in _race() if way is not packed_product], _race())
 
 
 def packing_pays() -> bool:
-    """Whether this build has oneDNN's bfloat16 products, and they beat every other on one row."""
-    return _race()[1]
+    """Whether this build has oneDNN's bfloat16 products, and one row with a packed matrix is fastest of all."""
+    return _winner(list(_race()), _race()) is packed_product
 
 
 def two_rows(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -69,18 +71,24 @@ def vector(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 @cache
-def _race() -> tuple[RowProduct, bool]:
-    """The winner among the products of a plain matrix, and whether a packed one is faster still."""
+def _race() -> dict[RowProduct, float]:
+    """Seconds of every way that this build has, the one expected to be fastest first."""
     weight = torch.ones(SHAPE, dtype=torch.bfloat16)
-    runners: list[tuple[RowProduct, Tensor]] = [(way, weight) for way in (two_rows, F.linear, vector)]
-    if _has_onednn():
-        runners.append((packed_product, packed(weight)))
-    seconds = _times(runners)
-    best = 0
-    for other in (1, 2):
+    plain: dict[RowProduct, Tensor] = {F.linear: weight, two_rows: weight, vector: weight}
+    ways = plain | {packed_product: packed(weight)} if _has_onednn() else plain
+    amx = torch.cpu._is_amx_tile_supported()
+    order = (vector, two_rows, F.linear, packed_product) if amx else (packed_product, two_rows, F.linear, vector)
+    seconds = _times(ways)
+    return {way: seconds[way] for way in order if way in seconds}
+
+
+def _winner(order: list[RowProduct], seconds: dict[RowProduct, float]) -> RowProduct:
+    """The first way that no later one beats by GAIN."""
+    best = order[0]
+    for other in order[1:]:
         if seconds[other] * GAIN < seconds[best]:
             best = other
-    return runners[best][0], len(runners) > 3 and seconds[3] * GAIN < seconds[best]
+    return best
 
 
 def _has_onednn() -> bool:
@@ -88,15 +96,15 @@ def _has_onednn() -> bool:
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _times(runners: list[tuple[RowProduct, Tensor]]) -> list[float]:
-    """The best time of each way, the first round left out."""
+def _times(ways: dict[RowProduct, Tensor]) -> dict[RowProduct, float]:
+    """The best time of each way with its matrix, the first round left out."""
     x_1I = torch.ones(1, SHAPE[1], dtype=torch.bfloat16)
-    rounds: list[list[float]] = []
+    best = dict.fromkeys(ways, float("inf"))
     with torch.inference_mode():
-        for _ in range(ROUNDS):
-            rounds.append([])
-            for way, weight in runners:
+        for count in range(ROUNDS):
+            for way, weight in ways.items():
                 start = time.perf_counter()
                 way(x_1I, weight, None)
-                rounds[-1].append(time.perf_counter() - start)
-    return [min(times) for times in zip(*rounds[1:], strict=True)]
+                if count:
+                    best[way] = min(best[way], time.perf_counter() - start)
+    return best
