@@ -293,7 +293,8 @@ def test_overrides_change_nested_values(changed: Change) -> None:
         (
             "contxt",
             8,
-            f"override contxt: contxt: unknown key 'contxt'; expected one of {KEYS}. Did you mean 'text' or 'context_length'?",
+            f"override contxt: contxt: unknown key 'contxt'; expected one of {KEYS}. "
+            "Did you mean 'text' or 'context_length'?",
         ),
         (
             "model.layers.1.ffn",
