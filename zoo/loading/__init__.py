@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.resources import files
+from importlib import resources
 from importlib.resources.abc import Traversable
 
 from zoo.registry.hooks import hookimpl
@@ -13,4 +13,4 @@ from zoo.registry.hooks import hookimpl
 def register_layouts(register: Callable[[Traversable], None]) -> None:
     """One table for each way of naming a model's tensors."""
     for name in ("mistral", "huggingface", "zoo"):
-        register(files("zoo.loading") / f"{name}.yaml")
+        register(resources.files("zoo.loading") / f"{name}.yaml")
