@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.engine.randoms import uniform
+from zoo.engine.request import SamplingParams
+from zoo.engine.sampler import CANDIDATES, best, choose, ranked
+
+
+def kept(logits: list[float], params: SamplingParams) -> list[tuple[int, float]]:
+    """The definition, by hand: (id, probability) of what the filters keep, likeliest first, equal ones by id."""
+    top = max(logits)
+    weights = [math.exp((x - top) / params.temperature) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: params.top_k or len(logits)]
+    total = sum(weights[i] for i in order)
+    chosen, mass = [], 0.0
+    for i in order:
+        if (params.top_p < 1 and mass >= params.top_p * total) or weights[i] < params.min_p:
+            break
+        chosen.append(i)
+        mass += weights[i]
+    return [(i, weights[i] / mass) for i in chosen]
+
+
+def inverse(distribution: list[tuple[int, float]], number: float) -> int:
+    mass = 0.0
+    for token, probability in distribution:
+        mass += probability
+        if number < mass:
+            return token
+    return distribution[-1][0]
+
+
+FILTERS = [
+    {"top_k": 5},
+    {"top_p": 0.5},
+    {"top_p": 0.999},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 7, "top_p": 0.6},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
+    {"top_k": 1000},
+    {"top_p": 1e-9},
+]
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
+def test_filtered_rows_follow_the_definition(options: dict[str, float], temperature: float) -> None:
+    # Halves, so that many logits are equal and the order of equal ones matters.
+    logits_RV = (torch.randn(50, 97, generator=torch.Generator().manual_seed(0)) * 4).round() / 2
+    params = SamplingParams(temperature=temperature, **options)  # type: ignore[arg-type]
+    numbers = [uniform(3, row) for row in range(50)]
+    found = choose(logits_RV, [params] * 50, numbers).tolist()
+    expected = [inverse(kept(row, params), x) for row, x in zip(logits_RV.tolist(), numbers, strict=True)]
+    assert found == expected
+
+
+def test_unfiltered_rows_follow_the_distribution() -> None:
+    logits_V = torch.tensor([0.0, 2.0, -1.0, 1.0])
+    count = 20_000
+    params = [SamplingParams(temperature=0.7)] * count
+    found = choose(logits_V.expand(count, 4), params, [uniform(1, i) for i in range(count)])
+    shares = torch.bincount(found, minlength=4) / count
+    assert torch.allclose(shares, (logits_V / 0.7).softmax(0), atol=0.015)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits_RV = (torch.randn(40, 3000, generator=generator) * 3).bfloat16().float()
+    options = [{}, {"temperature": 1.0}, {"temperature": 2.0, "top_p": 0.95}, {"temperature": 1.0, "top_k": 9}]
+    params = [SamplingParams(**options[i % 4]) for i in range(40)]  # type: ignore[arg-type]
+    numbers = [uniform(9, i) for i in range(40)]
+    together = choose(logits_RV, params, numbers).tolist()
+    alone = [choose(logits_RV[i : i + 1], [params[i]], [numbers[i]]).item() for i in range(40)]
+    assert together == alone
+    assert len(set(together)) > 10
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-300}], ids=str)
+def test_the_narrowest_settings_are_greedy(options: dict[str, float]) -> None:
+    logits_RV = torch.randn(20, 50, generator=torch.Generator().manual_seed(2))
+    params = SamplingParams(**{"temperature": 1.0, **options})  # type: ignore[arg-type]
+    assert choose(logits_RV, [params] * 20, [0.999] * 20).tolist() == logits_RV.argmax(-1).tolist()
+
+
+def test_a_huge_temperature_is_uniform() -> None:
+    logits_RV = torch.randn(1, 10, generator=torch.Generator().manual_seed(3)).expand(10, 10)
+    params = SamplingParams(temperature=1e300)
+    assert choose(logits_RV, [params] * 10, [(i + 0.5) / 10 for i in range(10)]).tolist() == list(range(10))
+
+
+def wide(vocabulary: int, spread: float) -> Tensor:
+    logits_RV = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(4)) * spread
+    return logits_RV.bfloat16().float()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 8.0])
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.95}, {"min_p": 0.01}, {"top_k": 2000, "top_p": 0.9}, {"top_k": 1020}, {"top_k": 1024}],
+    ids=str,
+)
+def test_a_vocabulary_beyond_the_candidates_follows_the_definition(spread: float, options: dict[str, float]) -> None:
+    logits_RV = wide(3 * CANDIDATES, spread)
+    params = SamplingParams(temperature=1.0, **options)  # type: ignore[arg-type]
+    numbers = [0.001, 0.4, 0.8, 0.9999]
+    expected = [inverse(kept(row, params), x) for row, x in zip(logits_RV.tolist(), numbers, strict=True)]
+    assert choose(logits_RV, [params] * 4, numbers).tolist() == expected
+
+
+def test_ranked_says_how_far_it_is_certain() -> None:
+    logits_RV = torch.tensor([[1.0, 5.0, 3.0, 3.0, 3.0, 2.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
+    ids_RC, certain_R = ranked(logits_RV, 3)
+    assert certain_R.tolist() == [1, 2]
+    assert ids_RC[0, 0] == 1
+    assert ids_RC[1].tolist() == [0, 1, 2]
+    ids_RC, certain_R = ranked(logits_RV, 99)
+    assert ids_RC.tolist() == [[1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 5]]
+    assert certain_R.tolist() == [6, 6]
+
+
+def test_best_breaks_ties_by_id_at_any_size() -> None:
+    flat_RV = torch.zeros(2, 500)
+    flat_RV[1, 400] = 1.0
+    assert best(flat_RV, 3).tolist() == [[0, 1, 2], [400, 0, 1]]
+    assert best(flat_RV, 0).shape == (2, 0)

@@ -1,0 +1,297 @@
+"""The generation loop: requests in, chunks out, every sequence through one step function."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from time import perf_counter
+from types import TracebackType
+from typing import Literal, Self, cast
+
+import torch
+from torch import Tensor
+
+from zoo.components.cache.store import Store, make_store
+from zoo.components.decoder.model import Decoder
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.engine.admission import Admission, check_sizes
+from zoo.engine.memory import Memory
+from zoo.engine.outcome import Outcome, read
+from zoo.engine.pack import pack
+from zoo.engine.request import Chunk, Completion, Request, token_ids
+from zoo.engine.runner import Runner
+from zoo.engine.scheduler import Scheduler, Work
+from zoo.engine.sequence import Sequence as Running
+from zoo.engine.stream import Stream
+from zoo.registry.errors import RequestError, ZooError
+from zoo.registry.plan import Plan
+from zoo.registry.spec import StateSpec
+
+CHUNK_TOKENS = {"cpu": 512}
+OTHER_CHUNK_TOKENS = 2048
+
+
+class Engine:
+    """Runs requests of any lengths together: continuous batching with chunked prefill.
+
+    decoder: the model with its weights on `device`. dtype: of the cache. memory_bytes: the cache's budget; it never
+    takes more than `max_batch_size` sequences of `max_context` tokens need, which is also the default.
+    max_batch_size: sequences that may run together. max_context: prompt and answer together, by default the card's
+    context length. chunk_tokens: rows of one step, by default 512 on the CPU and 2048 elsewhere.
+    storage: how the cache is laid out (see zoo.components.cache.store).
+    Calls from several threads are safe; they wait for each other's steps. A context manager.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: Plan,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        memory_bytes: int | None = None,
+        max_batch_size: int = 64,
+        max_context: int | None = None,
+        chunk_tokens: int | None = None,
+        storage: Literal["auto", "slab", "pages"] = "auto",
+    ) -> None:
+        model, device = cast(DecoderSpec, plan.model), torch.device(device)
+        context = model.context_length if max_context is None else max_context
+        chunk = CHUNK_TOKENS.get(device.type, OTHER_CHUNK_TOKENS) if chunk_tokens is None else chunk_tokens
+        check_sizes(model.context_length, max_context=context, max_batch_size=max_batch_size, chunk_tokens=chunk)
+
+        def make(spec: StateSpec, layers: int, budget: int | None) -> Store:
+            return make_store(spec, layers, dtype, device, storage, budget)
+
+        self._memory = Memory(
+            model.states(),
+            make,
+            budget=memory_bytes,
+            batch=max_batch_size,
+            context=context,
+            pooled=storage == "pages" or (storage == "auto" and device.type != "cpu"),
+        )
+        self._admission = Admission(model.vocab_size, context, self._memory)
+        self._scheduler = Scheduler(self._memory, chunk_tokens=chunk, max_batch_size=max_batch_size)
+        self._runner: Runner | None = Runner(decoder, self._memory, device)
+        self._lock = threading.Lock()
+        self._numbers = count()
+        self._live: dict[str, Running] = {}
+        self._mail: dict[str, deque[Chunk]] = {}
+        self._loose: list[Chunk] = []
+        self._doomed: deque[tuple[str, bool]] = deque()
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> str:
+        """Queue a request and return its id. Raises RequestError or CapacityError for one that could never run."""
+        with self._locked():
+            return self._enter(request, mailed=False)
+
+    def stream(self, request: Request) -> Stream:
+        """Queue a request and iterate over its chunks. Errors as `submit`."""
+        with self._locked():
+            return Stream(self, self._enter(request, mailed=True))
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Run all requests together; their completions in order. One that is refused or fails ends them all."""
+        entered: list[str] = []
+        try:
+            with self._locked():
+                for request in requests:
+                    entered.append(self._enter(request, mailed=True))
+            return [self._completion(request_id) for request_id in entered]
+        finally:
+            for request_id in entered:
+                self.discard(request_id)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request with finish reason "cancelled", at once or after the running step; False if it has ended."""
+        known = request_id in self._live
+        self._doomed.append((request_id, False))
+        self._reap()
+        return known
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is unfinished."""
+        return bool(self._live)
+
+    def step(self) -> list[Chunk]:
+        """Run one step. The chunks made since the last call for submitted requests; streams keep their own."""
+        with self._locked():
+            self._advance()
+            chunks, self._loose = self._loose, []
+        return chunks
+
+    def run(self) -> list[Completion]:
+        """Step until every request has ended; completions of submitted ones as they ended, or the first error."""
+        chunks = self.step()
+        while self.busy:
+            chunks += self.step()
+        for chunk in chunks:
+            if chunk.error is not None:
+                raise chunk.error
+        return [chunk.completion for chunk in chunks if chunk.completion is not None]
+
+    def receive(self, request_id: str) -> Chunk | None:
+        """A stream's next chunk, made by further steps if none lies ready; None when the stream was closed."""
+        while True:
+            with self._locked():
+                mail = self._mail.get(request_id)
+                if mail:
+                    return mail.popleft()
+                if request_id not in self._live:
+                    return None
+                self._advance()
+
+    def discard(self, request_id: str) -> None:
+        """Cancel a stream's request without a last chunk, and forget its mail."""
+        self._doomed.append((request_id, True))
+        self._reap()
+
+    # --- without the cache --------------------------------------------------------------------------------------
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Logits (T, V) float32 of one full prefill. Raises RequestError as `submit`."""
+        with self._locked():
+            return self._open().logits(self._checked(tokens))
+
+    def hidden(self, tokens: Sequence[int]) -> Tensor:
+        """The last hidden states (T, D), after the final norm, of one full prefill. Raises RequestError as `submit`."""
+        with self._locked():
+            return self._open().hidden(self._checked(tokens))
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes: weights, cache_used now, cache_peak so far, cache_budget."""
+        weights = 0 if self._runner is None else self._runner.weight_bytes
+        cache = self._memory
+        return {
+            "weights": weights,
+            "cache_used": cache.used,
+            "cache_peak": cache.peak,
+            "cache_budget": cache.budget,
+        }
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Cancel all requests and let go of weights and cache. Later requests raise ZooError."""
+        with self._locked():
+            self._doomed.extend((request_id, False) for request_id in self._live)
+        with self._locked():
+            self._runner = None
+            self._memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside: the lock is held from here on ------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._reap()
+
+    def _reap(self) -> None:
+        """End the doomed requests, unless a step is running: then its end does."""
+        while self._doomed and self._lock.acquire(blocking=False):
+            try:
+                while self._doomed:
+                    self._end(*self._doomed.popleft())
+            finally:
+                self._lock.release()
+
+    def _end(self, request_id: str, silent: bool) -> None:
+        seq = self._live.pop(request_id, None)
+        if seq is not None:
+            self._scheduler.drop(seq)
+            if not silent:
+                self._post(seq.finish("cancelled"))
+        if silent:
+            self._mail.pop(request_id, None)
+
+    def _open(self) -> Runner:
+        if self._runner is None:
+            raise ZooError("the model was closed", hint="load it again")
+        return self._runner
+
+    def _checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        ids = token_ids(tokens)
+        self._admission.check_prompt(ids)
+        return ids
+
+    def _enter(self, request: Request, *, mailed: bool) -> str:
+        self._open()
+        number = next(self._numbers)
+        request_id = request.request_id or f"request-{number}"
+        if request_id in self._live or request_id in self._mail:
+            raise RequestError("a request of this id is unfinished", where="request_id", found=repr(request_id))
+        seq = Running(number, request_id, request, self._admission.allowed(request))
+        if mailed:
+            self._mail[request_id] = deque()
+        if seq.idle:
+            self._post(seq.finish("length"))
+        else:
+            self._scheduler.add(seq)
+            self._live[request_id] = seq
+        return request_id
+
+    def _post(self, chunk: Chunk) -> None:
+        mail = self._mail.get(chunk.request_id)
+        (self._loose if mail is None else mail).append(chunk)
+
+    def _completion(self, request_id: str) -> Completion:
+        while (chunk := self.receive(request_id)) is not None:
+            if chunk.error is not None:
+                raise chunk.error
+            if chunk.completion is not None:
+                return chunk.completion
+        raise ZooError("the request was ended by another call", where=request_id)
+
+    def _advance(self) -> None:
+        """One step of all running sequences."""
+        runner = self._open()
+        try:
+            work = self._scheduler.plan()
+            if not work:
+                return
+            self._start(work)
+            batch = pack(work, runner.device)
+            for item, outcome in zip(work, read(batch, runner.run(batch)), strict=True):
+                self._apply(item, outcome)
+        except BaseException:
+            # Interrupted anywhere, also by Ctrl-C: cached states may be half written, tokens are not.
+            self._scheduler.restart(self._live.values())
+            raise
+
+    def _start(self, work: list[Work]) -> None:
+        now = perf_counter()
+        for item in work:
+            if item.sequence.started is None:
+                item.sequence.started = now
+
+    def _apply(self, item: Work, outcome: Outcome) -> None:
+        """Move the sequence on by its work, and post what came of it."""
+        seq = item.sequence
+        chunk = seq.advance(item.rows, outcome)
+        if chunk is None:
+            return
+        if chunk.last:
+            self._live.pop(seq.request_id, None)
+            self._scheduler.drop(seq)
+        self._post(chunk)

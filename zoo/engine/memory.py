@@ -1,0 +1,133 @@
+"""The cache of all sequences within a budget: layers that keep the same state share one Store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.components.cache.store import Store
+from zoo.registry.spec import StateSpec
+
+# Room is asked for in steps of so many tokens, so that a decode step seldom has to ask.
+GRAIN = 16
+
+StoreFactory = Callable[[StateSpec, int, int | None], Store]
+"""(state Spec, number of layers, bytes that its pool takes at once or None) -> Store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that keep the same state, and the bytes that they may take."""
+
+    store: Store
+    layers: list[int]
+    budget: int
+
+
+class Memory:
+    """Room for sequences within `budget` bytes. used, peak: bytes taken now and at most so far.
+
+    states: what each layer keeps, in layer order; None keeps nothing.
+    budget: the bytes allowed, cut to what `batch` sequences of `context` tokens need; None: just that.
+    pooled: stores take their memory at once, so that the budget is divided among them as a sequence of `context`
+    tokens would need it; else they share it.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[StateSpec | None],
+        make: StoreFactory,
+        *,
+        budget: int | None,
+        batch: int,
+        context: int,
+        pooled: bool,
+    ) -> None:
+        groups: dict[StateSpec, list[int]] = {}
+        for layer, spec in enumerate(states):
+            if spec is not None:
+                groups.setdefault(spec, []).append(layer)
+        stores = {spec: make(spec, len(layers), None) for spec, layers in groups.items()}
+        costs = {spec: store.cost(_rounded(context)) for spec, store in stores.items()}
+        most = batch * sum(costs.values())
+        self.budget = most if budget is None else min(budget, most)
+        self.num_layers, self.used, self.peak = len(states), 0, 0
+        self._groups: list[Group] = []
+        for spec, layers in groups.items():
+            share = self.budget * costs[spec] // sum(costs.values()) if pooled else self.budget
+            store = make(spec, len(layers), share) if pooled else stores[spec]
+            self._groups.append(Group(store, layers, share))
+        self._rooms: dict[int, int] = {}
+        self._costs: dict[int, list[int]] = {}
+        self._taken = self._none = [0] * len(self._groups)
+
+    def cost(self, tokens: int) -> int:
+        """Bytes that one sequence of `tokens` tokens takes."""
+        return sum(self._group_costs(tokens))
+
+    def longest(self, limit: int) -> int:
+        """The most tokens, up to `limit`, that one sequence alone may cache."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._fits(self._group_costs(middle), self._none)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def reserve(self, seq: int, tokens: int) -> bool:
+        """Make room for the sequence's first `tokens` tokens; False, and nothing done, when the budget is too small."""
+        if tokens <= self._rooms.get(seq, 0):
+            return True
+        costs, held = self._group_costs(tokens), self._costs.get(seq, self._none)
+        taken = [t - h for t, h in zip(self._taken, held, strict=True)]
+        if not self._fits(costs, taken):
+            return False
+        for group in self._groups:
+            group.store.grow(seq, _rounded(tokens))
+        self._rooms[seq], self._costs[seq] = _rounded(tokens), costs
+        self._count([t + c for t, c in zip(taken, costs, strict=True)])
+        return True
+
+    def free(self, seq: int) -> None:
+        """Give a sequence's room back. Safe at any time, also after an interrupted `reserve`."""
+        for group in self._groups:
+            group.store.free(seq)
+        held = self._costs.pop(seq, self._none)
+        self._rooms.pop(seq, None)
+        self._count([t - h for t, h in zip(self._taken, held, strict=True)])
+
+    def states(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
+        """One state per layer of the model for a step of these sequences."""
+        found: list[Any] = [None] * self.num_layers
+        for group in self._groups:
+            for layer, state in zip(group.layers, group.store.views(seqs, rows, past), strict=True):
+                found[layer] = state
+        return found
+
+    def close(self) -> None:
+        """Let go of all memory."""
+        self._groups, self._taken, self.used = [], [], 0
+        self._rooms.clear()
+        self._costs.clear()
+
+    @property
+    def stored(self) -> int:
+        """Bytes in use as the Stores count them."""
+        return sum(group.store.nbytes for group in self._groups)
+
+    def _group_costs(self, tokens: int) -> list[int]:
+        return [group.store.cost(_rounded(tokens)) for group in self._groups]
+
+    def _fits(self, costs: list[int], taken: list[int]) -> bool:
+        totals = [t + c for t, c in zip(taken, costs, strict=True)]
+        within = all(total <= group.budget for total, group in zip(totals, self._groups, strict=True))
+        return within and sum(totals) <= self.budget
+
+    def _count(self, taken: list[int]) -> None:
+        self._taken, self.used = taken, sum(taken)
+        self.peak = max(self.peak, self.used)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // GRAIN) * GRAIN

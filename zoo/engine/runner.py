@@ -1,0 +1,45 @@
+"""A packed batch -> logits: the one step function of prefill, chunk and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zoo.components.cache.store import fresh_step
+from zoo.components.decoder.model import Decoder
+from zoo.components.step import Step
+from zoo.engine.memory import Memory
+from zoo.engine.pack import Batch
+
+
+class Runner:
+    """Runs the decoder, with the cache or without."""
+
+    def __init__(self, decoder: Decoder, memory: Memory, device: torch.device) -> None:
+        self.decoder, self.memory, self.device = decoder, memory, device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the decoder's parameters and buffers."""
+        return sum(t.numel() * t.element_size() for t in (*self.decoder.parameters(), *self.decoder.buffers()))
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Logits (R, V) float32 of the batch's wanted rows; its tokens are in the cache afterwards."""
+        states = self.memory.states(batch.seqs, batch.rows, batch.past)
+        step = Step(batch.positions_T, batch.rows, batch.past, states)
+        logits_RV: Tensor = self.decoder(batch.tokens_T, step, batch.rows_R)
+        return logits_RV
+
+    @torch.inference_mode()
+    def hidden(self, tokens: Sequence[int]) -> Tensor:
+        """The normalised last hidden states (T, D) of one whole sequence, beside the cache."""
+        step = fresh_step(self.decoder.spec, [len(tokens)], self.device)
+        return self.decoder.hidden(torch.tensor(tokens, device=self.device), step)
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Logits (T, V) float32 of one whole sequence, beside the cache."""
+        return self.decoder.logits(self.hidden(tokens))

@@ -1,0 +1,120 @@
+"""Logits -> tokens. Each row's token depends on its own logits, params and uniform number, never on other rows.
+
+Letters: R rows, V vocabulary, C candidates (the likeliest tokens, best first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zoo.engine.request import SamplingParams
+
+# So many tokens are sorted at first; rows whose filters keep more are sorted whole.
+CANDIDATES = 1024
+
+
+def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
+    """One token id per row, (R,) int64, by inverse transform of `uniforms` (each in [0, 1)).
+
+    logits_RV: float32, finite. Greedy rows take the likeliest token. Rows without filters go through the
+    distribution in the order of ids; rows with top_k, top_p or min_p from the likeliest token on.
+    """
+    kinds = [_kind(p) for p in params]
+    if not any(kinds):
+        return logits_RV.argmax(-1)
+    tokens_R = torch.empty(len(params), dtype=torch.int64, device=logits_RV.device)
+    for kind, draw in enumerate((_greedy, _plain, _filtered)):
+        chosen = [row for row, k in enumerate(kinds) if k == kind]
+        if chosen:
+            index = torch.tensor(chosen, device=logits_RV.device)
+            settings = _settings([params[r] for r in chosen], [uniforms[r] for r in chosen], logits_RV)
+            tokens_R[index] = draw(logits_RV[index] if len(chosen) < len(params) else logits_RV, settings)
+    return tokens_R
+
+
+def ranked(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ids (R, C) of the `count` likeliest tokens, best first, equal ones by id; and how many (R,) are certain.
+
+    Which of several equal tokens topk lets in at its edge is not defined: those are not certain.
+    """
+    count = min(count, logits_RV.shape[-1])
+    values_RC, ids_RC = logits_RV.topk(count, dim=-1)
+    ids_RC, by_id = ids_RC.sort(dim=-1)
+    values_RC, by_value = values_RC.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    whole = count == logits_RV.shape[-1]
+    certain_R = (values_RC >= values_RC[:, -1:] if whole else values_RC > values_RC[:, -1:]).sum(-1)
+    return ids_RC.gather(-1, by_value), certain_R
+
+
+def best(logits_RV: Tensor, count: int) -> Tensor:
+    """The ids (R, count) of the likeliest tokens, best first, equal ones by id."""
+    ids_RC, certain_R = ranked(logits_RV, count + 64)
+    if bool((certain_R < count).any()):
+        ids_RC = logits_RV.sort(dim=-1, descending=True, stable=True).indices
+    return ids_RC[:, :count]
+
+
+def _kind(params: SamplingParams) -> int:
+    """0 greedy, 1 the whole distribution, 2 filtered."""
+    if params.greedy:
+        return 0
+    return 2 if params.top_k or params.top_p < 1 or params.min_p else 1
+
+
+def _settings(params: Sequence[SamplingParams], uniforms: Sequence[float], logits_RV: Tensor) -> Tensor:
+    """Rows of (temperature, top_k, top_p, min_p, uniform) as columns, (5, R, 1) float64."""
+    vocabulary = logits_RV.shape[-1]
+    columns = [
+        [p.temperature for p in params],
+        [float(p.top_k or vocabulary) for p in params],
+        # 1 means no filter: a sum that rounds above 1 must not cut.
+        [p.top_p if p.top_p < 1 else 2.0 for p in params],
+        [p.min_p for p in params],
+        [*uniforms],
+    ]
+    return torch.tensor(columns, dtype=torch.float64, device=logits_RV.device)[:, :, None]
+
+
+def _weights(logits_RV: Tensor, temperature_R1: Tensor) -> Tensor:
+    """Probabilities relative to the likeliest token's, float64: no temperature can overflow them."""
+    return logits_RV.double().sub_(logits_RV.amax(-1, keepdim=True)).div_(temperature_R1).exp_()
+
+
+def _greedy(logits_RV: Tensor, settings: Tensor) -> Tensor:
+    return logits_RV.argmax(-1)
+
+
+def _plain(logits_RV: Tensor, settings: Tensor) -> Tensor:
+    sums_RV = _weights(logits_RV, settings[0]).cumsum_(-1)
+    return torch.searchsorted(sums_RV, settings[4] * sums_RV[:, -1:], right=True)[:, 0]
+
+
+def _filtered(logits_RV: Tensor, settings: Tensor) -> Tensor:
+    weights_RV = _weights(logits_RV, settings[0])
+    ids_RC, certain_R = ranked(logits_RV, CANDIDATES)
+    tokens_R, needed_R = _cut(weights_RV, ids_RC, settings)
+    unsure = (needed_R > certain_R).nonzero()[:, 0]
+    if len(unsure):
+        ids_RV = logits_RV[unsure].sort(dim=-1, descending=True, stable=True).indices
+        tokens_R[unsure] = _cut(weights_RV[unsure], ids_RV, settings[:, unsure])[0]
+    return tokens_R
+
+
+def _cut(weights_RV: Tensor, ids_RC: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
+    """The sampled ids (R,), and how many candidates had to be known for them (R,)."""
+    _, top_k, top_p, min_p, uniform = settings
+    vocabulary, count = weights_RV.shape[-1], ids_RC.shape[-1]
+    rank_C = torch.arange(count, device=ids_RC.device)
+    weights_RC = weights_RV.gather(-1, ids_RC) * (rank_C < top_k)
+    total_R1 = torch.where(top_k < vocabulary, weights_RC.sum(-1, keepdim=True), weights_RV.sum(-1, keepdim=True))
+    before_RC = weights_RC.cumsum(-1) - weights_RC
+    keep_RC = (before_RC < top_p * total_R1) & (weights_RC >= min_p) & (rank_C < top_k)
+    sums_RC = (weights_RC * keep_RC).cumsum_(-1)
+    place_R1 = torch.searchsorted(sums_RC, uniform * sums_RC[:, -1:], right=True)
+    # One more than was kept shows that the filter ended and not the candidates; a share of the top k needs all k.
+    needed_R1 = torch.minimum(keep_RC.sum(-1, keepdim=True) + 1, top_k)
+    needed_R1 = torch.where((count < top_k) & (top_k < vocabulary), top_k, needed_R1)
+    return ids_RC.gather(-1, place_R1)[:, 0], needed_R1[:, 0]

@@ -1,0 +1,101 @@
+"""Who runs in the next step: decodes first, then chunks of prompts, oldest first, within tokens, rows and memory."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import NamedTuple
+
+from zoo.engine.memory import Memory
+from zoo.engine.sequence import Sequence
+
+_arrival = attrgetter("number")
+
+
+class Work(NamedTuple):
+    """The next `rows` uncached tokens of a sequence."""
+
+    sequence: Sequence
+    rows: int
+
+
+class Scheduler:
+    """Continuous batching by order of arrival.
+
+    A sequence is admitted when its tokens fit in memory, all at once, so a half-read prompt never waits for room.
+    A decoding sequence that finds no room takes it from the youngest, which is computed again later with what
+    it had generated. After that nobody is admitted until a sequence ends: otherwise the two would take turns in
+    throwing each other out.
+    """
+
+    def __init__(self, memory: Memory, *, chunk_tokens: int, max_batch_size: int) -> None:
+        self.memory, self.chunk_tokens, self.max_batch_size = memory, chunk_tokens, max_batch_size
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._full = False
+
+    def add(self, seq: Sequence) -> None:
+        insort(self.waiting, seq, key=_arrival)
+
+    def drop(self, seq: Sequence) -> None:
+        """Forget a sequence that ended, wherever it stands."""
+        self.memory.free(seq.number)
+        for line in (self.running, self.waiting):
+            if seq in line:
+                line.remove(seq)
+        self._full = False
+
+    def restart(self, seqs: Iterable[Sequence]) -> None:
+        """Make all unfinished sequences wait with nothing cached: after an interrupted step no state can be trusted."""
+        self.waiting, self.running, self._full = sorted(seqs, key=_arrival), [], False
+        for seq in self.waiting:
+            self.memory.free(seq.number)
+            seq.past = 0
+
+    def plan(self) -> list[Work]:
+        """The next step's work; empty when there is none. At most `chunk_tokens` rows in all."""
+        work = self._decodes()
+        left = self.chunk_tokens - len(work)
+        for seq in self.running:
+            if left and seq.todo > 1:
+                work.append(Work(seq, min(seq.todo, left)))
+                left -= work[-1].rows
+        while left and (admitted := self._admitted()):
+            work.append(Work(admitted, min(admitted.todo, left)))
+            left -= work[-1].rows
+        return work
+
+    def _decodes(self) -> list[Work]:
+        work: list[Work] = []
+        place = 0
+        # `_has_room` may shorten `running` behind the current place.
+        while place < len(self.running) and len(work) < self.chunk_tokens:
+            seq = self.running[place]
+            if seq.todo == 1 and self._has_room(seq):
+                work.append(Work(seq, 1))
+            place += 1
+        return work
+
+    def _has_room(self, seq: Sequence) -> bool:
+        while not self.memory.reserve(seq.number, len(seq.tokens)):
+            youngest = self.running.pop()
+            insort(self.waiting, youngest, key=_arrival)
+            youngest.past = 0
+            self.memory.free(youngest.number)
+            self.preemptions += 1
+            self._full = True
+            if youngest is seq:
+                return False
+        return True
+
+    def _admitted(self) -> Sequence | None:
+        if not self.waiting or len(self.running) >= self.max_batch_size or (self._full and self.running):
+            return None
+        seq = self.waiting[0]
+        if not self.memory.reserve(seq.number, len(seq.tokens)):
+            return None
+        insort(self.running, seq, key=_arrival)
+        del self.waiting[0]
+        return seq

@@ -1,0 +1,137 @@
+"""A request on its way through the engine."""
+
+from __future__ import annotations
+
+import secrets
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from zoo.engine.output import Output
+from zoo.engine.request import Chunk, Completion, FinishReason, Request, Timings, Usage
+from zoo.registry.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.engine.outcome import Outcome
+
+
+class Sequence:
+    """The tokens, progress and results of one request.
+
+    number: order of arrival, and its name in the cache. tokens: prompt and generated ids. past: how many of them
+    are cached. allowed: how many may be generated.
+    """
+
+    def __init__(self, number: int, request_id: str, request: Request, allowed: int) -> None:
+        params = request.params
+        self.number, self.request_id, self.params, self.allowed = number, request_id, params, allowed
+        self.tokens = list(request.prompt)
+        self.prompt_length = len(self.tokens)
+        self.past = 0
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        own = () if request.tokenizer is None or params.ignore_eos else request.tokenizer.stop_ids
+        self.stop_ids = frozenset(params.stop_ids).union(own)
+        self.output = Output(request.tokenizer, params.stop, continues=request.continues)
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
+        self.prompt_logprobs: list[float | None] = [None]
+        self.submitted = perf_counter()
+        self.started: float | None = None
+        self.first: float | None = None
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def todo(self) -> int:
+        """Tokens that are not cached yet: 1 while decoding."""
+        return len(self.tokens) - self.past
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing needs to be computed for it: no token is allowed and none is to be scored."""
+        return self.allowed == 0 and not self.scores
+
+    @property
+    def scores(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be computed."""
+        return self.params.prompt_logprobs and len(self.prompt_logprobs) < self.prompt_length
+
+    def advance(self, rows: int, outcome: Outcome) -> Chunk | None:
+        """Move on by a step that computed `rows` of its tokens; what came of it, None inside a prompt."""
+        self.past += rows
+        if outcome.broken is not None:
+            return Chunk(self.request_id, error=self._not_finite(outcome.broken))
+        self.prompt_logprobs += outcome.scores
+        if outcome.token is not None:
+            return self._take(outcome.token, outcome)
+        return None if self.todo else self.finish("length")
+
+    def _take(self, token: int, outcome: Outcome) -> Chunk:
+        """Append a sampled token, or end on it."""
+        if self.first is None:
+            self.first = perf_counter()
+        if token in self.stop_ids:
+            return self.finish("stop")
+        self.tokens.append(token)
+        logprobs = tops = None
+        if outcome.logprob is not None and outcome.top is not None:
+            logprobs, tops = [outcome.logprob], [outcome.top]
+            self.logprobs += logprobs
+            self.top_logprobs += tops
+        text = self.output.push(token)
+        if self.output.stopped or self.generated == self.allowed:
+            return self.finish("length", text, [token], logprobs, tops)
+        return Chunk(self.request_id, text, [token], logprobs, tops)
+
+    def finish(
+        self,
+        reason: FinishReason,
+        text: str = "",
+        tokens: list[int] | None = None,
+        logprobs: list[float] | None = None,
+        tops: list[dict[int, float]] | None = None,
+    ) -> Chunk:
+        """The last chunk, with text that was held back. A stop text met turns the reason into "stop"."""
+        text += self.output.finish()
+        reason = "stop" if self.output.stopped else reason
+        completion = self._completion(reason)
+        if self.params.logprobs is not None and logprobs is None:
+            logprobs, tops = [], []
+        return Chunk(self.request_id, text, tokens or [], logprobs, tops, reason, completion)
+
+    def _not_finite(self, position: int) -> ZooError:
+        return ZooError(
+            "the model computed logits that are not finite",
+            where=f"{self.request_id}, position {position}",
+            found="inf or nan",
+            hint="the weights may be damaged, or the dtype too narrow: try dtype float32",
+        )
+
+    def _completion(self, reason: FinishReason) -> Completion:
+        asked = self.params.logprobs is not None
+        return Completion(
+            request_id=self.request_id,
+            text=self.output.text,
+            tokens=self.tokens[self.prompt_length :],
+            prompt_tokens=self.tokens[: self.prompt_length],
+            finish_reason=reason,
+            seed=self.seed,
+            usage=Usage(self.prompt_length, self.generated, cached_tokens=0),
+            timings=self._timings(),
+            logprobs=self.logprobs if asked else None,
+            top_logprobs=self.top_logprobs if asked else None,
+            prompt_logprobs=self.prompt_logprobs if self.params.prompt_logprobs else None,
+        )
+
+    def _timings(self) -> Timings:
+        end = perf_counter()
+        started = end if self.started is None else self.started
+        first = end if self.first is None else self.first
+        later = max(self.generated - 1, 0)
+        return Timings(
+            queue_s=started - self.submitted,
+            prefill_s=first - started,
+            decode_s=end - first,
+            tokens_per_second=later / (end - first) if later and end > first else 0.0,
+        )
