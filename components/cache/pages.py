@@ -53,8 +53,8 @@ class Pages:
         self._tables[seq] = table + [self._unused.pop() for _ in range(needed)]
 
     def free(self, seq: int) -> None:
-        """Gives the pages back to the pool."""
-        self._unused.extend(self._tables.pop(seq))
+        """Gives the pages back to the pool; a sequence without pages is no fault."""
+        self._unused.extend(self._tables.pop(seq, ()))
 
     def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
         """Fills the slots from `start` on."""
@@ -70,6 +70,30 @@ class Pages:
         k_SGd, v_SGd = pool[:, 0][pages_S, offsets_S], pool[:, 1][pages_S, offsets_S]
         return k_SGd.transpose(0, 1), v_SGd.transpose(0, 1)
 
+    def write_rows(
+        self, layer: int, seqs: list[int], slots: list[int], k_BGd: Tensor, v_BGd: Tensor, memo: Memo
+    ) -> None:
+        """Fills one slot of each sequence."""
+        if "row places" not in memo:
+            pages = [self._tables[seq][slot // PAGE] for seq, slot in zip(seqs, slots, strict=True)]
+            offsets = [slot % PAGE for slot in slots]
+            memo["row places"] = torch.tensor([pages, offsets], device=self.device).unbind()
+        pages_B, offsets_B = memo["row places"]
+        pool = self._pool[layer]
+        pool[:, 0][pages_B, offsets_B] = k_BGd
+        pool[:, 1][pages_B, offsets_B] = v_BGd
+
+    def read_rows(self, layer: int, seqs: list[int], slots: int, memo: Memo) -> tuple[Tensor, Tensor]:
+        """The first `slots` slots of each sequence, (B, G, S, d) each; beyond a sequence's own, other numbers."""
+        count = -(-slots // PAGE)
+        if "row tables" not in memo:
+            tables = [(self._tables[seq] + [0] * count)[:count] for seq in seqs]
+            memo["row tables"] = torch.tensor(tables, device=self.device)
+        pages_BP = self._pool[layer][memo["row tables"]]
+        kv_2BGSd = pages_BP.permute(2, 0, 4, 1, 3, 5).flatten(3, 4)
+        k_BGSd, v_BGSd = kv_2BGSd[:, :, :, :slots].unbind()
+        return k_BGSd, v_BGSd
+
     def _places(self, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
         """Page and offset of each slot of a range, made once per step."""
         key = ("places", seq, start, stop)
@@ -81,8 +105,9 @@ class Pages:
         return places
 
     def _empty(self, pages: int) -> Tensor:
+        """Zeros: unused slots of a gathered batch are masked, but a mask does not silence what is not a number."""
         shape = (self.layers, pages, 2, PAGE, self.heads, self.width)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _enlarge(self, missing: int) -> None:
         """More pages where no budget is set: half as many again, or what is missing."""

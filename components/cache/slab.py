@@ -27,8 +27,12 @@ class Slabs:
         self.layers, self.heads, self.width = shape
         self.dtype, self.device = dtype, device
         self.budget_bytes, self.limit = budget_bytes, limit
-        self.nbytes = 0
         self._slabs: dict[int, list[Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that sequences hold."""
+        return sum(slab.nbytes for slabs in self._slabs.values() for slab in slabs)
 
     def cost(self, slots: int) -> int:
         """Bytes of a sequence with room for `slots` slots: whole steps, at most `limit`."""
@@ -56,12 +60,10 @@ class Slabs:
                 slabs[layer] = slab
             else:
                 slabs.append(slab)
-        self.nbytes += extra
 
     def free(self, seq: int) -> None:
-        """Gives the room back."""
-        slabs = self._slabs.pop(seq)
-        self.nbytes -= self.cost(slabs[0].shape[2])
+        """Gives the room back, also after an interrupted `grow`; a sequence without room is no fault."""
+        self._slabs.pop(seq, None)
 
     def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
         """Fills the slots from `start` on."""
