@@ -70,7 +70,14 @@ def step_through(
 ) -> list[Tensor]:
     """Float32 logits (T, V) of each sequence, fed `chunk` tokens of every sequence at a time through the cache."""
     states = module.spec.states()
-    memory = Memory(states, lambda spec, layers: make_store(spec, layers, torch.float32, "cpu", storage), 1 << 40)
+    memory = Memory(
+        states,
+        lambda spec, layers, budget: make_store(spec, layers, torch.float32, "cpu", storage, budget),
+        budget=None,
+        batch=len(sequences),
+        context=max(map(len, sequences)),
+        pooled=storage == "pages",
+    )
     outputs: list[list[Tensor]] = [[] for _ in sequences]
     for start in range(0, max(map(len, sequences)), chunk):
         live = [i for i, tokens in enumerate(sequences) if len(tokens) > start]
