@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
+from zoo.registry.catalog import load_path
 from zoo.registry.errors import PluginError
 from zoo.registry.spec import Param, Spec
 
@@ -38,9 +38,8 @@ def make(spec: Spec) -> nn.Module:
 
 @cache
 def load(path: str) -> Any:
-    """The object that a dotted path such as `zoo.components.norm.rms:RMS` names."""
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
+    """The object that a dotted path such as `zoo.components.norm.rms:RMS` names. Raises PluginError."""
+    return load_path(path, path.partition(".")[0], "the module")
 
 
 def _check_parameters(spec: Spec, module: nn.Module, declared: dict[str, Param]) -> None:

@@ -27,7 +27,7 @@ from zoo.registry.catalog import (
 )
 from zoo.registry.errors import PluginError, ZooError
 
-BUILT_IN = ("zoo.components", "zoo.text", "zoo.loading", "zoo.cards")
+BUILT_IN = ("zoo.components", "zoo.text", "zoo.loading", "zoo.cards", "zoo.cli")
 GROUP = "zoo"
 DISABLE = "ZOO_DISABLE_PLUGINS"
 STRICT = "ZOO_STRICT_PLUGINS"

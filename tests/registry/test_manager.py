@@ -154,7 +154,8 @@ def info(host: Manager, name: str) -> PluginInfo:
 
 
 def test_the_built_ins_come_through_the_same_door(host: Manager) -> None:
-    assert [plugin.name for plugin in host.plugins()] == ["zoo.components", "zoo.text", "zoo.loading", "zoo.cards"]
+    names = ["zoo.components", "zoo.text", "zoo.loading", "zoo.cards", "zoo.cli"]
+    assert [plugin.name for plugin in host.plugins()] == names
     assert all(plugin.status == "active" and plugin.provides and plugin.version for plugin in host.plugins())
     assert host.components()["mixer", "attention"].owner == "zoo.components"
     assert host.cards()["mixtral-8x7b-instruct"].owner == "zoo.cards"
@@ -186,6 +187,10 @@ BROKEN = {
         components(("mixer", "attention", SPEC)),
         "the component 'mixer attention' is registered twice; found zoo.components (zoo.components.attention.spec:"
         f"AttentionSpec) and bad ({SPEC})",
+    ),
+    "a command of zoo": (
+        offers("register_commands", "run", "package.module:run"),
+        "the command 'run' is registered twice; found zoo.cli (zoo.cli.run:run) and bad (package.module:run)",
     ),
     "its own duplicate": (
         components(("ffn", "a", SPEC), ("ffn", "a", SPEC)),
@@ -363,6 +368,36 @@ def test_a_component_that_fails_on_use_names_its_plugin(
     with pytest.raises(PluginError) as caught:
         Catalog({("ffn", "a"): entry}).spec(entry)
     assert str(caught.value) == f"plugin someone: {message}"
+
+
+def test_a_plugins_command_is_called_and_a_broken_one_only_fails_itself(
+    install: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import click
+
+    from zoo.cli import main
+
+    monkeypatch.setattr(
+        sys.modules[__name__], "hello", click.Command("hello", callback=lambda: click.echo("hi")), False
+    )
+    install(
+        good=module_of(offers("register_commands", "hello", f"{__name__}:hello")),
+        bad=module_of(offers("register_commands", "bye", "zoo_test_none:bye")),
+        odd=module_of(offers("register_commands", "odd", f"{__name__}:Good")),
+    )
+    outcomes = {}
+    for command in ("hello", "bye", "odd", "--help"):
+        with pytest.raises(SystemExit) as caught:
+            main([command])
+        outcomes[command] = (caught.value.code, *capsys.readouterr())
+    assert outcomes["hello"] == (0, "hi\n", "")
+    assert outcomes["bye"] == (
+        *(2, ""),
+        "zoo: plugin bad: there is no module 'zoo_test_none' for the command 'bye' (zoo_test_none:bye).\n",
+    )
+    assert outcomes["odd"][0] == 2 and "is not a click command" in outcomes["odd"][2]
+    code, out, err = outcomes["--help"]
+    assert (code, err) == (0, "") and "  bye      Unavailable: its plugin fails.\n" in out and "  hello" in out
 
 
 def test_finding_plugins_and_cards_imports_no_torch() -> None:

@@ -3,12 +3,17 @@
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from typing import TYPE_CHECKING
 
 import click
 
 from zoo import __version__
-from zoo.registry.errors import ZooError, nearest
+from zoo.registry.catalog import load_path
+from zoo.registry.errors import PluginError, ZooError, nearest
+from zoo.registry.hooks import RegisterCommand, hookimpl
+
+if TYPE_CHECKING:
+    from zoo.registry.catalog import Command
 
 BUILTIN = {
     "run": "zoo.cli.run:run",
@@ -34,13 +39,15 @@ class Commands(click.Group):
         return [*BUILTIN, *sorted(self._from_plugins())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        path = BUILTIN.get(cmd_name) or self._from_plugins().get(cmd_name)
-        if path is None:
+        if cmd_name in BUILTIN:
+            return _imported(BUILTIN[cmd_name], "zoo.cli", cmd_name)
+        command = self._from_plugins().get(cmd_name)
+        if command is None:
             return None
-        module, _, attribute = path.partition(":")
-        command = getattr(import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
+        try:
+            return _imported(command.path, command.owner, cmd_name)
+        except PluginError as error:
+            return _unavailable(cmd_name, error)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -51,10 +58,37 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     @staticmethod
-    def _from_plugins() -> dict[str, str]:
+    def _from_plugins() -> "dict[str, Command]":
         from zoo.registry.manager import manager
 
-        return {name: command.path for name, command in manager().commands().items()}
+        return {name: command for name, command in manager().commands().items() if name not in BUILTIN}
+
+
+def _imported(path: str, owner: str, name: str) -> click.Command:
+    command = load_path(path, owner, f"the command {name!r}")
+    if not isinstance(command, click.Command):
+        raise PluginError(f"plugin {owner}: {path} is not a click command", where=f"zoo {name}")
+    return command
+
+
+def _unavailable(name: str, error: PluginError) -> click.Command:
+    """Stands for a plugin's command that cannot be imported: the help names it, calling it raises the error."""
+
+    def fail(arguments: tuple[str, ...]) -> None:
+        raise error
+
+    arguments = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
+    settings = {"ignore_unknown_options": True}
+    return click.Command(
+        name, settings, fail, [arguments], help=str(error), short_help="Unavailable: its plugin fails."
+    )
+
+
+@hookimpl
+def register_commands(register: RegisterCommand) -> None:
+    """zoo's own commands, so that a plugin which takes one of their names is told."""
+    for name, path in BUILTIN.items():
+        register(name, path)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
