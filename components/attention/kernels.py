@@ -43,6 +43,21 @@ def attention(
     return _kernel()(q_THd, k_GSd, v_GSd, scale, past, None if seen_by_all else window, {} if memo is None else memo)
 
 
+def attention_rows(q_BHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, scale: float, seen_BS: Tensor) -> Tensor:
+    """(B, H, d): one new row of each of B sequences, over its own keys as far as `seen_BS` is true.
+
+    By SDPA, or by the formula in float32 where ZOO_ATTENTION says "reference".
+    """
+    exact = _kernel() is reference
+    q, k, v = (x.float() if exact else x for x in (q_BHd, k_BGSd, v_BGSd))
+    q_BGRd = q.view(len(q), k.shape[1], -1, q.shape[-1])
+    seen_B11S = seen_BS[:, None, None]
+    if not exact:
+        return F.scaled_dot_product_attention(q_BGRd, k, v, attn_mask=seen_B11S, scale=scale).view(q_BHd.shape)
+    scores_BGRS = (q_BGRd @ k.transpose(-1, -2) * scale).masked_fill(~seen_B11S, float("-inf"))
+    return (scores_BGRS.softmax(-1) @ v).view(q_BHd.shape).to(q_BHd.dtype)
+
+
 def _trimmed(k_GSd: Tensor, v_GSd: Tensor, past: int, window: int) -> tuple[Tensor, Tensor, int]:
     """Without the keys that even the first row does not see."""
     unseen = past - window + 1

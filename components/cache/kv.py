@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zoo.components.attention.kernels import Memo, attention
+from zoo.components.attention.kernels import Memo, attention, attention_rows
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.pages import Pages
 from zoo.components.cache.slab import Slabs
@@ -120,15 +120,29 @@ class KVView:
         plan = self.plan
         if len(plan.seqs) == 1:
             return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, scale, window)
-        parts = zip(
-            torch.split(q_THd, plan.rows), torch.split(k_TGd, plan.rows), torch.split(v_TGd, plan.rows), strict=True
-        )
+        if isinstance(self.storage, Pages) and len(q_THd) == len(plan.seqs):
+            return self._attend_rows(self.storage, q_THd, k_TGd, v_TGd, scale, window)
+        parts = zip(*(torch.split(x, plan.rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         return torch.cat(
             [
                 self._attend_one(seq, past, q, k, v, scale, window)
                 for seq, past, (q, k, v) in zip(plan.seqs, plan.past, parts, strict=True)
             ]
         )
+
+    def _attend_rows(
+        self, pages: Pages, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """One new row of every sequence: all in one product, over pages gathered to equal lengths."""
+        plan, ring = self.plan, self.ring
+        filled = [past + 1 if ring is None else min(past + 1, ring) for past in plan.past]
+        slots = [past if ring is None else past % ring for past in plan.past]
+        pages.write_rows(self.layer, plan.seqs, slots, k_BGd, v_BGd, plan.memo)
+        k_BGSd, v_BGSd = pages.read_rows(self.layer, plan.seqs, max(filled), plan.memo)
+        key = ("seen", window)
+        if key not in plan.memo:
+            plan.memo[key] = _seen(filled, None if ring is not None else window, pages.device)
+        return attention_rows(q_BHd, k_BGSd, v_BGSd, scale=scale, seen_BS=plan.memo[key])
 
     def _attend_one(
         self, seq: int, past: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, window: int | None
@@ -164,6 +178,14 @@ class KVView:
             self.storage.write(self.layer, seq, start, k_TGd[done : done + count], v_TGd[done : done + count], memo)
             done += count
         return k_GSd, v_GSd, past - first
+
+
+def _seen(filled: list[int], window: int | None, device: torch.device) -> Tensor:
+    """Which of the slots 0 .. max(filled) - 1 each sequence's last token sees, (B, S) bool."""
+    slots_S = torch.arange(max(filled), device=device)
+    filled_B1 = torch.tensor(filled, device=device).unsqueeze(1)
+    seen_BS = slots_S < filled_B1
+    return seen_BS if window is None else seen_BS & (slots_S >= filled_B1 - window)
 
 
 def _spans(start: int, stop: int, ring: int) -> list[tuple[int, int]]:

@@ -52,6 +52,9 @@ class MoE(nn.Module):
 
     def _by_expert(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """One product per chosen expert. Choices are host integers, which costs nothing on the CPU."""
+        if len(x_TD) == 1:
+            y_KD = torch.cat([self._expert(e, x_TD) for e in experts_TK[0].tolist()])
+            return (y_KD * weights_TK.view(-1, 1)).sum(0, keepdim=True).to(x_TD.dtype)
         order_N, tokens_N = _sorted(experts_TK)
         counts = torch.bincount(experts_TK.flatten(), minlength=self.spec.num_experts).tolist()
         x_ND, weights_N1 = x_TD[tokens_N], weights_TK.flatten()[order_N].unsqueeze(1)
@@ -90,6 +93,7 @@ def _sorted(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _combined(x_TD: Tensor, y_ND: Tensor, weights_N1: Tensor, tokens_N: Tensor) -> Tensor:
-    """Each token's weighted sum, in float32."""
-    total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    return total_TD.index_add(0, tokens_N, y_ND * weights_N1).to(x_TD.dtype)
+    """Each token's weighted sum, in the weights' float32 or in what is wider."""
+    weighted_ND = y_ND * weights_N1
+    total_TD = torch.zeros_like(x_TD, dtype=weighted_ND.dtype)
+    return total_TD.index_add(0, tokens_N, weighted_ND).to(x_TD.dtype)
