@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from zoo.registry.card import Card
 from zoo.registry.catalog import Catalog, Entry
-from zoo.registry.errors import CardError
+from zoo.registry.errors import CardError, nearest
 from zoo.registry.faults import locating, missing, spot
 from zoo.registry.manager import manager
 from zoo.registry.node import Node, Path, shown, unknown_key
@@ -29,11 +29,25 @@ MAX_LAYERS = 10_000
 
 def resolve(card: Card, catalog: Catalog | None = None) -> Plan:
     """The complete Specs of a card. Raises CardError, or PluginError where a component cannot be imported."""
-    resolver = _Resolver(card.tree, catalog or manager().catalog)
+    catalog = catalog or manager().catalog
+    resolver = _Resolver(card.tree, catalog)
     scope = Scope({"context_length": (card.context_length, ("context_length",))})
     model = resolver.component(MODEL, card.tree.value["model"], ("model",), scope)
     text = {name: resolver.optional(Slot(name), ("text", name), scope) for name in ("tokenizer", "chat")}
+    _check_layout(card, catalog)
     return Plan(card, model, text["tokenizer"], text["chat"], tuple(resolver.used.values()))
+
+
+def _check_layout(card: Card, catalog: Catalog) -> None:
+    layout, known = card.source.layout, ["auto", *catalog.layouts]
+    if layout not in known:
+        raise card.fault(
+            ("source", "layout"),
+            "unknown weight layout",
+            found=repr(layout),
+            expected=f"one of {', '.join(known)}",
+            hint=nearest(layout, known),
+        )
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,12 @@ def schema(catalog: Catalog | None = None) -> Json:
 
     A component that cannot be imported is left out with a warning.
     """
-    writer = _Writer(catalog or manager().catalog)
+    catalog = catalog or manager().catalog
+    writer = _Writer(catalog)
     card = Card.model_json_schema(ref_template="#/$defs/{model}")
     defs, properties = card["$defs"], card["properties"]
     properties["name"]["pattern"] = f"^{NAME}$"
+    defs["Source"]["properties"]["layout"]["enum"] = ["auto", *catalog.layouts]
     text = defs["Text"]["properties"]
     nodes = {name: writer.node(Slot(name), text[name], nullable=True) for name in ("tokenizer", "chat")}
     text |= {name: {"description": text[name]["description"]} for name in nodes}

@@ -195,6 +195,12 @@ MISTAKES = {
         "    - 3\n    - repeat: 2\n",
         "8: model.layers.0: wrong value; found 3; expected a mapping, or a kind's name.",
     ),
+    "unknown layout": (
+        "name: small",
+        "name: small\nsource: {layout: mistrl}",
+        "2: source.layout: unknown weight layout; found 'mistrl'; expected one of auto, mistral, huggingface, zoo. "
+        "Did you mean 'mistral'?",
+    ),
     "unknown chat": (
         "name: small",
         "name: small\ntext: {chat: mistrl}",

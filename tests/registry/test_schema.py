@@ -62,6 +62,7 @@ INVALID = {
     "top": ("context_length: 64", "context_length: 64\nlicence: x"),
     "name": ("name: small", "name: a b"),
     "source": ("name: small", "name: small\nsource: {dtype: int8}"),
+    "layout": ("name: small", "name: small\nsource: {layout: mistrl}"),
     "chat": ("name: small", "name: small\ntext: {chat: mistrl}"),
 }
 
@@ -97,6 +98,7 @@ def test_fields_carry_their_descriptions() -> None:
 
 def test_a_component_that_cannot_be_imported_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     found = Manager(installed=False).catalog
-    broken = Catalog({**found.components, ("ffn", "a"): Entry("ffn", "a", "zoo_test_none:Spec", "someone")})
+    entry = Entry("ffn", "a", "zoo_test_none:Spec", "someone")
+    broken = Catalog({**found.components, ("ffn", "a"): entry}, layouts=found.layouts)
     assert schema(broken) == schema(found)
     assert len(caplog.messages) == 1 and "ffn 'a' is left out of the schema" in caplog.text
