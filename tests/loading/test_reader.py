@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Callable
@@ -71,6 +72,15 @@ def test_header_from_ranges_reads_the_header_only(tmp_path: Path, raw: Write) ->
 def test_empty_file(tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(b"")
     assert "the file is empty; found 0 bytes. Fetch it again" in fails(tmp_path / "w")
+
+
+@pytest.mark.parametrize("first", [b"<", b"\x80", b" ", b"P"])
+def test_a_length_that_looks_like_another_format(tmp_path: Path, raw: Write, first: bytes) -> None:
+    text = json.dumps(TWO).encode()
+    text += b" " * ((first[0] - len(text)) % 256)
+    file = raw(tmp_path / "w", text, bytes(32))
+    assert file.read_bytes().startswith(first)
+    assert list(read_headers(file)) == ["a", "b"]
 
 
 def test_git_lfs_pointer(tmp_path: Path) -> None:

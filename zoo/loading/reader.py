@@ -61,7 +61,7 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     try:
         with path.open("rb") as file:
             start = file.read(512)
-            if start.startswith(b"PK\x03\x04"):
+            if start.startswith(b"PK\x03\x04") and not _opens_a_header(start):
                 from zoo.loading.pickled import read_archive_headers
 
                 return read_archive_headers(path)
@@ -95,6 +95,8 @@ def read_header(path: Path, size: int, read: ReadRange) -> dict[str, TensorInfo]
 
 def check_start(path: Path, size: int, start: bytes) -> None:
     """Raises WeightsError when the first bytes show that this is no weight file."""
+    if _opens_a_header(start):
+        return
     if size == 0:
         raise WeightsError("the file is empty", where=str(path), found="0 bytes", hint="fetch it again")
     if start.startswith(b"version https://git-lfs"):
@@ -122,6 +124,11 @@ def check_start(path: Path, size: int, start: bytes) -> None:
         )
     if size < 8:
         raise _cut(path, "inside its header", size, 8)
+
+
+def _opens_a_header(start: bytes) -> bool:
+    """Whether a length that may be and a JSON object's brace stand there: by chance, a length may look like others."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
 
 
 def _pointed(start: bytes) -> str:

@@ -1,0 +1,354 @@
+"""Tensors into a module: values, permutations, types, memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zoo.assemble import assemble
+from zoo.components.decoder.model import Decoder
+from zoo.loading import load
+from zoo.loading.files import locate
+from zoo.loading.load import load_weights, random_weights
+from zoo.registry.errors import CapacityError, WeightsError
+from zoo.registry.resolve import Plan
+
+Plans = Callable[..., Plan]
+Names = Callable[[Plan], dict[str, tuple[int, ...]]]
+Write = Callable[..., Path]
+Tensors = dict[str, torch.Tensor]
+
+BIASED = {"qkv_bias": True, "o_bias": True}
+PARTIAL = {"rope": {"theta": 1.0e4, "rotary_dim": 16}}
+
+
+def loaded(plan: Plan, path: Path, dtype: torch.dtype = torch.float32, layout: str = "auto") -> Decoder:
+    module = assemble(plan, dtype)
+    load_weights(module, plan, locate(path, layout))
+    return module
+
+
+def logical(plan: Plan, module: Decoder) -> Tensors:
+    """The module's parameters taken apart into the model's tensors."""
+    stored = dict(module.named_parameters())
+    return {tensor.name: stored[tensor.param][tensor.index] for tensor in plan.model.tensors()}
+
+
+def interleaved(tensor: torch.Tensor, head_dim: int, rotary_dim: int) -> torch.Tensor:
+    """Halves to pairs, head by head and row by row: what a native file holds for a tensor of the model."""
+    found = tensor.clone()
+    for head in range(0, len(tensor), head_dim):
+        for i in range(rotary_dim // 2):
+            found[head + 2 * i] = tensor[head + i]
+            found[head + 2 * i + 1] = tensor[head + rotary_dim // 2 + i]
+    return found
+
+
+def native(plan: Plan, tensors: Tensors, names: Names, rotary_dim: int = 24) -> Tensors:
+    """The model's tensors as a native file holds them."""
+    found = {}
+    for ours, theirs in zip(tensors, names(plan), strict=True):
+        rotated = ".mixer.q." in ours or ".mixer.k." in ours
+        found[theirs] = interleaved(tensors[ours], 24, rotary_dim) if rotated else tensors[ours].clone()
+    return found
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+@pytest.mark.parametrize("mixer", [{}, BIASED, PARTIAL, {"rope": None}, {"num_kv_heads": 4}])
+def test_native_files_are_permuted_and_fused(
+    tmp_path: Path, plan_of: Plans, native_names: Names, ffn: str, mixer: dict[str, object]
+) -> None:
+    plan = plan_of(ffn, mixer)
+    source = assemble(plan, torch.float32)
+    random_weights(source, plan, seed=3)
+    for name, parameter in source.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(torch.arange(len(parameter)))
+    expected = logical(plan, source)
+    turned = 0 if mixer.get("rope", 1) is None else 16 if mixer is PARTIAL else 24
+    save_file(native(plan, expected, native_names, turned), tmp_path / "consolidated.safetensors")
+    found = logical(plan, loaded(plan, tmp_path))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_heads_larger_than_the_buffer(
+    tmp_path: Path, plan_of: Plans, native_names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of("moe", BIASED)
+    source = assemble(plan, torch.float32)
+    random_weights(source, plan, seed=3)
+    expected = logical(plan, source)
+    save_file(native(plan, expected, native_names), tmp_path / "consolidated.safetensors")
+    for size in (1, 1000, 24 * 64 * 4 + 1):
+        monkeypatch.setattr(load, "BUFFER", size)
+        found = logical(plan, loaded(plan, tmp_path, torch.bfloat16))
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor.bfloat16()), (size, name)
+
+
+@pytest.mark.parametrize("kind", ["per expert", "stacked in memory", "stacked in rows"])
+def test_mixtures_of_every_spelling(tmp_path: Path, plan_of: Plans, native_names: Names, kind: str) -> None:
+    plan = plan_of("moe")
+    source = assemble(plan, torch.float32)
+    random_weights(source, plan, seed=1)
+    expected = logical(plan, source)
+    if kind == "stacked in rows":
+        tensors = {n: t for n, t in native(plan, expected, native_names).items() if "experts" not in n}
+        for i in range(2):
+            tensors[f"layers.{i}.block_sparse_moe.gate.weight"] = tensors.pop(f"layers.{i}.feed_forward.gate.weight")
+            for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+                experts = [expected[f"layers.{i}.ffn.experts.{e}.{ours}.weight"] for e in range(3)]
+                blocks = [expert.T if ours == "down" else expert for expert in experts]
+                tensors[f"layers.{i}.block_sparse_moe.{theirs}"] = torch.cat(blocks).contiguous()
+        torch.save(tensors, tmp_path / "consolidated.00.pt")
+    else:
+        save_file(_hugging_face(plan, expected, kind == "stacked in memory"), tmp_path / "model.safetensors")
+    found = logical(plan, loaded(plan, tmp_path))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def _hugging_face(plan: Plan, tensors: Tensors, stacked: bool) -> Tensors:
+    words = {
+        "mixer_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn.router": "mlp.gate" if stacked else "block_sparse_moe.gate",
+        "ffn.experts": "block_sparse_moe.experts",
+        ".gate.weight": ".w1.weight",
+        ".up.weight": ".w3.weight",
+        ".down.weight": ".w2.weight",
+    } | {f"mixer.{n}.": f"self_attn.{n}_proj." for n in "qkvo"}
+    found = {"lm_head.weight": tensors["head.weight"], "model.embed_tokens.weight": tensors["embed.weight"]}
+    for name, tensor in tensors.items():
+        theirs = name
+        for our, their in words.items():
+            theirs = (
+                theirs.replace(our, their) if not theirs.endswith(("_moe.gate.weight", "mlp.gate.weight")) else theirs
+            )
+        if name not in ("head.weight", "embed.weight"):
+            found[f"model.{theirs}"] = tensor
+    if stacked:
+        found = {name: tensor for name, tensor in found.items() if "experts" not in name}
+        for i in range(2):
+            stored = f"layers.{i}.ffn.experts"
+            both = [torch.cat([tensors[f"{stored}.{e}.{n}.weight"] for n in ("gate", "up")]) for e in range(3)]
+            found[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.stack(both)
+            down = [tensors[f"{stored}.{e}.down.weight"] for e in range(3)]
+            found[f"model.layers.{i}.mlp.experts.down_proj"] = torch.stack(down)
+    return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+
+
+def test_fused_projections_are_split(tmp_path: Path, plan_of: Plans) -> None:
+    plan = plan_of()
+    source = assemble(plan, torch.float32)
+    random_weights(source, plan, seed=2)
+    expected = logical(plan, source)
+    tensors = {}
+    for name, tensor in expected.items():
+        name = name.replace("mixer_norm", "input_layernorm").replace("ffn_norm", "post_attention_layernorm")
+        name = name.replace("ffn.down", "mlp.down_proj").replace("mixer.o", "self_attn.o_proj")
+        if not any(part in name for part in (".mixer.", ".ffn.")):
+            name = {"head.weight": "lm_head.weight", "embed.weight": "model.embed_tokens.weight"}.get(
+                name, f"model.{name}"
+            )
+            tensors[name] = tensor.clone()
+    for i in range(2):
+        layer = f"layers.{i}."
+        tensors[f"model.{layer}self_attn.qkv_proj.weight"] = torch.cat(
+            [expected[f"{layer}mixer.{n}.weight"] for n in "qkv"]
+        )
+        tensors[f"model.{layer}mlp.gate_up_proj.weight"] = torch.cat(
+            [expected[f"{layer}ffn.{n}.weight"] for n in ("gate", "up")]
+        )
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = logical(plan, loaded(plan, tmp_path))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("there", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("here", [torch.float32, torch.bfloat16, torch.float16])
+def test_types_are_converted_as_torch_does(
+    tmp_path: Path, plan_of: Plans, native_names: Names, save: Write, there: torch.dtype, here: torch.dtype
+) -> None:
+    plan = plan_of()
+    file = save(tmp_path / "w.safetensors", native_names(plan), there)
+    tensors, found = load_file(file), logical(plan, loaded(plan, tmp_path, here))
+    for name in ("tok_embeddings.weight", "layers.1.attention.wv.weight", "norm.weight"):
+        ours = {"tok_embeddings.weight": "embed.weight", "norm.weight": "norm.weight"}.get(name)
+        assert torch.equal(found[ours or "layers.1.mixer.v.weight"], tensors[name].to(here))
+
+
+def test_values_that_float16_cannot_hold(tmp_path: Path, plan_of: Plans, native_names: Names, save: Write) -> None:
+    plan = plan_of()
+    tensors = load_file(save(tmp_path / "w.safetensors", native_names(plan), torch.bfloat16))
+    tensors["norm.weight"][3] = 1e6
+    save_file(tensors, tmp_path / "w.safetensors")
+    loaded(plan, tmp_path, torch.bfloat16)
+    with pytest.raises(
+        WeightsError, match=r"'norm\.weight' does not fit float16; found values up to (1e\+06|9\.99e\+05)"
+    ):
+        loaded(plan, tmp_path, torch.float16)
+
+
+def test_loading_says_how_far_it_is_and_follows_the_files(
+    tmp_path: Path, plan_of: Plans, native_names: Names, save: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of()
+    save(tmp_path / "w.safetensors", native_names(plan))
+    files, seen, places = locate(tmp_path), [], []
+    read = load._Reader.into
+
+    def spy(self: load._Reader, place: torch.Tensor, info: object, offset: int) -> None:
+        places.append(offset)
+        read(self, place, info, offset)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(load._Reader, "into", spy)
+    load_weights(assemble(plan, torch.float32), plan, files, progress=lambda done, total: seen.append((done, total)))
+    assert [total for _, total in seen] == [files.nbytes] * len(files.headers)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1][0] == files.nbytes
+    assert places == sorted(places)
+
+
+def test_nothing_is_loaded_from_files_that_do_not_fit(
+    tmp_path: Path, plan_of: Plans, native_names: Names, save: Write
+) -> None:
+    save(tmp_path / "w.safetensors", native_names(plan_of()))
+    module = assemble(plan_of("moe"), torch.float32)
+    with pytest.raises(WeightsError, match=f"{tmp_path}/w.safetensors: the files and the card differ in 26 tensors"):
+        load_weights(module, plan_of("moe"), locate(tmp_path))
+    assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_a_file_that_shrinks_after_its_header_was_read(
+    tmp_path: Path, plan_of: Plans, native_names: Names, save: Write
+) -> None:
+    plan = plan_of()
+    file = save(tmp_path / "w.safetensors", native_names(plan))
+    files = locate(tmp_path)
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(WeightsError, match=r"cannot read tensor .*; found it ends 7 bytes too early"):
+        load_weights(assemble(plan, torch.float32), plan, files)
+    file.unlink()
+    with pytest.raises(WeightsError, match="cannot read the weights; found No such file"):
+        load_weights(assemble(plan, torch.float32), plan, files)
+
+
+def test_memory_that_does_not_suffice(
+    tmp_path: Path, plan_of: Plans, native_names: Names, save: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of()
+    save(tmp_path / "w.safetensors", native_names(plan))
+    module, empty = assemble(plan, torch.float32), torch.empty
+
+    def full(*shape: object, **options: object) -> torch.Tensor:
+        if shape[0] == (509, 64):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore")
+        return empty(*shape, **options)  # type: ignore[no-any-return, call-overload]
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(CapacityError) as caught:
+        load_weights(module, plan, locate(tmp_path))
+    assert "weight: memory is full while loading the weights; found [enforce fail]" in str(caught.value)
+    assert f"expected {509 * 64 * 4} bytes more on cpu" in str(caught.value)
+
+
+def test_random_weights_depend_on_seed_and_name_alone(plan_of: Plans) -> None:
+    plan, deeper = plan_of("moe"), plan_of("moe", {"num_kv_heads": 2})
+    first, second, other = (assemble(p, torch.float32) for p in (plan, plan, deeper))
+    random_weights(first, plan, seed=5)
+    random_weights(second, plan, seed=6)
+    random_weights(other, deeper, seed=5)
+    a, b, c = logical(plan, first), logical(plan, second), logical(deeper, other)
+    same = [name for name in a if a[name].shape == c[name].shape]
+    assert len(same) < len(a)
+    assert all(torch.equal(a[name], c[name]) for name in same)
+    drawn = [name for name in a if not name.endswith("norm.weight")]
+    assert not any(torch.equal(a[name], b[name]) for name in drawn)
+    assert len({a[name].flatten()[0].item() for name in drawn}) == len(drawn)
+    rounded = assemble(plan, torch.bfloat16)
+    random_weights(rounded, plan, seed=5)
+    assert all(torch.equal(t, a[name].bfloat16()) for name, t in logical(plan, rounded).items())
+
+
+def test_random_weights_have_a_size_that_keeps_logits_finite(plan_of: Plans) -> None:
+    plan = plan_of("dense", BIASED)
+    module = assemble(plan, torch.float32)
+    random_weights(module, plan)
+    found = logical(plan, module)
+    assert found["embed.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(found["embed.weight"].mean().item()) < 1e-3
+    assert torch.equal(found["norm.weight"], torch.ones(64))
+    assert torch.equal(found["layers.0.mixer.q.bias"], torch.zeros(96))
+
+
+MEASURE = """
+import json, os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from zoo.assemble import assemble
+from zoo.loading.files import locate
+from zoo.loading.load import load_weights
+from zoo.registry.card import Card
+from zoo.registry.resolve import resolve
+
+def resident(name):
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+folder = Path(sys.argv[1])
+plan = resolve(Card.from_dict(json.loads((folder / "card.json").read_text())))
+files = locate(folder)
+for dtype in (torch.bfloat16, torch.float32):
+    module = assemble(plan, dtype)
+    if os.fork() == 0:  # a process of its own, so that neither load sees memory that the other left behind
+        before = resident("VmRSS")
+        load_weights(module, plan, files)
+        weights = sum(p.numel() * p.element_size() for p in module.parameters())
+        os.write(1, f"{resident('VmHWM') - before} {weights}\\n".encode())
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native checkpoint of 200 MB in bfloat16, no tensor above an eighth of it."""
+    folder = tmp_path_factory.mktemp("large")
+    dim, hidden, vocab, layers = 1024, 4096, 8192, 5
+    mixer = {"kind": "attention", "num_heads": 16, "num_kv_heads": 4, "head_dim": 64, "rope": {"theta": 1e4}}
+    run = {"repeat": layers, "mixer": mixer, "ffn": {"kind": "gated", "hidden_dim": hidden}}
+    model = {"dim": dim, "vocab_size": vocab, "norm": {"kind": "rms", "eps": 1e-5}, "layers": [run]}
+    (folder / "card.json").write_text(json.dumps({"name": "large", "context_length": 64, "model": model}))
+    shapes = {"tok_embeddings.weight": (vocab, dim), "output.weight": (vocab, dim), "norm.weight": (dim,)}
+    for i in range(layers):
+        layer = f"layers.{i}."
+        shapes |= {f"{layer}attention_norm.weight": (dim,), f"{layer}ffn_norm.weight": (dim,)}
+        shapes |= {f"{layer}attention.w{n}.weight": (1024 if n in "qo" else 256, dim) for n in "qkvo"}
+        shapes |= {f"{layer}feed_forward.w{n}.weight": (hidden, dim) for n in (1, 3)}
+        shapes[f"{layer}feed_forward.w2.weight"] = (dim, hidden)
+    save_file({name: torch.full(shape, 0.01).bfloat16() for name, shape in shapes.items()}, folder / "w.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's peak of resident memory")
+def test_peak_memory_is_the_weights(large: Path) -> None:
+    """Read in place from bfloat16 to bfloat16, and converted to float32."""
+    command = [sys.executable, "-c", MEASURE, str(large)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    (kept, kept_weights), (converted, converted_weights) = (
+        map(int, line.split()) for line in answer.stdout.splitlines()
+    )
+    assert converted_weights == 2 * kept_weights > 360_000_000
+    assert 0.95 * kept_weights < kept < 1.1 * kept_weights
+    assert 0.95 * converted_weights < converted < 1.1 * converted_weights

@@ -1,0 +1,254 @@
+"""Weights into a module: every tensor straight to its final place, type and device, in the order of the files.
+
+Nothing is held but the parameters themselves and one buffer: a tensor that arrives as it stays is read into its
+parameter's own memory, all others pass through the buffer in pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+
+from zoo.loading.files import WeightSet
+from zoo.loading.layouts import layout_named
+from zoo.loading.mapping import Placement, plan_mapping
+from zoo.loading.pickled import DTYPES, open_archive
+from zoo.loading.reader import Progress, TensorInfo
+from zoo.registry.errors import CapacityError, WeightsError
+from zoo.registry.plan import Plan
+from zoo.registry.spec import Rotary, Tensor
+
+BUFFER = 32 << 20
+"""Bytes that pass through the buffer at a time, unless one row of a tensor is larger."""
+
+DRAW = 1 << 20
+"""Elements that are drawn at a time; part of what a seed means."""
+
+
+def load_weights(
+    module: nn.Module,
+    plan: Plan,
+    files: WeightSet,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Fills the module's parameters, made on `device` in the type that they have on the meta device.
+
+    Peak memory is the weights and one buffer. `progress` is called with the bytes read and the bytes in all.
+    Raises WeightsError unless the files hold exactly the plan's tensors; CapacityError when memory does not suffice.
+    """
+    assert sys.byteorder == "little", "the files' bytes are read as they are"
+    placements = plan_mapping(plan.model, layout_named(files.layout), files.headers, files.where)
+    order = {file: number for number, file in enumerate(files.files)}
+    placements.sort(key=lambda placement: (order[placement.source.file], placement.source.start, placement.rows))
+    total, done = sum(placement.nbytes for placement in placements), 0
+    targets = _Targets(module, torch.device(device))
+    with _Reader(pinned=torch.device(device).type == "cuda") as reader:
+        for placement in placements:
+            _fill(targets.place(placement.tensor), placement, reader)
+            done += placement.nbytes
+            if progress:
+                progress(done, total)
+    targets.check()
+
+
+def random_weights(module: nn.Module, plan: Plan, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    """Fills the module's parameters, made on `device`, with seeded values of a size that keeps logits finite.
+
+    A tensor's values follow from the seed and its name alone: not from the order, the device or the type, up to
+    rounding. Raises CapacityError when memory does not suffice.
+    """
+    targets = _Targets(module, torch.device(device))
+    parameters = plan.model.all_parameters()
+    tensors = list(plan.model.tensors())
+    places = [targets.place(tensor) for tensor in tensors]
+
+    def draw(tensor: Tensor, place: torch.Tensor) -> None:
+        init = parameters[tensor.param].init
+        if init == "normal":
+            _draw(place, f"{seed}:{tensor.name}")
+        else:
+            place.fill_(1.0 if init == "ones" else 0.0)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(draw, tensors, places):
+            pass
+    targets.check()
+
+
+def _draw(place: torch.Tensor, key: str) -> None:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    flat = place.flatten()
+    assert flat.data_ptr() == place.data_ptr(), "a piece of a parameter has its rows together"
+    for piece in flat.split(DRAW):
+        piece.copy_(torch.empty(len(piece)).normal_(0.0, 0.02, generator=generator))
+
+
+class _Targets:
+    """The module's parameters, made when their first tensor arrives."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module, self.device = module, device
+        self.made: dict[str, torch.Tensor] = {}
+
+    def place(self, tensor: Tensor) -> torch.Tensor:
+        """The piece of a parameter that a checkpoint's tensor fills."""
+        if tensor.param not in self.made:
+            self.made[tensor.param] = self._make(tensor.param)
+        return self.made[tensor.param][tensor.index]
+
+    def _make(self, name: str) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        holder = self.module.get_submodule(owner)
+        meta = getattr(holder, leaf)
+        if not meta.is_meta:
+            return meta.detach()  # type: ignore[no-any-return]
+        try:
+            made = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
+        except (RuntimeError, MemoryError) as error:
+            raise CapacityError(
+                "memory is full while loading the weights",
+                where=name,
+                found=str(error).splitlines()[0],
+                expected=f"{meta.numel() * meta.element_size()} bytes more on {self.device}",
+                hint="use a smaller type or model; `zoo inspect` says what each needs",
+            ) from None
+        setattr(holder, leaf, nn.Parameter(made, requires_grad=False))
+        return made
+
+    def check(self) -> None:
+        left = [name for name, parameter in self.module.named_parameters() if parameter.is_meta]
+        assert not left, f"parameters that no tensor of the Spec fills: {left[:5]}"
+
+
+class _Reader:
+    """Reads from one file at a time, and keeps the buffer."""
+
+    def __init__(self, pinned: bool) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.pinned = pinned
+        self.path: Path | None = None
+        self.file: FileIO | None = None
+        self.archive: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.file:
+            self.file.close()
+        self.path, self.file, self.archive = None, None, {}
+
+    def _turn_to(self, info: TensorInfo) -> None:
+        if self.path == info.file:
+            return
+        self._close()
+        try:
+            if info.pickled:
+                self.archive = open_archive(info.file)
+            else:
+                self.file = info.file.open("rb", buffering=0)
+        except OSError as error:
+            raise WeightsError("cannot read the weights", where=str(info.file), found=error.strerror) from None
+        self.path = info.file
+
+    def into(self, place: torch.Tensor, info: TensorInfo, offset: int) -> None:
+        """Fills contiguous memory on the CPU with the file's bytes from `offset` on."""
+        self._turn_to(info)
+        assert self.file is not None
+        view = place.flatten().view(torch.uint8).numpy().data
+        try:
+            self.file.seek(offset)
+            while view:
+                count = self.file.readinto(view)
+                if not count:
+                    raise OSError(0, f"it ends {len(view)} bytes too early: it has changed since its header was read")
+                view = view[count:]
+        except OSError as error:
+            found = error.strerror
+            raise WeightsError(f"cannot read tensor {info.name!r}", where=str(info.file), found=found) from None
+
+    def rows(self, placement: Placement, first: int, last: int) -> torch.Tensor:
+        """Those rows of a source, in its own type on the CPU; good until the next call."""
+        info, shape = placement.source, (last - first, *placement.row_shape)
+        if info.pickled:
+            self._turn_to(info)
+            return self.archive[info.name].reshape(-1, *placement.row_shape)[first:last]
+        size = (last - first) * placement.row_bytes
+        if len(self.buffer) < size:
+            self.buffer = torch.empty(max(size, min(BUFFER, info.nbytes)), dtype=torch.uint8, pin_memory=self.pinned)
+        piece = self.buffer[:size]
+        self.into(piece, info, info.start + first * placement.row_bytes)
+        return piece.view(DTYPES[info.dtype]).view(shape)
+
+
+def _fill(place: torch.Tensor, placement: Placement, reader: _Reader) -> None:
+    """Brings one tensor to its place."""
+    if placement.tensor.shape == ():
+        place = place.view(1)
+    if _arrives_as_it_stays(place, placement):
+        reader.into(place, placement.source, placement.source.start + placement.rows[0] * placement.row_bytes)
+        return
+    view = place.transpose(-2, -1) if placement.transpose else place
+    start = placement.rows[0]
+    for first, last in _pieces(placement):
+        _put(view[first - start : last - start], reader.rows(placement, first, last), placement)
+
+
+def _arrives_as_it_stays(place: torch.Tensor, placement: Placement) -> bool:
+    info = placement.source
+    moved = info.pickled or placement.columns or placement.transpose or placement.interleaved
+    return not moved and place.device.type == "cpu" and place.dtype == DTYPES[info.dtype] and place.is_contiguous()
+
+
+def _pieces(placement: Placement) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that fit the buffer; whole heads where heads are permuted."""
+    unit = placement.interleaved.head_dim if placement.interleaved else 1
+    step = max(1, BUFFER // max(1, unit * placement.row_bytes)) * unit
+    for first in range(*placement.rows, step):
+        yield first, min(first + step, placement.rows[1])
+
+
+def _put(view: torch.Tensor, rows: torch.Tensor, placement: Placement) -> None:
+    """Copies rows of the file to where they belong, in the type that stands there."""
+    if placement.columns:
+        rows = rows[..., slice(*placement.columns)]
+    if view.device.type != "cpu":
+        rows = rows.to(view.device)
+    if placement.interleaved:
+        _from_interleaved(view, rows, placement.interleaved)
+    else:
+        view.copy_(rows)
+    if view.dtype == torch.float16 != rows.dtype and not view.isfinite().all():
+        raise WeightsError(
+            f"tensor {placement.source.name!r} does not fit float16",
+            where=str(placement.source.file),
+            found=f"values up to {rows.abs().max().item():.3g}",
+            expected="at most 65504",
+            hint="load with dtype bfloat16 or float32",
+        )
+
+
+def _from_interleaved(view: torch.Tensor, rows: torch.Tensor, rotary: Rotary) -> None:
+    """Rows 2i and 2i + 1 of each head become rows i and i + rotary_dim / 2; rows that rope leaves alone stay."""
+    heads, source = (t.unflatten(0, (-1, rotary.head_dim)) for t in (view, rows))
+    turned = rotary.rotary_dim
+    heads[:, : turned // 2] = source[:, 0:turned:2]
+    heads[:, turned // 2 : turned] = source[:, 1:turned:2]
+    heads[:, turned:] = source[:, turned:]
