@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from zoo.text.spec import MistralChatSpec, MistralTokenizerSpec
 from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
@@ -105,3 +106,78 @@ def mistral(mistral_folder: Callable[[str], Path]) -> Callable[[str], Checkpoint
 def mistral_common(mistral: Callable[[str], CheckpointTokenizer]) -> Callable[[str], Any]:
     """mistral-common's own tokenizer of the version named."""
     return lambda name: mistral(name)._codec.library  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------- Hugging Face tokenizers
+
+CORPUS = ["Hello world, how are you today?", "The quick brown fox says hello.", "Grüße aus Zürich, naïve café"] * 3
+TEMPLATE_TOKENS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+
+
+def _byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=TEMPLATE_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens(["<tool_call>"])
+    return tokenizer
+
+
+def _byte_fallback() -> Tokenizer:
+    """As SentencePiece models are converted: a space sign before every text, bytes for characters not learnt."""
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    learnt = Tokenizer(models.BPE(unk_token="<unk>"))
+    learnt.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"], show_progress=False)
+    learnt.train_from_iterator(CORPUS, trainer)
+    model = json.loads(learnt.to_str())["model"]
+    pieces = [*TEMPLATE_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [piece for piece in model["vocab"] if piece not in TEMPLATE_TOKENS]
+    merges = [tuple(merge) for merge in model["merges"]]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(TEMPLATE_TOKENS)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def _metaspace() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=TEMPLATE_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+HUGGING_FACE = {"byte level": _byte_level, "byte fallback": _byte_fallback, "metaspace": _metaspace}
+
+
+@pytest.fixture(scope="session")
+def hugging_face_json() -> Callable[[str], str]:
+    """The text of a `tokenizer.json` of the kind named."""
+    return cache(lambda kind: HUGGING_FACE[kind]().to_str())
+
+
+@pytest.fixture
+def hugging_face(hugging_face_json: Callable[[str], str], tmp_path: Path) -> Callable[..., Path]:
+    """Makes the test's folder one with a `tokenizer.json` and a `tokenizer_config.json` with the fields given."""
+
+    def make(kind: str = "byte level", **config: Any) -> Path:
+        (tmp_path / "tokenizer.json").write_text(hugging_face_json(kind))
+        fields = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
+        fields = {key: value for key, value in fields.items() if value is not None}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+        return tmp_path
+
+    return make

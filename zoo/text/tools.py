@@ -45,13 +45,13 @@ def short_id(name: str) -> str:
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = _function(call, where)
-    checked: dict[str, Any] = {"type": "function"}
+    checked: dict[str, Any] = {}
     if (name := call.get("id")) is not None:
         if not isinstance(name, str) or not name:
             raise TextError("the id of a tool call is a text", where=where, found=repr(name))
         checked["id"] = name
     arguments = _arguments(function.get("arguments"), where)
-    return checked | {"function": {"name": function["name"], "arguments": arguments}}
+    return checked | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
