@@ -1,0 +1,163 @@
+"""Every field of every built-in Spec changes parameters, state or logits: nothing is accepted and ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from zoo.components.cache.store import fresh_step
+from zoo.registry.errors import CardError
+from zoo.registry.manager import manager
+from zoo.registry.spec import Inherited, Slot, Spec
+
+TOKENS = torch.tensor([1, 5, 32, 7, 16, 11, 3, 8, 30, 2, 27, 31, 0])
+ROPE = {"theta": 1e4}
+YARN = {"kind": "yarn", "theta": 50.0, "factor": 4.0, "original_context": 40, "beta_fast": 4.0}
+LLAMA3 = {
+    "kind": "llama3",
+    "theta": 50.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context": 16,
+}
+LINEAR = {"kind": "linear", "theta": 50.0, "factor": 4.0}
+EXPERT = {"kind": "gated", "hidden_dim": 24}
+MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": EXPERT}
+SCALING = {"beta": 0.5, "original_context": 4}
+
+# (slot, kind) -> field -> arguments of `small` with one value, and with another.
+CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    ("model", "decoder"): {
+        "vocab_size": ({}, {"vocab_size": 38}),
+        "dim": ({}, {"dim": 20}),
+        "tied_embeddings": ({}, {"tied_embeddings": True}),
+        "norm": ({}, {"norm": {"kind": "rms", "eps": 0.1}}),
+        "layers": (
+            {},
+            {
+                "layers": [
+                    {
+                        "repeat": 3,
+                        "mixer": {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": ROPE},
+                        "ffn": EXPERT,
+                    }
+                ]
+            },
+        ),
+    },
+    ("mixer", "attention"): {
+        "num_heads": ({}, {"mixer": {"num_heads": 6}}),
+        "num_kv_heads": ({}, {"mixer": {"num_kv_heads": 4}}),
+        "head_dim": ({}, {"mixer": {"head_dim": 8}}),
+        "window": ({}, {"mixer": {"window": 5}}),
+        "rope": ({}, {"mixer": {"rope": None}}),
+        "qkv_bias": ({}, {"mixer": {"qkv_bias": True}}),
+        "o_bias": ({}, {"mixer": {"o_bias": True}}),
+        "qk_norm": ({}, {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}}),
+        "query_scaling": ({}, {"mixer": {"query_scaling": SCALING}}),
+        "query_scaling.beta": (
+            {"mixer": {"query_scaling": SCALING}},
+            {"mixer": {"query_scaling": SCALING | {"beta": 1.0}}},
+        ),
+        "query_scaling.original_context": (
+            {"mixer": {"query_scaling": SCALING}},
+            {"mixer": {"query_scaling": SCALING | {"original_context": 6}}},
+        ),
+        "cache": ({"mixer": {"window": 5}}, {"mixer": {"window": 5, "cache": {"kind": "full"}}}),
+    },
+    ("ffn", "gated"): {
+        "hidden_dim": ({}, {"ffn": EXPERT | {"hidden_dim": 20}}),
+        "activation": ({}, {"ffn": EXPERT | {"activation": "gelu"}}),
+    },
+    ("ffn", "moe"): {
+        "num_experts": ({"ffn": MOE}, {"ffn": MOE | {"num_experts": 5}}),
+        "experts_per_token": ({"ffn": MOE}, {"ffn": MOE | {"experts_per_token": 3}}),
+        "expert": ({"ffn": MOE}, {"ffn": MOE | {"expert": EXPERT | {"activation": "gelu_tanh"}}}),
+    },
+    ("router", "softmax_topk"): {},
+    ("norm", "rms"): {"eps": ({}, {"norm": {"kind": "rms", "eps": 0.01}})},
+    ("rope", "default"): {
+        "theta": ({}, {"mixer": {"rope": {"theta": 100.0}}}),
+        "rotary_dim": ({}, {"mixer": {"rope": ROPE | {"rotary_dim": 4}}}),
+    },
+    ("rope", "linear"): {
+        name: ({"mixer": {"rope": LINEAR}}, {"mixer": {"rope": LINEAR | {name: value}}})
+        for name, value in {"theta": 20.0, "rotary_dim": 4, "factor": 2.0}.items()
+    },
+    ("rope", "llama3"): {
+        name: ({"mixer": {"rope": LLAMA3}}, {"mixer": {"rope": LLAMA3 | {name: value}}})
+        for name, value in {
+            "theta": 20.0,
+            "rotary_dim": 4,
+            "factor": 2.0,
+            "low_freq_factor": 0.1,
+            "high_freq_factor": 2.0,
+            "original_context": 40,
+        }.items()
+    },
+    ("rope", "yarn"): {
+        name: ({"mixer": {"rope": YARN}}, {"mixer": {"rope": YARN | {name: value}}})
+        for name, value in {
+            "theta": 20.0,
+            "rotary_dim": 4,
+            "factor": 2.0,
+            "original_context": 90,
+            "beta_fast": 1.2,
+            "beta_slow": 0.2,
+            "attention_factor": 1.5,
+            "truncate": False,
+        }.items()
+    },
+    ("cache", "full"): {},
+    ("cache", "window"): {},
+    ("block", "prenorm"): {},
+}
+ONLY_KIND = {("moe", "router")}
+"""Fields of a slot that has one built-in kind, the default: there is no other value."""
+
+
+FIELDS = [(key, name) for key, fields in CASES.items() for name in fields]
+
+
+def _behaviour(spec: Any, filled: Callable[..., Any]) -> tuple[Any, Any, torch.Tensor]:
+    shapes = {name: param.shape for name, param in spec.all_parameters().items()}
+    return shapes, spec.states(), filled(spec)(TOKENS, fresh_step(spec, [len(TOKENS)]))
+
+
+@pytest.mark.parametrize(("key", "field"), FIELDS, ids=[f"{kind}.{name}" for (_, kind), name in FIELDS])
+def test_field_has_an_effect(
+    key: tuple[str, str], field: str, small: Callable[..., Any], filled: Callable[..., Any]
+) -> None:
+    before, after = (_behaviour(small(**arguments), filled) for arguments in CASES[key][field])
+    assert before[:2] != after[:2] or not torch.allclose(before[2], after[2], rtol=1e-4)
+
+
+def test_every_written_field_has_a_case() -> None:
+    catalog = manager().catalog
+    for (slot, kind), cases in CASES.items():
+        spec: type[Spec] = catalog.spec(catalog.find(slot, kind))
+        written = {
+            name
+            for name, field in spec.model_fields.items()
+            if name != "kind" and not any(isinstance(mark, Inherited) for mark in field.metadata)
+        }
+        if slot == "block":
+            assert all(any(isinstance(m, Slot) for m in spec.model_fields[name].metadata) for name in written)
+        else:
+            one_kind = {name for owner, name in ONLY_KIND if owner == kind}
+            assert written == {name for name in cases if "." not in name} | one_kind, kind
+
+
+def test_slots_of_one_kind_refuse_others(small: Callable[..., Any]) -> None:
+    assert manager().catalog.kinds("router") == ["softmax_topk"]
+    with pytest.raises(CardError, match="router"):
+        small(ffn=MOE | {"router": {"kind": "hash"}})
+
+
+def test_every_built_in_has_cases() -> None:
+    entries = manager().components().values()
+    assert {(e.slot, e.kind) for e in entries if e.spec_path.startswith("zoo.components.")} == set(CASES)
