@@ -66,7 +66,7 @@ def check_component(
 
 
 def step_through(
-    module: Decoder, plan: Plan, sequences: Sequence[Sequence[int]], chunk: int, storage: str
+    module: Decoder, sequences: Sequence[Sequence[int]], chunk: int, storage: str = "slab"
 ) -> list[Tensor]:
     """Float32 logits (T, V) of each sequence, fed `chunk` tokens of every sequence at a time through the cache."""
     states = module.spec.states()
