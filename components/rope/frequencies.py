@@ -1,4 +1,8 @@
-"""Angles per position of each lane pair, for every kind of rope. r stands for rotary_dim."""
+"""Angles per position of each lane pair, for every kind of rope. r stands for rotary_dim.
+
+The order of operations is that of the reference implementations: a last bit of a frequency, times a position of a
+hundred thousand, moves an angle by hundredths.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ def linear(spec: LinearRopeSpec) -> Frequencies:
 def llama3(spec: Llama3RopeSpec) -> Frequencies:
     """Divides long wavelengths by `factor`, keeps short ones, blends between (the code of Llama 3.1's release)."""
     plain = _plain(spec)
-    turns = spec.original_context * plain / (2 * pi)
+    turns = spec.original_context / (2 * pi / plain)
     keep = ((turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)).clamp(0, 1)
     return (1 - keep) * plain / spec.factor + keep * plain, 1.0
 
@@ -39,14 +43,20 @@ def yarn(spec: YarnRopeSpec) -> Frequencies:
     low, high = max(low, 0), min(high, spec.lanes - 1)
     if low == high:
         high += 0.001
-    stretch = ((torch.arange(spec.lanes // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
-    plain = _plain(spec)
+    ramp = ((torch.arange(spec.lanes // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    plain, keep = _plain(spec), 1 - ramp
     factor = 0.1 * log(spec.factor) + 1 if spec.attention_factor is None else spec.attention_factor
-    return stretch * plain / spec.factor + (1 - stretch) * plain, factor
+    return 1 / (spec.factor * _wavelengths(spec)) * (1 - keep) + plain * keep, factor
 
 
 def _plain(spec: RopeSpec) -> Tensor:
-    return 1.0 / spec.theta ** (torch.arange(0, spec.lanes, 2, dtype=torch.float32, device="cpu") / spec.lanes)
+    return 1 / _wavelengths(spec)
+
+
+def _wavelengths(spec: RopeSpec) -> Tensor:
+    """Over 2 pi. Always made on the CPU, also while a model is built on the meta device."""
+    exponents: Tensor = torch.arange(0, spec.lanes, 2, dtype=torch.float32, device="cpu") / spec.lanes
+    return spec.theta**exponents
 
 
 def _turning_lane(spec: YarnRopeSpec, turns: float) -> float:

@@ -1,0 +1,133 @@
+"""Feed-forwards and routers against the oracle and against transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.components.ffn.moe import MoE, moe_reference
+from zoo.components.ffn.spec import GatedSpec, MoESpec, SoftmaxTopkSpec
+
+
+def _moe_spec(experts: int = 5, chosen: int = 2) -> MoESpec:
+    return MoESpec(
+        dim=16,
+        num_experts=experts,
+        experts_per_token=chosen,
+        router=SoftmaxTopkSpec(dim=16, num_experts=experts, experts_per_token=chosen),
+        expert=GatedSpec(dim=16, hidden_dim=24),
+    )
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_gated_equals_the_oracle(
+    activation: Any,
+    rows: int,
+    filled: Callable[..., Any],
+    taken_apart: Callable[..., Any],
+    oracle: ModuleType,
+    close: Callable[..., None],
+) -> None:
+    spec = GatedSpec(dim=16, hidden_dim=24, activation=activation)
+    gated, x = filled(spec), torch.randn(rows, 16)
+    expected = oracle.gated(spec, taken_apart(spec, gated), x)
+    close(gated(x), expected)
+    with torch.inference_mode():
+        close(gated(x), expected)
+
+
+def test_gated_equals_transformers(filled: Callable[..., Any], close: Callable[..., None]) -> None:
+    from transformers import MistralConfig
+    from transformers.models.mistral.modeling_mistral import MistralMLP
+
+    gated = filled(GatedSpec(dim=16, hidden_dim=24))
+    theirs = MistralMLP(MistralConfig(hidden_size=16, intermediate_size=24))
+    theirs.gate_proj.weight.data, theirs.up_proj.weight.data = gated.gate_up.weight.detach().chunk(2)
+    theirs.down_proj.weight.data = gated.down.weight.detach()
+    x = torch.randn(5, 16)
+    close(gated(x), theirs(x))
+
+
+@pytest.mark.parametrize("way", ["forward", "_grouped", "reference"])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize(("experts", "chosen"), [(5, 2), (4, 1), (4, 4), (1, 1)])
+def test_moe_equals_the_oracle(
+    way: str,
+    rows: int,
+    experts: int,
+    chosen: int,
+    filled: Callable[..., Any],
+    taken_apart: Callable[..., Any],
+    oracle: ModuleType,
+    close: Callable[..., None],
+) -> None:
+    """Three ways: expert by expert, one grouped product (as on a GPU), every expert on every token."""
+    spec = _moe_spec(experts, chosen)
+    moe, x = filled(spec), torch.randn(rows, 16)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "forward": moe,
+        "_grouped": lambda x: moe._grouped(x, *moe.router(x)),
+        "reference": lambda x: moe_reference(moe, x),
+    }
+    weights = {name: weight.double() for name, weight in taken_apart(spec, moe).items()}
+    expected = oracle.moe(spec, weights, x.double())
+    close(ways[way](x), expected)
+    with torch.inference_mode():
+        close(ways[way](x), expected)
+
+
+def test_moe_equals_transformers(filled: Callable[..., Any], close: Callable[..., None]) -> None:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    moe = filled(_moe_spec())
+    config = MixtralConfig(hidden_size=16, intermediate_size=24, num_local_experts=5, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    theirs = MixtralSparseMoeBlock(config)
+    theirs.gate.weight.data = moe.router.weight.detach()
+    theirs.experts.gate_up_proj.data = moe.experts_gate_up.detach()
+    theirs.experts.down_proj.data = moe.experts_down.detach()
+    x = torch.randn(11, 16)
+    close(moe(x), theirs(x[None])[0])
+
+
+def test_routers_weights_sum_to_one_and_the_best_comes_first(filled: Callable[..., Any]) -> None:
+    router, x = filled(_moe_spec().router), torch.randn(9, 16)
+    weights, experts = router(x)
+    logits = x @ router.weight.T
+    assert weights.dtype is torch.float32
+    assert experts.dtype is torch.int64
+    torch.testing.assert_close(weights.sum(-1), torch.ones(9))
+    assert torch.equal(experts[:, 0], logits.argmax(-1))
+    assert (weights[:, 0] >= weights[:, 1]).all()
+
+
+def test_tokens_do_not_meet_in_a_mixture(filled: Callable[..., Any], close: Callable[..., None]) -> None:
+    moe, x = filled(_moe_spec()), torch.randn(9, 16)
+    close(torch.cat([moe(row[None]) for row in x]), moe(x))
+
+
+def test_moe_gradients_equal_the_references(filled: Callable[..., Any], close: Callable[..., None]) -> None:
+    one, other = filled(_moe_spec()), filled(_moe_spec())
+    x = torch.randn(9, 16)
+    one(x).square().sum().backward()
+    moe_reference(other, x).square().sum().backward()
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        close(mine.grad, theirs.grad, "oracle")
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_moe_in_bfloat16(rows: int, filled: Callable[..., Any], close: Callable[..., None]) -> None:
+    """Rounded weights and inputs, so that both choose the same experts."""
+    rounded: MoE = filled(_moe_spec(), torch.bfloat16)
+    x = torch.randn(rows, 16).bfloat16()
+    exact = filled(_moe_spec(), torch.bfloat16).float()
+    with torch.inference_mode():
+        assert rounded(x).dtype is torch.bfloat16
+        close(rounded(x), exact(x.float()), "bfloat16")
