@@ -284,6 +284,17 @@ def test_largest_files_are_checked_too(hub: Hub, files: dict[str, bytes], monkey
     assert [file.path for file in plan_fetch("ann/model").missing] == ["consolidated.safetensors"]
 
 
+def test_trouble_with_the_largest_files_is_told(
+    hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("ann/model", files)
+    hub.fault("HEAD consolidated.safetensors", "status")
+    monkeypatch.setattr(zoo_hub, "CLIENT_ABOVE", 100_000)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(zoo_hub.FetchError, match=r"ann/model/consolidated\.safetensors: .* answers with status 503"):
+        fetch("ann/model")
+
+
 def test_empty_files_are_files(hub: Hub, files: dict[str, bytes]) -> None:
     hub.add("ann/model", {**files, "SYSTEM_PROMPT.txt": b""})
     assert contents(fetch("ann/model"))["SYSTEM_PROMPT.txt"] == b""

@@ -205,7 +205,7 @@ def _bring(
         if cache.has(remote, file) or cache.adopt(remote, file):
             return
         url, headers = address(remote, file, token)
-        download(url, file, cache.partial(file), headers, progress, say)
+        download(url, file, cache.partial(file), f"{remote.repo}/{file.path}", headers, progress, say)
         cache.place(remote, file)
 
 
@@ -221,7 +221,7 @@ def _bring_by_client(remote: Remote, file: RemoteFile, token: str | None, *, bar
     finally:
         if silenced:
             utils.enable_progress_bars()
-    fault = check_file(path, file)
+    fault = check_file(path, file, f"{remote.repo}/{file.path}")
     if fault:
         path.resolve().unlink()
         path.unlink(missing_ok=True)

@@ -17,9 +17,7 @@ from zoo.loading.hub_settings import cache_dir, endpoint
 from zoo.registry.errors import FetchError
 
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
-_PROXY = (
-    "open the address in a browser: a proxy, a firewall or a login page stands between; see HTTPS_PROXY and HF_ENDPOINT"
-)
+_PROXY = "open the address in a browser: a proxy, a firewall or a login page stands between; see HTTPS_PROXY"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_RIGHT = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -135,7 +133,7 @@ def _no_revision(error: Exception, ask: Ask) -> FetchError:
     return FetchError(
         f"no revision {ask.revision!r} in the repository",
         where=str(ask),
-        hint=f"{endpoint()}/{ask.repo}/commits/main lists the commits; leave the revision out for the newest",
+        hint=f"see {endpoint()}/{ask.repo}/commits/main, or leave the revision out for the newest",
     )
 
 
@@ -166,6 +164,20 @@ def _offline(error: Exception, ask: Ask) -> FetchError:
         "the hub's client was imported while HF_HUB_OFFLINE was set and refuses the network",
         where=str(ask),
         hint="start the program again without the variable",
+    )
+
+
+def _by_cause(error: Exception, ask: Ask) -> FetchError:
+    """The client found a file neither on the hub nor in the cache, and keeps the reason as the error's cause."""
+    cause = error.__cause__
+    return (explain(cause, ask) if isinstance(cause, Exception) else None) or _disk(error, ask)
+
+
+def _bad_token(error: Exception, ask: Ask) -> FetchError:
+    return FetchError(
+        "the token has characters that no token has",
+        where=str(ask),
+        hint="copy it anew into HF_TOKEN, letters and digits",
     )
 
 
@@ -248,6 +260,8 @@ _TELLERS: tuple[tuple[str, Callable[[Exception, Ask], FetchError]], ...] = (
     ("RevisionNotFoundError", _no_revision),
     ("RemoteEntryNotFoundError", _no_file),
     ("HfHubHTTPError", _status),
+    ("LocalEntryNotFoundError", _by_cause),
+    ("UnicodeEncodeError", _bad_token),
     ("OfflineModeIsEnabled", _offline),
     ("TimeoutException", _slow),
     ("UnsupportedProtocol", _bad_address),

@@ -21,20 +21,24 @@ from zoo.registry.errors import FetchError
 WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each new attempt after a fault of the network; counted anew whenever bytes arrive."""
 
+Report = Callable[[int], None]
+"""Called with the bytes of one file received so far."""
+
 _BLOCK = 1 << 20
 
 
 class Partial:
     """The received part of a file on disk, hashed as it grows. A context manager."""
 
-    def __init__(self, path: Path, file: RemoteFile) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: RemoteFile, where: str) -> None:
+        self.path, self.file, self.where = path, file, where
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = path.open("a+b")
-        if path.stat().st_size > file.size:
+        self.size = path.stat().st_size
+        if self.size > file.size:
             self._handle.truncate(0)
-        self._hash = _hash_of(self._handle, file)
-        self.size = self._handle.tell()
+            self.size = 0
+        self._hash = _hash_of(self._handle, self.size, file)
 
     def __enter__(self) -> Partial:
         return self
@@ -47,7 +51,7 @@ class Partial:
     def write(self, data: bytes) -> None:
         if self.size + len(data) > self.file.size:
             self.restart()
-            raise _wrong_size(self.file, "a longer body")
+            raise _wrong_size(self, "a longer body")
         self._handle.write(data)
         self._hash.update(data)
         self.size += len(data)
@@ -64,15 +68,16 @@ class Partial:
     def fault(self) -> FetchError | None:
         """What is wrong with a finished file, or None."""
         found = self._hash.hexdigest()
-        return None if found == self.file.digest else _foreign(self._handle, self.file, found)
+        return None if found == self.file.digest else _foreign(self._handle, self.file, found, self.where)
 
 
 def download(
     url: str,
     file: RemoteFile,
     partial: Path,
+    where: str,
     headers: dict[str, str],
-    progress: Callable[[int], None] | None,
+    progress: Report | None,
     note: Note,
 ) -> None:
     """Bring all of `file` into `partial` and check it.
@@ -80,10 +85,11 @@ def download(
     Raises FetchError for a wrong or foreign body, of which nothing is kept, and the client's exceptions for a fault of
     the network, after which everything received so far is kept for the next run.
     """
-    with Partial(partial, file) as part:
+    if partial.exists():
+        # Before the part is opened: hashing it takes a minute where it is large.
+        note(f"{file.path}: going on at byte {partial.stat().st_size} of {file.size}")
+    with Partial(partial, file, where) as part:
         resumed = part.size
-        if resumed:
-            note(f"{file.path}: going on at byte {resumed} of {file.size}")
         _receive_all(url, part, headers, progress, note)
         if resumed and part.fault():
             note(f"{file.path}: the part received earlier was bad; starting again")
@@ -95,17 +101,15 @@ def download(
             raise fault
 
 
-def check_file(path: Path, file: RemoteFile) -> FetchError | None:
+def check_file(path: Path, file: RemoteFile, where: str) -> FetchError | None:
     """What is wrong with a file that the client fetched, or None."""
     with path.open("rb") as handle:
         size = path.stat().st_size
-        found = _hash_of(handle, file).hexdigest()
-        return None if (size, found) == (file.size, file.digest) else _foreign(handle, file, found)
+        found = _hash_of(handle, size, file).hexdigest()
+        return None if (size, found) == (file.size, file.digest) else _foreign(handle, file, found, where)
 
 
-def _receive_all(
-    url: str, part: Partial, headers: dict[str, str], progress: Callable[[int], None] | None, note: Note
-) -> None:
+def _receive_all(url: str, part: Partial, headers: dict[str, str], progress: Report | None, note: Note) -> None:
     attempt = 0
     while not part.done():
         before = part.size
@@ -124,17 +128,17 @@ def _receive_all(
         time.sleep(WAITS[attempt - 1])
 
 
-def _receive(
-    url: str, part: Partial, headers: dict[str, str], progress: Callable[[int], None] | None, note: Note
-) -> None:
-    """One request for what is not there yet."""
+def _receive(url: str, part: Partial, headers: dict[str, str], progress: Report | None, note: Note) -> None:
+    """One request for what is not there yet. An answer that cannot be the file leaves the part as it is."""
     with open_stream(url, headers, f"bytes={part.size}-" if part.size else None) as answer:
-        if part.size and not _goes_on(answer, part.size):
+        if answer.status_code == 416:
+            part.restart()
+            return
+        start = part.size if _goes_on(answer, part.size) else 0
+        _check_head(answer, part, start)
+        if start < part.size:
             note(f"{part.file.path}: the server cannot go on at byte {part.size}; starting again")
             part.restart()
-            if answer.status_code != 200:
-                return
-        _check_head(answer, part)
         for data in answer.iter_bytes():
             part.write(data)
             if progress:
@@ -143,8 +147,11 @@ def _receive(
 
 @contextmanager
 def open_stream(url: str, headers: dict[str, str], span: str | None) -> Iterator[Any]:
-    """The hub's answer to a GET, its body unread; `span` is a Range header. Redirects are followed, without the token
-    to other hosts. Raises the client's exceptions for a status other than success."""
+    """The hub's answer to a GET, its body unread; `span` is a Range header.
+
+    Redirects are followed, to other hosts without the token. Raises the client's exceptions for a status other than
+    success and 416.
+    """
     # A compressed answer has neither a length to check nor ranges.
     asked = {**headers, "Accept-Encoding": "identity", **({"Range": span} if span else {})}
     timeout = client().constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -169,52 +176,52 @@ def _goes_on(answer: Any, start: int) -> bool:
     return bool(answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"))
 
 
-def _check_head(answer: Any, part: Partial) -> None:
-    """Refuse an answer that cannot be the file before anything of it is written."""
+def _check_head(answer: Any, part: Partial, start: int) -> None:
+    """Refuse an answer that cannot be the file from byte `start` on, before anything of it is written."""
     if answer.headers.get("Content-Type", "").startswith("text/html"):
-        raise page_fault(next(answer.iter_bytes(), b""), part.file.path) or _wrong_size(part.file, "a web page")
+        raise page_fault(next(answer.iter_bytes(), b""), part.where) or _wrong_size(part, "a web page")
     length = answer.headers.get("Content-Length")
-    if length is not None and "Content-Encoding" not in answer.headers and int(length) != part.file.size - part.size:
-        raise _wrong_size(part.file, "an empty body" if length == "0" else f"a body of {length} bytes")
+    if length is not None and "Content-Encoding" not in answer.headers and int(length) != part.file.size - start:
+        raise _wrong_size(part, "an empty body" if length == "0" else f"a body of {length} bytes")
 
 
 def _cut(part: Partial) -> FetchError:
     return FetchError(
         "the body ends early again and again",
-        where=part.file.path,
+        where=part.where,
         found=f"{part.size} bytes",
         expected=f"{part.file.size} bytes",
         hint="what was received is kept: run the command again to go on from there",
     )
 
 
-def _wrong_size(file: RemoteFile, found: str) -> FetchError:
+def _wrong_size(part: Partial, found: str) -> FetchError:
     return FetchError(
         "the server does not send the file that the hub lists",
-        where=file.path,
+        where=part.where,
         found=found,
-        expected=f"{file.size} bytes",
+        expected=f"{part.file.size} bytes",
         hint="try again; if it stays so, a proxy or mirror changes the answer: check HTTPS_PROXY and HF_ENDPOINT",
     )
 
 
-def _foreign(handle: BinaryIO, file: RemoteFile, found: str) -> FetchError:
+def _foreign(handle: BinaryIO, file: RemoteFile, found: str, where: str) -> FetchError:
     handle.seek(0)
-    return page_fault(handle.read(512), file.path) or FetchError(
+    return page_fault(handle.read(512), where) or FetchError(
         "the bytes received do not hash to what the hub names; they were thrown away",
-        where=file.path,
+        where=where,
         found=found,
         expected=file.digest,
         hint="run the command again; if it happens again, a proxy or the disk changes the data",
     )
 
 
-def _hash_of(handle: BinaryIO, file: RemoteFile) -> Any:
-    """The hash of all that is in the open file, which is then at its end."""
+def _hash_of(handle: BinaryIO, size: int, file: RemoteFile) -> Any:
+    """The hash of the first `size` bytes of the open file."""
     digest = _hasher(file)
     handle.seek(0)
-    while block := handle.read(_BLOCK):
-        digest.update(block)
+    for start in range(0, size, _BLOCK):
+        digest.update(handle.read(min(_BLOCK, size - start)))
     return digest
 
 
