@@ -50,12 +50,12 @@ def attention_rows(q_BHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, scale: floa
     """
     exact = _kernel() is reference
     q, k, v = (x.float() if exact else x for x in (q_BHd, k_BGSd, v_BGSd))
-    q_BGRd = q.view(len(q), k.shape[1], -1, q.shape[-1])
+    q_BGJd = q.view(len(q), k.shape[1], -1, q.shape[-1])
     seen_B11S = seen_BS[:, None, None]
     if not exact:
-        return F.scaled_dot_product_attention(q_BGRd, k, v, attn_mask=seen_B11S, scale=scale).view(q_BHd.shape)
-    scores_BGRS = (q_BGRd @ k.transpose(-1, -2) * scale).masked_fill(~seen_B11S, float("-inf"))
-    return (scores_BGRS.softmax(-1) @ v).view(q_BHd.shape).to(q_BHd.dtype)
+        return F.scaled_dot_product_attention(q_BGJd, k, v, attn_mask=seen_B11S, scale=scale).view(q_BHd.shape)
+    scores_BGJS = (q_BGJd @ k.transpose(-1, -2) * scale).masked_fill(~seen_B11S, float("-inf"))
+    return (scores_BGJS.softmax(-1) @ v).view(q_BHd.shape).to(q_BHd.dtype)
 
 
 def _trimmed(k_GSd: Tensor, v_GSd: Tensor, past: int, window: int) -> tuple[Tensor, Tensor, int]:
@@ -81,11 +81,11 @@ def reference(
 ) -> Tensor:
     """The formula in float32."""
     rows, groups = len(q_THd), len(k_GSd)
-    q_GRTd = q_THd.float().view(rows, groups, -1, q_THd.shape[-1]).permute(1, 2, 0, 3)
-    scores_GRTS = q_GRTd @ k_GSd.float().unsqueeze(1).transpose(-1, -2) * scale
-    scores_GRTS = scores_GRTS.masked_fill(~visible(rows, past, window, q_THd.device), float("-inf"))
-    o_GRTd = scores_GRTS.softmax(-1) @ v_GSd.float().unsqueeze(1)
-    return o_GRTd.permute(2, 0, 1, 3).reshape(q_THd.shape).to(q_THd.dtype)
+    q_GJTd = q_THd.float().view(rows, groups, -1, q_THd.shape[-1]).permute(1, 2, 0, 3)
+    scores_GJTS = q_GJTd @ k_GSd.float().unsqueeze(1).transpose(-1, -2) * scale
+    scores_GJTS = scores_GJTS.masked_fill(~visible(rows, past, window, q_THd.device), float("-inf"))
+    o_GJTd = scores_GJTS.softmax(-1) @ v_GSd.float().unsqueeze(1)
+    return o_GJTd.permute(2, 0, 1, 3).reshape(q_THd.shape).to(q_THd.dtype)
 
 
 def sdpa(
@@ -95,8 +95,8 @@ def sdpa(
     rows, heads, width = q_THd.shape
     k_1GSd, v_1GSd = k_GSd.unsqueeze(0), v_GSd.unsqueeze(0)
     if rows == 1:
-        q_1GRd = q_THd.view(1, len(k_GSd), -1, width)
-        return F.scaled_dot_product_attention(q_1GRd, k_1GSd, v_1GSd, scale=scale).view(1, heads, width)
+        q_1GJd = q_THd.view(1, len(k_GSd), -1, width)
+        return F.scaled_dot_product_attention(q_1GJd, k_1GSd, v_1GSd, scale=scale).view(1, heads, width)
     q_1HTd = q_THd.transpose(0, 1).unsqueeze(0)
     causal = past == 0 and window is None
     mask = None if causal else _mask(q_THd, past, window, memo)
