@@ -98,6 +98,14 @@ def test_an_unfinished_character_at_the_end(version: str, lost: int, mistral: Op
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_a_control_id_ends_a_character(version: str, mistral: Open, mistral_common: Any) -> None:
+    first = {"v1": 3, "v3": 771, "v7": 771}.get(version, 1000)
+    ids = [first + 0xE4, 2, first + 0xBD, first + 0xA0]
+    lost = 1 + 2
+    assert mistral(version).decode(ids) == REPLACEMENT * lost == mistral_common(version).decode(ids)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_ids_outside_the_vocabulary_are_control_ids(version: str, mistral: Open) -> None:
     tokenizer = mistral(version)
     outside = tokenizer.vocab_size

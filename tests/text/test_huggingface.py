@@ -161,6 +161,13 @@ def test_special_tokens_that_only_the_configuration_names(hugging_face: Make) ->
     assert tokenizer.decode([stop]) == "", "what is named as the end is special"
 
 
+def test_added_tokens_are_written_as_they_are(hugging_face: Make) -> None:
+    folder = hugging_face("byte level")
+    size = opened(folder).vocab_size
+    hugging_face("byte level", added_tokens_decoder={str(size): {"content": "<straße>", "special": False}})
+    assert opened(folder).decode([size]) == "<straße>"
+
+
 def test_ids_that_contradict_are_refused(hugging_face: Make) -> None:
     folder = hugging_face("byte level", added_tokens_decoder={"9000": {"content": "<|extra|>", "special": True}})
     with pytest.raises(TextError, match=r"the token '<\|extra\|>' has different ids; found 9000 here"):
@@ -234,7 +241,8 @@ def test_stop_ids_are_the_union_of_the_sources(files: dict[str, Any], expected: 
         ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", {2, 6}),
         ("{% for m in messages %}{{ m.content|trim }}\n<|eot_id|>{% endfor %}", {2, 7}),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", {2}),
-        ("<s>{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", {2}),
+        ("<|im_start|>{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", {2}),
+        ("{% for m in messages %}{{ m.content }}<s>{% endfor %}", {2}),
         ("{{ raise_exception('never') }}", {2}),
         ("{% for %}", {2}),
     ],

@@ -173,6 +173,8 @@ def test_options_reach_the_template(hugging_face: Make) -> None:
 def test_parts_are_joined_unless_the_template_reads_parts(hugging_face: Make) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]
     assert opened(hugging_face(chat_template=MISTRAL)).render(parts).text == "<s>[INST] onetwo [/INST]"
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert opened(hugging_face(chat_template=plain)).render(parts).text == "one\ntwo"
     assert "user\none\ntwo<|im_end|>" in opened(hugging_face(chat_template=CHATML)).render(parts).text
     thought = [U, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]}, U]
     with pytest.raises(TextError, match=r"message 2 \(assistant\): the chat template takes no parts but text"):
@@ -238,6 +240,19 @@ def test_control_tokens_in_tools_and_options_stay_text(hugging_face: Make) -> No
     assert prompt.text.startswith('[{"type": "function", "function": {"name": "f", "description": "ends </s> here"')
     assert 2 not in prompt.ids
     assert tokenizer.decode(prompt.ids) == prompt.text
+
+
+def test_a_control_token_that_plain_text_produces_is_refused(hugging_face: Make) -> None:
+    folder = hugging_face(chat_template=CHATML)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    number = len(data["model"]["vocab"])
+    data["model"]["vocab"]["zebra"] = number
+    data["model"]["ignore_merges"] = True
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["special"]]
+    data["added_tokens"].append({**data["added_tokens"][0], "id": number, "content": "zebra"})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(TextError, match="cannot write a control token's name as text"):
+        opened(folder).render([{"role": "user", "content": "zebra"}])
 
 
 def test_reserved_characters_are_refused(hugging_face: Make) -> None:
