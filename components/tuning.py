@@ -92,7 +92,7 @@ def _winner(order: list[RowProduct], seconds: dict[RowProduct, float]) -> RowPro
 
 
 def _has_onednn() -> bool:
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    available: bool = torch.backends.mkldnn.is_available()
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zoo.api import inspect as inspect
     from zoo.api import list as list
     from zoo.api import load as load
@@ -43,5 +45,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def __dir__() -> "list[str]":
+def __dir__() -> "Iterable[str]":
     return sorted(__all__)

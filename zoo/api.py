@@ -15,7 +15,7 @@ from zoo.registry.resolve import Plan, resolve
 if TYPE_CHECKING:
     from zoo.components.decoder.model import Decoder
     from zoo.device import Placement
-    from zoo.loading.load import Progress
+    from zoo.loading.reader import Progress
     from zoo.model import Model
     from zoo.text.tokenizer import Tokenizer
 

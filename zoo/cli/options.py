@@ -1,7 +1,7 @@
 """Flags that several commands share, and what they become."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -46,7 +46,7 @@ def sample_options(command: Decorated) -> Decorated:
     return _with(_SAMPLE, command)
 
 
-def _with(options: list[Callable[[Decorated], Decorated]], command: Decorated) -> Decorated:
+def _with(options: Sequence[Callable[[Decorated], Decorated]], command: Decorated) -> Decorated:
     for option in reversed(options):
         command = option(command)
     return command
