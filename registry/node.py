@@ -89,7 +89,7 @@ def put(node: Node, path: Path, value: Node, done: Path = ()) -> Node:
         raise CardError(
             f"cannot set {key!r} inside {here}", where=value.where, found=shown(node.value), expected="a mapping"
         )
-    if not isinstance(key, int) or not 0 <= key < len(node.value):
+    if not isinstance(key, int) or key >= len(node.value):
         raise CardError(
             f"{here} has no item {key!r}", where=value.where, expected=f"an index from 0 to {len(node.value) - 1}"
         )

@@ -71,7 +71,7 @@ def decode(data: bytes, file: str) -> str:
     if b"\0" in data:
         raise CardError("not a text file", where=file, found="binary data", expected="a YAML card in UTF-8")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02x}"

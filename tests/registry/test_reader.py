@@ -131,7 +131,7 @@ def test_anchors_and_merge_keys() -> None:
     assert node.deepest(("z", "c")).line == 2
 
 
-def test_a_byte_order_mark_and_windows_lines_are_read() -> None:
+def test_a_byte_order_mark_and_windows_lines_are_read(either_parser: str) -> None:
     node = read_card(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n", "f")
     assert node.plain() == {"a": 1, "b": 2} and node.deepest(("b",)).line == 2
 

@@ -417,6 +417,12 @@ def test_the_table_joins_equal_neighbours(plan: Plan) -> None:
     assert second.parts["ffn"] == "gated(hidden_dim=24)" and second.parts["norm"] == "rms(eps=1e-05)"
 
 
+def test_equal_neighbours_from_two_runs_are_one_row(grow: Callable[..., Any], plan: Plan) -> None:
+    tree = grow([{"inner": 1}, {"inner": 1}, {"inner": 2}])
+    assert tree.layers[0] is not tree.layers[1]
+    assert [row.layers for row in Plan(plan.card, tree).table()] == ["0-1", "2"]
+
+
 def test_the_description_is_plain_and_complete(plan: Plan) -> None:
     found = json.loads(json.dumps(plan.describe()))
     assert found["name"] == "small" and "tokenizer" not in found

@@ -56,7 +56,9 @@ INVALID = {
     "type": ("dim: 16", "dim: '16'"),
     "repeat": ("repeat: 2", "repeat: 0"),
     "repeat in a slot": ("hidden_dim: 24", "hidden_dim: 24, repeat: 2"),
-    "pattern and mixer": ("repeat: 2", "pattern: [{}]"),
+    "pattern and mixer": ("repeat: 2", f"pattern: [{{mixer: {{kind: attention, num_heads: 1, num_kv_heads: 1, "
+        f"head_dim: 2, rope: null}}, {FFN}}}]"),
+    "empty pattern": ("    - repeat: 2\n", "    - pattern: []\n    - repeat: 2\n"),
     "no positions unsaid": (", rope: {theta: 1.0e4}", ""),
     "settings": ("head_dim: 4,", "head_dim: 4, query_scaling: {beta: 0.1},"),
     "top": ("context_length: 64", "context_length: 64\nlicence: x"),
@@ -64,7 +66,7 @@ INVALID = {
     "source": ("name: small", "name: small\nsource: {dtype: int8}"),
     "layout": ("name: small", "name: small\nsource: {layout: mistrl}"),
     "chat": ("name: small", "name: small\ntext: {chat: mistrl}"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("old", "new"), VALID.values(), ids=VALID)
