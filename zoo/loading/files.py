@@ -109,15 +109,24 @@ def local_path(ref: str | Path) -> Path:
     return Path(text).expanduser()
 
 
+def existing(ref: str | Path) -> Path:
+    """A path that is there, if only as a link. Raises WeightsError with the nearest name beside it."""
+    path = local_path(ref)
+    try:
+        if path.exists() or path.is_symlink():
+            return path
+    except OSError as error:
+        raise WeightsError("not a path", where=str(path)[:200], found=error.strerror) from None
+    raise WeightsError("no such folder or file", where=str(path), hint=nearest(path.name, _names(path.parent)))
+
+
 def locate(ref: str | Path, layout: str = "auto") -> WeightSet:
     """The weights at a folder or file: one complete set, its tensors, and the layout of their names.
 
     `layout` names the layout wanted; "auto" takes what there is, Mistral's own files first where params.json says so.
     Raises WeightsError when there is no such set, when it is not whole, or when two could be meant.
     """
-    path = local_path(ref)
-    if not _exists(path):
-        raise _nowhere(path)
+    path = existing(ref)
     if path.is_dir():
         return locate_in(LocalFolder(path), layout)
     return _of_file(path, layout)
@@ -294,6 +303,8 @@ def _of_file(path: Path, layout: str) -> WeightSet:
     stem = re.fullmatch(r"(?P<stem>.+)\.(?P<suffix>safetensors|bin)\.index\.json", path.name)
     match = stem or _SHARD.fullmatch(path.name) or _PART.fullmatch(path.name)
     if match is None:
+        if path.suffix == ".gguf":
+            raise WeightsError("GGUF files are not read yet", where=str(path), expected="safetensors or .pth")
         if path.suffix not in SUFFIXES:
             raise WeightsError(
                 "not a weight file",
@@ -314,18 +325,6 @@ def _sharded_as(name: str) -> str | None:
     return f"{match['stem']}.{match['suffix']}" if match else None
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists() or path.is_symlink()
-    except OSError as error:
-        raise WeightsError("not a path", where=str(path)[:200], found=error.strerror) from None
-
-
-def _nowhere(path: Path) -> WeightsError:
-    present = [*_names(path.parent)]
-    return WeightsError("no such folder or file", where=str(path), hint=nearest(path.name, present))
-
-
 def _names(folder: Path) -> Iterator[str]:
     if folder.is_dir():
         yield from (file.name for file in folder.iterdir())
@@ -333,7 +332,7 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _nothing(path: Path, names: Sequence[str]) -> WeightsError:
     inside = [child.name for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
-    holding = [name for name in inside if _holds_weights(path / name)]
+    holding = [name for name in inside if holds_weights(path / name)]
     return WeightsError(
         "no weights here",
         where=str(path),
@@ -343,7 +342,7 @@ def _nothing(path: Path, names: Sequence[str]) -> WeightsError:
     )
 
 
-def _holds_weights(folder: Path) -> bool:
+def holds_weights(folder: Path) -> bool:
     """Whether a folder has files that are named like weights."""
     return any(name.endswith(SUFFIXES) and not _NO_WEIGHTS.fullmatch(name) for name in _names(folder))
 

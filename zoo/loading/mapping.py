@@ -74,6 +74,11 @@ class Comparison:
     def nbytes(self) -> int:
         return sum(placement.nbytes for placement in self.placements.values())
 
+    def ordered(self) -> list[Problem]:
+        """The problems by kind, in the order in which they explain each other."""
+        order = list(_KINDS)
+        return sorted(self.problems, key=lambda problem: order.index(problem.kind))
+
     def error(self, where: str) -> WeightsError:
         """All problems as one message: of each kind the first few, and how many there are."""
         lines = []

@@ -1,0 +1,147 @@
+"""The `model` section of a card from a settings file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zoo.loading.families import Node, families, keys_of
+from zoo.loading.ropes import RopeOfConfig, rope_of_params
+from zoo.loading.settings import Settings
+
+
+class Architecture:
+    """Reads a settings file by a row of families.yaml. Every method raises CardError for values that do not fit."""
+
+    def __init__(self, settings: Settings, row: Node) -> None:
+        self.settings, self.row = settings, row
+
+    def model(self) -> Node:
+        """The card's `model`."""
+        norm = {"kind": "rms", "eps": self.settings.number(self.key("eps"))}
+        windows, mixer, ffn = self.windows(), self.mixer(norm), self.ffn()
+        layers = [{"mixer": mixer if w is None else {**mixer, "window": w}, "ffn": ffn} for w in windows]
+        return {
+            "dim": self.count("dim"),
+            "vocab_size": self.count("vocab_size"),
+            "tied_embeddings": self.settings.flag(self.key("tied_embeddings")),
+            "norm": norm,
+            "layers": runs(layers),
+        }
+
+    def key(self, word: str) -> str:
+        return keys_of(self.row, word)[0]
+
+    def value(self, word: str) -> Any:
+        """What the file says for a word, or its default; None where the architecture has no such thing."""
+        return self.settings.one_of(keys_of(self.row, word))
+
+    def count(self, word: str) -> int:
+        return self.settings.count(self.key(word))
+
+    def mixer(self, norm: Node) -> Node:
+        """The attention of a layer without a window."""
+        heads = self.count("num_heads")
+        size = self.head_dim(heads)
+        rope, scaling = self.rope(size)
+        fixed = {name: norm if value == "norm" else value for name, value in self.row.get("mixer", {}).items()}
+        biases = [word for word in ("qkv_bias", "o_bias") if keys_of(self.row, word)]
+        return {
+            "kind": "attention",
+            "num_heads": heads,
+            "num_kv_heads": heads if self.settings.is_null(self.key("num_kv_heads")) else self.count("num_kv_heads"),
+            "head_dim": size,
+            "rope": rope,
+            **fixed,
+            **{word: True for word in biases if self.settings.flag(self.key(word))},
+            **({"query_scaling": scaling} if scaling else {}),
+        }
+
+    def head_dim(self, heads: int) -> int:
+        """As the file says; a config.json may leave it out where it is dim / num_heads."""
+        if self.row["rope"] == "params" or self.value("head_dim") is not None:
+            return self.count("head_dim")
+        dim = self.count("dim")
+        if dim % heads:
+            raise self.settings.wrong(self.key("num_heads"), heads, f"a divisor of {self.key('dim')}, {dim}")
+        return dim // heads
+
+    def rope(self, head_dim: int) -> tuple[Node, Node | None]:
+        if self.row["rope"] == "params":
+            return rope_of_params(self.settings, windowed=self.value("window") is not None)
+        return RopeOfConfig(self.settings, head_dim, self.count("context_length")).nodes()
+
+    def ffn(self) -> Node:
+        known = families()["activations"]
+        activation = self.settings.need(self.key("activation"))
+        if activation not in known:
+            raise self.settings.wrong(self.key("activation"), activation, f"one of {', '.join(known)}")
+        hidden = self.count("hidden_dim")
+        if self.value("expert_hidden_dim") is not None:
+            hidden = self.count("expert_hidden_dim")
+        gated: Node = {"kind": "gated", "hidden_dim": hidden}
+        if known[activation] != "silu":
+            gated["activation"] = known[activation]
+        if not self.is_mixture():
+            return gated
+        return {
+            "kind": "moe",
+            "num_experts": self.count("num_experts"),
+            "experts_per_token": self.count("experts_per_token"),
+            "expert": gated,
+        }
+
+    def is_mixture(self) -> bool:
+        """Mixtures by architecture, or by the presence of the mapping that describes them."""
+        keys = keys_of(self.row, "num_experts")
+        group = keys[0].rpartition(".")[0] if keys else ""
+        return bool(keys) and (not group or self.settings.has(group))
+
+    def windows(self) -> list[int | None]:
+        """The window of every layer."""
+        layers, window = self.count("num_layers"), self.value("window")
+        first, kinds = self.value("window_from") or 0, self.value("layer_types")
+        if keys_of(self.row, "window_switch") and not self.settings.flag(self.key("window_switch")):
+            window = None
+        if isinstance(window, list):
+            if not window or layers % len(window):
+                raise self.settings.wrong(self.key("window"), window, f"a list whose length divides {layers} layers")
+            return [self.window(item) for item in window] * (layers // len(window))
+        if kinds is None:
+            return [self.window(window) if i >= first else None for i in range(layers)]
+        return self.typed(kinds, layers, self.window(window))
+
+    def typed(self, kinds: Any, layers: int, window: int | None) -> list[int | None]:
+        """The windows of layers whose types are listed."""
+        known: Mapping[str, int | None] = {"full_attention": None, "sliding_attention": window}
+        key = self.key("layer_types")
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise self.settings.wrong(key, kinds, f"a list of {layers} layers")
+        for kind in kinds:
+            if kind not in known or (kind == "sliding_attention" and window is None):
+                raise self.settings.wrong(key, kind, "full_attention, or sliding_attention beside a window")
+        return [known[kind] for kind in kinds]
+
+    def window(self, value: Any) -> int | None:
+        """One layer's window: tokens, also as text, or None."""
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if value is not None and (type(value) is not int or value <= 0):
+            expected = "a positive number of tokens, a list of them, or null for none"
+            raise self.settings.wrong(self.key("window"), value, expected)
+        return value
+
+
+def runs(layers: Sequence[Node]) -> list[Node]:
+    """Layers as a card lists them: the shortest pattern that repeats to the whole, else runs of equal neighbours."""
+    for size in range(1, len(layers) // 2 + 1):
+        if len(layers) % size == 0 and all(layers[i] == layers[i % size] for i in range(len(layers))):
+            run: Node = dict(layers[0]) if size == 1 else {"pattern": list(layers[:size])}
+            return [{"repeat": len(layers) // size, **run}]
+    found: list[Node] = []
+    for layer in layers:
+        if found and all(found[-1][name] == layer[name] for name in layer):
+            found[-1]["repeat"] += 1
+        else:
+            found.append({"repeat": 1, **layer})
+    return found

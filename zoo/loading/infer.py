@@ -1,0 +1,149 @@
+"""A card from a checkpoint's own settings, params.json or config.json. Imports no torch.
+
+Which key means what, for which model_type, is data: families.yaml.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from zoo.loading.architecture import Architecture
+from zoo.loading.families import Node, families, keys_of
+from zoo.loading.files import WeightSet, existing, holds_weights, locate
+from zoo.loading.layouts import layout_named
+from zoo.loading.settings import Settings, read_object
+from zoo.registry.errors import CardError, nearest
+
+PARAMS, CONFIG = "params.json", "config.json"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
+
+
+def infer_card(ref: str | Path) -> Node:
+    """The card of a checkpoint's folder, or of the folder of a weight file, as plain values for `Card.from_dict`.
+
+    Raises CardError for settings that are missing, broken, of an unknown architecture, or hold a key that zoo neither
+    reads nor knows to change nothing; WeightsError for weights that are not whole.
+    """
+    path = existing(ref)
+    folder = path if path.is_dir() else path.parent
+    settings, row = _settings(folder)
+    files = locate(path) if not path.is_dir() or holds_weights(path) else None
+    model, context = Architecture(settings, row).model(), _context(settings, row, folder)
+    model["tied_embeddings"] = model["tied_embeddings"] and not _has_head(files)
+    dtype = _dtype(settings, row, files)
+    settings.check_all_read(families()["inert"])
+    name = Path(settings.where).name
+    assumed = "" if context else f"; context_length is not stated there and {families()['assumed_context']} is assumed"
+    return {
+        "name": _name(folder),
+        "family": row["family"],
+        "summary": f"Inferred from {name}{assumed}.",
+        "context_length": context or families()["assumed_context"],
+        "source": {"layout": "auto", "dtype": dtype},
+        "text": _text(folder),
+        "model": model,
+    }
+
+
+def _settings(folder: Path) -> tuple[Settings, Node]:
+    """The folder's settings, Mistral's own before Hugging Face's, and the row of families.yaml that reads them."""
+    file = next((folder / name for name in (PARAMS, CONFIG) if (folder / name).is_file()), None)
+    if file is None:
+        raise CardError(
+            "no settings to infer a card from",
+            where=str(folder),
+            found=", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "an empty folder",
+            expected=f"{PARAMS} or {CONFIG}",
+            hint="or name a card, and give this folder as its weights",
+        )
+    values, rows = read_object(file), families()[file.name]
+    architecture = values.pop("model_type", None)
+    if architecture is None and file.name == CONFIG:
+        raise CardError("the key 'model_type' is missing", where=str(file), expected=f"one of {', '.join(rows)}")
+    if file.name == PARAMS and "hidden_size" in values:
+        # The first Mixtral release spells its params.json like a config.json, without an architecture.
+        rows, architecture = families()[CONFIG], "mixtral"
+    architecture = architecture or next(iter(rows))
+    if architecture not in rows:
+        raise CardError(
+            f"architecture {architecture!r} is not supported yet",
+            where=str(file),
+            expected=f"model_type {', '.join(rows)}",
+            hint=nearest(str(architecture), rows),
+        )
+    settings = Settings(values, str(file), rows[architecture]["defaults"])
+    settings.check_later(families()["later"])
+    settings.check_only(rows[architecture]["only"])
+    return settings, rows[architecture]
+
+
+def _name(folder: Path) -> str:
+    """The folder's name as a card's; of a snapshot in the hub's cache, the repository's."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        folder = Path(folder.parent.parent.name.rpartition("--")[2])
+    return re.sub(r"[^a-z0-9._-]+", "-", folder.name.lower()).strip("-._") or "model"
+
+
+def _has_head(files: WeightSet | None) -> bool:
+    """Whether the files hold a head of their own: then a stated tie is an artefact, or makes no difference."""
+    if files is None:
+        return False
+    layout = layout_named(files.layout)
+    return any((row := layout.find(name)) is not None and "head.weight" in row[0].targets for name in files.headers)
+
+
+def _dtype(settings: Settings, row: Node, files: WeightSet | None) -> str:
+    stated = settings.one_of(keys_of(row, "dtype"))
+    if stated is not None:
+        name = str(stated).removeprefix("torch.")
+        if name not in DTYPES.values():
+            raise settings.wrong(keys_of(row, "dtype")[0], stated, "float32, bfloat16 or float16")
+        return name
+    sizes: dict[str, int] = {}
+    for info in files.headers.values() if files else ():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return DTYPES.get(max(sizes, key=sizes.__getitem__, default="BF16"), "bfloat16")
+
+
+def _context(settings: Settings, row: Node, folder: Path) -> int | None:
+    """The longest sequence: the least that the settings say, else what config.json says beside them."""
+    stated = [settings.count(key) for key in keys_of(row, "context_length") if settings.get(key) is not None]
+    if stated:
+        return min(stated)
+    if row["rope"] == "params" and settings.has("yarn"):
+        return int(settings.number("yarn.factor") * settings.count("yarn.original_max_position_embeddings"))
+    beside = folder / CONFIG
+    if Path(settings.where).name == PARAMS and beside.is_file():
+        other = Settings(read_object(beside), str(beside), {})
+        if other.get("max_position_embeddings") is not None:
+            return other.count("max_position_embeddings")
+    return None
+
+
+def _text(folder: Path) -> Node:
+    """Tokenizer and chat format by the files that are there; chat where a template, or no word against it, is there."""
+    names = {child.name for child in folder.iterdir()}
+    own = any(name == "tekken.json" or name.startswith("tokenizer.model.v") for name in names)
+    if not own and not (PARAMS in names and "tokenizer.model" in names):
+        if "tokenizer.json" not in names:
+            return {"features": []}
+        chat = _has_template(folder, names)
+        return {
+            "tokenizer": {"kind": "huggingface"},
+            "chat": "template" if chat else "none",
+            "features": ["chat"] if chat else [],
+        }
+    chat = "tokenizer_config.json" not in names or _has_template(folder, names)
+    return {
+        "tokenizer": {"kind": "mistral"},
+        "chat": "mistral" if chat else "none",
+        "features": ["chat"] if chat else [],
+    }
+
+
+def _has_template(folder: Path, names: set[str]) -> bool:
+    if names & {"chat_template.jinja", "chat_template.json"}:
+        return True
+    return "tokenizer_config.json" in names and bool(read_object(folder / "tokenizer_config.json").get("chat_template"))
