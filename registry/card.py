@@ -139,7 +139,7 @@ class Card(_Part):
         """
         node = self._node
         for key, value in overrides.items():
-            node = put(node, undotted(key), from_plain(value, f"override {key}"))
+            node = put(node, undotted(key), from_plain(value, "override"))
         return type(self).from_node(node)
 
     def to_dict(self) -> dict[str, Any]:

@@ -277,7 +277,7 @@ def test_overrides_change_nested_values(changed: Change) -> None:
     new = card.with_overrides({"model.layers.0.mixer.window": 8, "context_length": 32, "source.dtype": "float32"})
     assert new.model["layers"][0]["mixer"]["window"] == 8
     assert (new.context_length, new.source.dtype) == (32, "float32")
-    assert new.where(("context_length",)) == "override context_length"
+    assert new.where(("context_length",)) == "override"
     assert "window" not in card.model["layers"][0]["mixer"] and card.context_length == 64
     assert card.with_overrides({"model.norm": {"kind": "other"}}).model["norm"] == {"kind": "other"}
 
@@ -288,28 +288,27 @@ def test_overrides_change_nested_values(changed: Change) -> None:
         (
             "context_length",
             "8",
-            "override context_length: context_length: wrong value; found the text '8'; expected an integer.",
+            "override: context_length: wrong value; found the text '8'; expected an integer.",
         ),
         (
             "contxt",
             8,
-            f"override contxt: contxt: unknown key 'contxt'; expected one of {KEYS}. "
-            "Did you mean 'text' or 'context_length'?",
+            f"override: contxt: unknown key 'contxt'; expected one of {KEYS}. Did you mean 'text' or 'context_length'?",
         ),
         (
             "model.layers.1.ffn",
             8,
-            "override model.layers.1.ffn: model.layers has no item 1; expected an index from 0 to 0.",
+            "override: model.layers has no item 1; expected an index from 0 to 0.",
         ),
         (
             "model.layers.x.ffn",
             8,
-            "override model.layers.x.ffn: model.layers has no item 'x'; expected an index from 0 to 0.",
+            "override: model.layers has no item 'x'; expected an index from 0 to 0.",
         ),
         (
             "model.dim.x",
             8,
-            "override model.dim.x: cannot set 'x' inside model.dim; found 16; expected a mapping.",
+            "override: cannot set 'x' inside model.dim; found 16; expected a mapping.",
         ),
     ],
 )

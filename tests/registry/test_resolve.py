@@ -243,8 +243,7 @@ def test_a_mistake_in_an_override_names_the_override(changed: Change) -> None:
     with pytest.raises(CardError) as caught:
         resolve(card)
     assert str(caught.value) == (
-        "override model.layers.0.mixer.window: model.layers.0.mixer.window: wrong value; "
-        "found the text '8'; expected an integer."
+        "override: model.layers.0.mixer.window: wrong value; found the text '8'; expected an integer."
     )
 
 
