@@ -57,7 +57,7 @@ class MistralChat:
         ids = self._encode(
             [self._message(*item) for item in enumerate(checked, 1)], definitions, continue_final, options
         )
-        return Prompt(ids, decode(self._codec, ids, special=True), continues=continue_final)
+        return Prompt(ids, lambda: decode(self._codec, ids, special=True), continues=continue_final)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         for name in options:

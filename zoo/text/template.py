@@ -63,7 +63,7 @@ class TemplateChat:
         if continue_final:
             text = self._before_end(text)
         ids = self._codec.single_bos(self._quoting.encode(text))
-        return Prompt(ids, self._quoting.unmark(text), continues=continue_final)
+        return Prompt(ids, lambda: self._quoting.unmark(text), continues=continue_final)
 
     def end_ids(self) -> frozenset[int]:
         """The added token that the template writes right after an answer, found by rendering one."""

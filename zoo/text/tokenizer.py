@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -21,15 +21,20 @@ NO_OPTIONS: Mapping[str, Any] = {}
 class Prompt:
     """A prompt as the model reads it.
 
-    ids: token ids, the beginning-of-sequence id included. text: the same for people, control tokens by name.
+    ids: token ids, the beginning-of-sequence id included. shown: makes `text`, which few callers want.
     images: pictures in the order of their places in `ids`, float arrays (C, H, W).
     continues: what is generated goes on from the prompt's last word (see `Detokenizer`).
     """
 
     ids: list[int]
-    text: str
+    shown: Callable[[], str] = field(repr=False, compare=False)
     images: tuple[Any, ...] = ()
     continues: bool = False
+
+    @property
+    def text(self) -> str:
+        """The prompt for people, control tokens by name."""
+        return self.shown()
 
 
 class Codec(Protocol):
