@@ -142,6 +142,14 @@ def test_both_sets_and_the_card_names_one(tmp_path: Path, save: Write, layout: s
     assert locate(tmp_path, layout).layout == layout
 
 
+def test_the_named_layout_beside_a_set_that_was_not_fetched(tmp_path: Path, save: Write) -> None:
+    save(tmp_path / "consolidated.safetensors", NATIVE)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
+    assert locate(tmp_path, "mistral").layout == "mistral"
+    message = fails(tmp_path, "huggingface")
+    assert "consolidated.safetensors (layout mistral), model.safetensors (a Git-LFS pointer stands where" in message
+
+
 def test_both_sets_and_one_is_incomplete(tmp_path: Path, save: Write) -> None:
     both(tmp_path, save)
     (tmp_path / "params.json").write_text("{}")

@@ -232,11 +232,11 @@ def _rank(found: _Set, native_first: bool) -> int:
 def _choose(folder: Folder, sets: Sequence[_Set], layout: str) -> WeightSet:
     admitted = list(sets)
     if layout != "auto":
-        wanted = layout_named(layout).name
+        wanted = f"layout {layout_named(layout).name}"
         layout_of = {found.kind: _layout_of(folder, found) for found in sets}
         admitted = [found for found in sets if layout_of[found.kind] == wanted]
         if not admitted:
-            present = ", ".join(f"{found} (layout {layout_of[found.kind]})" for found in sets)
+            present = ", ".join(f"{found} ({layout_of[found.kind]})" for found in sets)
             hint = "set `source.layout: auto`"
             raise WeightsError(f"no weights in layout {layout!r}", where=str(folder.path), found=present, hint=hint)
     complete = [found for found in admitted if not found.absent]
@@ -247,7 +247,12 @@ def _choose(folder: Folder, sets: Sequence[_Set], layout: str) -> WeightSet:
 
 
 def _layout_of(folder: Folder, found: _Set) -> str:
-    return detect(folder.headers(found.files[0]), layouts().values(), str(folder.path / found.files[0])).name
+    """The layout's name, or what keeps it from being told: another set may still be the one that is wanted."""
+    where = folder.path / found.files[0]
+    try:
+        return f"layout {detect(folder.headers(found.files[0]), layouts().values(), str(where)).name}"
+    except WeightsError as error:
+        return error.message
 
 
 def _open(folder: Folder, taken: _Set, others: Sequence[_Set]) -> WeightSet:
