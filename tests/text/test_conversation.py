@@ -9,12 +9,12 @@ import pytest
 from zoo.registry.errors import TextError
 from zoo.text.conversation import check_messages, joined
 
-U = {"role": "user", "content": "u"}
-A = {"role": "assistant", "content": "a"}
-S = {"role": "system", "content": "s"}
-CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-CALLS = {"role": "assistant", "tool_calls": [CALL]}
-T = {"role": "tool", "content": "t", "tool_call_id": "c1"}
+U: dict[str, Any] = {"role": "user", "content": "u"}
+A: dict[str, Any] = {"role": "assistant", "content": "a"}
+S: dict[str, Any] = {"role": "system", "content": "s"}
+CALL: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLS: dict[str, Any] = {"role": "assistant", "tool_calls": [CALL]}
+T: dict[str, Any] = {"role": "tool", "content": "t", "tool_call_id": "c1"}
 
 
 def calls(**changes: Any) -> dict[str, Any]:

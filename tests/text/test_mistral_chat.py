@@ -285,7 +285,7 @@ def test_call_ids_are_kept_where_nine_characters_are_not_demanded(mistral: Open)
             "is missing",
         ),
         ("v1", [user("U")], TOOLS, "v1 has no tools"),
-        ("v3", [user("U")], {"options": {"effort": "high"}}, "Did you mean 'reasoning_effort'"),
+        ("v3", [user("U")], {"options": {"reasoning-effort": "high"}}, "Did you mean 'reasoning_effort'"),
         ("v13", [user("U")], {"options": {"reasoning_effort": "high"}}, "reasoning_effort"),
         ("v15", [user("U")], {"options": {"reasoning_effort": "huge"}}, "'huge'"),
         ("v3", [user("U"), assistant("A", tool_calls=[call("abcdefghi", {})]), tool("1", "abcdefghi")], {}, "not both"),

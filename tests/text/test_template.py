@@ -70,12 +70,20 @@ MISTRAL = """{%- set ns = namespace(turns=0) %}
 
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL}
 
-S = {"role": "system", "content": "Be  kind. "}
-U = {"role": "user", "content": " Hello wörld,\n how are you 🦒? "}
-A = {"role": "assistant", "content": "Fine, <|tha nks"}
-CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"größe": [1, "ü"], "n": None}}}
+S: dict[str, Any] = {"role": "system", "content": "Be  kind. "}
+U: dict[str, Any] = {"role": "user", "content": " Hello wörld,\n how are you 🦒? "}
+A: dict[str, Any] = {"role": "assistant", "content": "Fine, <|tha nks"}
+CALL: dict[str, Any] = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "f", "arguments": {"größe": [1, "ü"], "n": None}},
+}
 TOOL = {"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {"type": "object"}}}
-CALLED = [U, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "22", "tool_call_id": "c1"}]
+CALLED: list[dict[str, Any]] = [
+    U,
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "22", "tool_call_id": "c1"},
+]
 
 
 def opened(folder: Path) -> CheckpointTokenizer:
