@@ -36,7 +36,8 @@ format: $(VENV)/installed-tests
 types: $(VENV)/installed-tests
 	rm -rf .mypy_tree && mkdir -p .mypy_tree/zoo
 	ln -s "$(CURDIR)"/zoo/* "$(CURDIR)"/registry "$(CURDIR)"/components "$(CURDIR)"/cards .mypy_tree/zoo/
-	cd .mypy_tree && "$(abspath $(BIN))/mypy" --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p zoo
+	ln -s "$(CURDIR)"/tests .mypy_tree/
+	cd .mypy_tree && "$(abspath $(BIN))/mypy" --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p zoo -p tests
 
 docs: $(VENV)/installed-tests
 	$(BIN)/python docs/generate.py

@@ -58,9 +58,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     folder = tmp_path_factory.mktemp("plugin")
     for name in ZOO:
         source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
         (folder / "zoo").mkdir(exist_ok=True)
-        copy(source, folder / "zoo" / name, **({"ignore": LEFT_BEHIND} if source.is_dir() else {}))
+        if source.is_dir():
+            shutil.copytree(source, folder / "zoo" / name, ignore=LEFT_BEHIND)
+        else:
+            shutil.copy(source, folder / "zoo" / name)
     shutil.copytree(EXAMPLE, folder / "zoo-primer", ignore=LEFT_BEHIND)
     venv = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)

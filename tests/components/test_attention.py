@@ -54,6 +54,27 @@ def test_kernels_equal_loops(
     close(found, _loops(q, k, v, past, window, oracle))
 
 
+@pytest.mark.parametrize("block", [1, 2, 4])
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+@pytest.mark.parametrize(("rows", "past"), [(9, 0), (9, 1), (7, 6)])
+def test_blocks_equal_loops(
+    block: int,
+    window: int,
+    rows: int,
+    past: int,
+    oracle: ModuleType,
+    close: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Many rows behind a small window never see a mask of all rows by all keys."""
+    monkeypatch.setattr(kernels, "BLOCK", block)
+    q, k, v = _qkv(rows, past)
+    memo: kernels.Memo = {}
+    found = attention(q, k, v, scale=WIDTH**-0.5, past=past, window=window, memo=memo)
+    close(found, _loops(q, k, v, past, window, oracle))
+    assert max(x.shape[1] for x in memo.values() if isinstance(x, Tensor)) < max(window, block) + window
+
+
 @pytest.mark.parametrize("kernel", ["reference", "sdpa"])
 def test_masked_rows_equal_single_rows(
     kernel: str, close: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -63,7 +84,7 @@ def test_masked_rows_equal_single_rows(
     parts = [_qkv(1, length - 1) for length in lengths]
     padded = [torch.stack([torch.nn.functional.pad(p[i], (0, 0, 0, 7 - p[i].shape[1])) for p in parts]) for i in (1, 2)]
     seen = torch.arange(7) < torch.tensor(lengths)[:, None]
-    found = attention_rows(torch.cat([q for q, _, _ in parts]), *padded, scale=0.3, seen_BS=seen)
+    found = attention_rows(torch.cat([q for q, _, _ in parts]), *padded, scale=0.3, seen_BS=seen, memo={})
     expected = [attention(q, k, v, scale=0.3, past=k.shape[1] - 1, window=None) for q, k, v in parts]
     close(found, torch.cat(expected))
 
@@ -73,9 +94,9 @@ def test_masks_are_shared_by_layers() -> None:
     memo: kernels.Memo = {}
     for _ in range(2):
         attention(q, k, v, scale=1.0, past=5, window=None, memo=memo)
-    assert len(memo) == 1
+    assert len(memo) == 2, "the kernel and one mask"
     attention(q, k, v, scale=1.0, past=5, window=4, memo=memo)
-    assert len(memo) == 2
+    assert len(memo) == 3
 
 
 def test_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +108,13 @@ def test_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = []
-    monkeypatch.setitem(kernels.KERNELS, "reference", lambda *args: used.append(args) or args[0])
+    used: list[Any] = []
+
+    def noted(q: Any, *others: Any) -> Any:
+        used.append(others)
+        return q
+
+    monkeypatch.setitem(kernels.KERNELS, "reference", noted)
     monkeypatch.setenv("ZOO_ATTENTION", "reference")
     attention(*_qkv(2, 0), scale=1.0, past=0, window=None)
     assert len(used) == 1

@@ -96,8 +96,13 @@ def test_small_and_exact_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> 
 def test_large_single_rows_take_the_fastest_way(
     rows: int, everything_is_large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used = []
-    monkeypatch.setattr(linear, "row_product", lambda: lambda *args: used.append(args) or tuning.vector(*args))
+    used: list[Any] = []
+
+    def noted(*args: Any) -> Any:
+        used.append(args)
+        return tuning.vector(*args)
+
+    monkeypatch.setattr(linear, "row_product", lambda: noted)
     x, weight = torch.randn(rows, 8).bfloat16(), torch.randn(4, 8).bfloat16()
     with torch.no_grad():
         product(x, weight)

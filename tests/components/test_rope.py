@@ -18,7 +18,7 @@ from zoo.components.rope.rotary import rope_angles
 from zoo.components.rope.spec import DefaultRopeSpec, LinearRopeSpec, Llama3RopeSpec, RopeSpec, YarnRopeSpec
 from zoo.components.step import Step
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3: dict[str, Any] = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SPECS: dict[str, RopeSpec] = {
     "default": DefaultRopeSpec(head_dim=64, theta=1e4),
     "linear": LinearRopeSpec(head_dim=64, theta=5e5, factor=4.0),

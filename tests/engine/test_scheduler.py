@@ -60,11 +60,40 @@ def test_the_youngest_makes_room_and_comes_back(make_engine: Make, ask: Make, fa
 
 
 def test_after_a_preemption_nobody_is_admitted_until_somebody_ends(make_engine: Make, ask: Make) -> None:
-    engine = make_engine(memory_bytes=16 * 6)
+    engine = make_engine(memory_bytes=96)
     for i in range(6):
         engine.submit(ask([i + 1] * 10, max_tokens=60))
-    engine.run()
-    assert engine._scheduler.preemptions < 20
+    scheduler, full = engine._scheduler, 0
+    while engine.busy:
+        before, preemptions = len(scheduler.running), scheduler.preemptions
+        ended = any(chunk.last for chunk in engine.step())
+        if full and not ended:
+            assert len(scheduler.running) <= before
+            full += 1
+        if ended:
+            full = 0
+        elif scheduler.preemptions > preemptions:
+            full = 1
+    assert 5 <= scheduler.preemptions < 20
+
+
+def test_the_preempted_come_back_before_the_later(make_engine: Make, ask: Make) -> None:
+    engine = make_engine(memory_bytes=48)
+    names = [engine.submit(ask([i + 1] * 14, max_tokens=12)) for i in range(4)]
+    assert [c.request_id for c in engine.run()] == names
+    assert engine._scheduler.preemptions > 1
+
+
+def test_a_prompt_thrown_out_half_read_is_not_scored_twice(make_engine: Make, ask: Make, fake_decoder: Make) -> None:
+    requests = [ask([1] * 14, max_tokens=10), ask([2, 3] * 15, max_tokens=2, prompt_logprobs=True)]
+    expected = make_engine().generate(requests)[1].prompt_logprobs
+    decoder = fake_decoder()
+    engine = make_engine(decoder, memory_bytes=48, chunk_tokens=5)
+    found = engine.generate(requests)[1].prompt_logprobs
+    assert engine._scheduler.preemptions == 1
+    assert found == expected
+    # 29 scored rows and 12 sampled ones, none computed twice.
+    assert sum(decoder.logit_rows) == 29 + 12
 
 
 def test_prompts_are_admitted_only_when_they_fit_whole(make_engine: Make, ask: Make, fake_decoder: Make) -> None:

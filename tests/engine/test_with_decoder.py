@@ -225,7 +225,8 @@ def test_fifty_random_requests_that_come_and_go(
     expected = [make(**({"contexts": None} if cramped else {})).generate([request])[0] for request in requests]
     assert {c.finish_reason for c in expected} == {"stop", "length"}
     running = make(chunk_tokens=24, max_batch_size=7)
-    waiting, streams = [*range(50)], {}
+    waiting = [*range(50)]
+    streams: dict[int, tuple[Any, list[Any]]] = {}
     while waiting or streams:
         if waiting and (len(streams) < 3 or chance.random() < 0.3):
             i = waiting.pop(0)

@@ -16,6 +16,7 @@ import pytest
 from zoo.loading import hub as zoo_hub
 from zoo.loading.hub import fetch, list_files, plan_fetch
 from zoo.registry.card import Source
+from zoo.registry.errors import FetchError
 
 if TYPE_CHECKING:
     from tests.loading.hub_server import Hub
@@ -279,7 +280,7 @@ def test_largest_files_are_checked_too(hub: Hub, files: dict[str, bytes], monkey
     hub.add("ann/model", files)
     hub.fault("consolidated.safetensors", "corrupt")
     monkeypatch.setattr(zoo_hub, "CLIENT_ABOVE", 100_000)
-    with pytest.raises(zoo_hub.FetchError, match="do not hash to what the hub names"):
+    with pytest.raises(FetchError, match="do not hash to what the hub names"):
         fetch("ann/model")
     assert [file.path for file in plan_fetch("ann/model").missing] == ["consolidated.safetensors"]
 
@@ -291,7 +292,7 @@ def test_trouble_with_the_largest_files_is_told(
     hub.fault("HEAD consolidated.safetensors", "status")
     monkeypatch.setattr(zoo_hub, "CLIENT_ABOVE", 100_000)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    with pytest.raises(zoo_hub.FetchError, match=r"ann/model/consolidated\.safetensors: .* answers with status 503"):
+    with pytest.raises(FetchError, match=r"ann/model/consolidated\.safetensors: .* answers with status 503"):
         fetch("ann/model")
 
 

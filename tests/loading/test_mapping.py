@@ -208,6 +208,7 @@ def test_stack_split_and_transpose_together(
         return
     assert found.problems == []
     assert [p and p.rows for p in placed] == rows
-    assert [p and p.columns for p in placed] == (columns or [None] * 4)
+    expected: list[tuple[int, int] | None] = [None] * 4 if columns is None else [*columns]
+    assert [p and p.columns for p in placed] == expected
     scalar = found.placements["scale"]
     assert (scalar.rows, scalar.row_shape, scalar.row_bytes) == ((0, 1), (), 4)

@@ -39,7 +39,7 @@ def test_oracle_sees_the_window(mistral_inference: ModuleType, tmp_path: Path) -
     assert (full_TV[5] - cut_TV[5]).abs().max() > 1e-2
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},
     "one-kv-head": {"n_kv_heads": 1, "vocab_size": 101},
     "all-kv-heads": {"n_kv_heads": 4, "dim": 40, "hidden_dim": 56},

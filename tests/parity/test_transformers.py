@@ -105,7 +105,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 
 def expected_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        return model(torch.tensor([tokens])).logits[0].float()
+        logits_TV: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits_TV.float()
 
 
 def random_tokens(model: PreTrainedModel, length: int = LENGTH) -> list[int]:

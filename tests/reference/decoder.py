@@ -87,7 +87,7 @@ def _row(spec: Any, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = [float(query[h] @ key[h // shared]) / math.sqrt(spec.head_dim) for key in k]
         powers = [math.exp(score - max(scores)) for score in scores]
         heads.append(sum(p / sum(powers) * value[h // shared] for p, value in zip(powers, v, strict=True)))
-    return torch.cat(heads)  # type: ignore[arg-type]
+    return torch.cat(heads)
 
 
 def query_scale(scaling: Any, position: int) -> float:
@@ -122,7 +122,7 @@ def rope_frequencies(spec: Any) -> tuple[list[float], float]:
     return blended, 0.1 * math.log(spec.factor) + 1 if factor is None else factor
 
 
-def _llama3(spec: Any, frequency: float) -> float:
+def _llama3(spec: Any, frequency: float) -> Any:
     wavelength = 2 * math.pi / frequency
     if wavelength > spec.original_context / spec.low_freq_factor:
         return frequency / spec.factor

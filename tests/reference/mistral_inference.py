@@ -84,7 +84,7 @@ def write_folder(
     folder: Path, *, experts: int | None = None, pickled: bool = False, seed: int = 0, **changes: Any
 ) -> Path:
     """A small random checkpoint in Mistral's native form; `changes` go into `params.json`."""
-    params = {"dim": 24, "n_layers": 2, "head_dim": 16, "hidden_dim": 40, "n_heads": 4, "n_kv_heads": 2}
+    params: dict[str, Any] = {"dim": 24, "n_layers": 2, "head_dim": 16, "hidden_dim": 40, "n_heads": 4, "n_kv_heads": 2}
     params |= {"norm_eps": 1e-5, "vocab_size": 97, "rope_theta": 1e4, **changes}
     if experts:
         params["moe"] = {"num_experts": experts, "num_experts_per_tok": 2}

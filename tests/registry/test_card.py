@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from zoo.registry.card import Card, Source, Text, list_cards, load_card
 from zoo.registry.catalog import Catalog, Resource
@@ -397,7 +398,7 @@ def test_every_field_of_a_card_has_an_effect(field: str, changed: Change) -> Non
 
 
 def test_the_table_above_names_every_field() -> None:
-    nested = {"source": Source, "text": Text}
+    nested: dict[str, type[BaseModel]] = {"source": Source, "text": Text}
     named = {*Card.model_fields, *(f"{key}.{field}" for key, part in nested.items() for field in part.model_fields)}
     assert named == set(OBSERVED)
 

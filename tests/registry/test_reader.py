@@ -14,7 +14,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcd", "bcde", strict=True)
 )
 
-MALFORMED = {
+MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "c.yaml: the card is empty; expected a mapping with `name`, `model`, ..."),
     "comments": ("# nothing\n", "c.yaml: the card is empty; expected a mapping with `name`, `model`, ..."),
     "list": ("[1, 2]\n", "c.yaml:1: a card is a mapping; found a list; expected `key: value` lines."),
