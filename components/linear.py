@@ -38,7 +38,7 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     """x W^T + b of (T, in) rows, by the way that suits the weight's layout and the number of rows."""
     if weight_OI.is_mkldnn:
         return packed_product(x_TI, weight_OI, bias_O)
-    if len(x_TI) == 1 and _is_large(weight_OI) and not torch.is_grad_enabled():
+    if x_TI.shape[0] == 1 and _is_large(weight_OI) and not torch.is_grad_enabled():
         return row_product()(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
 

@@ -27,14 +27,14 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, step: Step, state: KVState) -> Tensor:
         """(T, D) to (T, D); appends this step's keys and values to `state`."""
         spec = self.spec
-        qkv_TAd = self.qkv(x_TD).view(len(x_TD), sum(self.heads), spec.head_dim)
-        qk_TAd, v_TGd = qkv_TAd.split((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        qkv_TAd = self.qkv(x_TD).view(-1, sum(self.heads), spec.head_dim)
+        qk_TAd, v_TGd = qkv_TAd.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q_THd, k_TGd = qk_TAd.split(self.heads[:2], dim=1)
+            q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)
             qk_TAd = torch.cat((self.q_norm(q_THd), self.k_norm(k_TGd)), dim=1)
         if self.rope is not None:
             qk_TAd = self.rope(qk_TAd, step)
-        q_THd, k_TGd = qk_TAd.split(self.heads[:2], dim=1)
+        q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)
         if spec.query_scaling is not None:
             q_THd = (q_THd * _query_scale(spec.query_scaling, step)).to(x_TD.dtype)
         o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=spec.head_dim**-0.5, window=spec.window)

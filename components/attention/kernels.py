@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from zoo.registry.errors import ZooError, nearest
 
+BLOCK = 256
+"""Rows that windowed attention takes at once, where its window is not larger."""
+
 Memo = dict[Hashable, Any]
 Kernel = Callable[[Tensor, Tensor, Tensor, float, int, int | None, Memo], Tensor]
 
@@ -32,23 +35,27 @@ def attention(
 ) -> Tensor:
     """(T, H, d) of queries over (G, S, d) keys and values; H is a multiple of G and S = past + T.
 
-    `memo` keeps masks between the layers of a step. ZOO_ATTENTION forces a kernel; raises ZooError for a name
-    that is none.
+    `memo` keeps masks, and the choice of a kernel, between the layers of a step. ZOO_ATTENTION forces a kernel;
+    raises ZooError for a name that is none.
     """
+    memo = {} if memo is None else memo
     if window is not None:
         k_GSd, v_GSd, past = _trimmed(k_GSd, v_GSd, past, window)
-        if len(q_THd) > window:
-            return _in_blocks(q_THd, k_GSd, v_GSd, scale, past, window)
-    seen_by_all = window is None or past + len(q_THd) <= window
-    return _kernel()(q_THd, k_GSd, v_GSd, scale, past, None if seen_by_all else window, {} if memo is None else memo)
+        if q_THd.shape[0] > max(window, BLOCK):
+            return _in_blocks(q_THd, k_GSd, v_GSd, scale, past, window, memo)
+        if past + q_THd.shape[0] <= window:
+            window = None
+    return _kernel(memo)(q_THd, k_GSd, v_GSd, scale, past, window, memo)
 
 
-def attention_rows(q_BHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, scale: float, seen_BS: Tensor) -> Tensor:
+def attention_rows(
+    q_BHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, scale: float, seen_BS: Tensor, memo: Memo
+) -> Tensor:
     """(B, H, d): one new row of each of B sequences, over its own keys as far as `seen_BS` is true.
 
     By SDPA, or by the formula in float32 where ZOO_ATTENTION says "reference".
     """
-    exact = _kernel() is reference
+    exact = _kernel(memo) is reference
     q, k, v = (x.float() if exact else x for x in (q_BHd, k_BGSd, v_BGSd))
     q_BGJd = q.view(len(q), k.shape[1], -1, q.shape[-1])
     seen_B11S = seen_BS[:, None, None]
@@ -64,11 +71,12 @@ def _trimmed(k_GSd: Tensor, v_GSd: Tensor, past: int, window: int) -> tuple[Tens
     return (k_GSd, v_GSd, past) if unseen <= 0 else (k_GSd[:, unseen:], v_GSd[:, unseen:], past - unseen)
 
 
-def _in_blocks(q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, scale: float, past: int, window: int) -> Tensor:
-    """Window by window: a block of rows needs its own keys and one window before them."""
-    blocks, memo = [], Memo()
-    for start in range(0, len(q_THd), window):
-        q_block = q_THd[start : start + window]
+def _in_blocks(q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, scale: float, past: int, window: int, memo: Memo) -> Tensor:
+    """Block by block: rows need the keys of their own block and of one window before it, not a mask of T by S."""
+    blocks = []
+    size = max(window, BLOCK)
+    for start in range(0, len(q_THd), size):
+        q_block = q_THd[start : start + size]
         end = past + start + len(q_block)
         blocks.append(
             attention(q_block, k_GSd[:, :end], v_GSd[:, :end], scale=scale, past=past + start, window=window, memo=memo)
@@ -128,8 +136,14 @@ def _mask(q_THd: Tensor, past: int, window: int | None, memo: Memo) -> Tensor:
 KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa}
 
 
-def _kernel() -> Kernel:
-    name = os.environ.get("ZOO_ATTENTION", "sdpa")
+def _kernel(memo: Memo) -> Kernel:
+    if "kernel" not in memo:
+        memo["kernel"] = _named(os.environ.get("ZOO_ATTENTION", "sdpa"))
+    kernel: Kernel = memo["kernel"]
+    return kernel
+
+
+def _named(name: str) -> Kernel:
     if name not in KERNELS:
         raise ZooError(
             "unknown attention kernel",

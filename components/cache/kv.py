@@ -120,7 +120,7 @@ class KVView:
         plan = self.plan
         if len(plan.seqs) == 1:
             return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, scale, window)
-        if isinstance(self.storage, Pages) and len(q_THd) == len(plan.seqs):
+        if isinstance(self.storage, Pages) and q_THd.shape[0] == len(plan.seqs):
             return self._attend_rows(self.storage, q_THd, k_TGd, v_TGd, scale, window)
         parts = zip(*(torch.split(x, plan.rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         return torch.cat(
@@ -142,12 +142,12 @@ class KVView:
         key = ("seen", window)
         if key not in plan.memo:
             plan.memo[key] = _seen(filled, None if ring is not None else window, pages.device)
-        return attention_rows(q_BHd, k_BGSd, v_BGSd, scale=scale, seen_BS=plan.memo[key])
+        return attention_rows(q_BHd, k_BGSd, v_BGSd, scale=scale, seen_BS=plan.memo[key], memo=plan.memo)
 
     def _attend_one(
         self, seq: int, past: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        rows, memo = len(q_THd), self.plan.memo
+        rows, memo = q_THd.shape[0], self.plan.memo
         if self.ring is not None and past + rows > self.ring:
             k_GSd, v_GSd, seen = self._turn(self.ring, seq, past, k_TGd, v_TGd)
         else:

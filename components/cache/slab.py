@@ -67,7 +67,7 @@ class Slabs:
 
     def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
         """Fills the slots from `start` on."""
-        k_GSd, v_GSd = self._slabs[seq][layer].narrow(2, start, len(k_TGd)).unbind()
+        k_GSd, v_GSd = self._slabs[seq][layer].narrow(2, start, k_TGd.shape[0]).unbind()
         k_GSd.copy_(k_TGd.transpose(0, 1))
         v_GSd.copy_(v_TGd.transpose(0, 1))
 

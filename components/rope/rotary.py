@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,8 @@ class Rope(nn.Module):
 
 def rope_angles(spec: RopeSpec, positions_T: Tensor) -> Angles:
     """cos and signed sin of position x frequency, times the kind's factor."""
-    frequencies, factor = load(spec.frequencies)(spec)
-    angles_Tr = torch.outer(positions_T.float(), frequencies.to(positions_T.device))
+    frequencies_r, factor = _frequencies(spec, positions_T.device)
+    angles_Tr = torch.outer(positions_T.float(), frequencies_r)
     cos, sin = angles_Tr.cos() * factor, angles_Tr.sin() * factor
     return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
@@ -41,3 +43,10 @@ def rotate(x_THd: Tensor, angles: Angles) -> Tensor:
     turning = x_THd if lanes == x_THd.shape[-1] else x_THd[..., :lanes]
     turned = torch.addcmul(turning * cos, turning.roll(lanes // 2, -1), sin).to(x_THd.dtype)
     return turned if turning is x_THd else torch.cat((turned, x_THd[..., lanes:]), -1)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(spec: RopeSpec, device: torch.device) -> tuple[Tensor, float]:
+    """Made once, not at every step: a small model feels the dozen small operations."""
+    frequencies_r, factor = load(spec.frequencies)(spec)
+    return frequencies_r.to(device), factor
