@@ -63,7 +63,7 @@ class CapacityError(ZooError):
 
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str | None:
     """The sentence "did you mean ...?" for the known `names` closest to `name`, or None."""
-    close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
     ratios = [difflib.SequenceMatcher(None, name, other).ratio() for other in close]
     close = [other for other, ratio in zip(close, ratios, strict=True) if ratio > max(ratios) - 0.1]
     return f"did you mean {' or '.join(repr(n) for n in close)}?" if close else None

@@ -1,7 +1,7 @@
 """The public functions, and the only place where loading is put together."""
 
 import builtins
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,18 +84,37 @@ def load(
 
 
 def tokenizer_of(inspection: Inspection) -> "Tokenizer":
-    """The inspected model's tokenizer, from its folder, else from the hub's cache: only tokenizer files are fetched."""
-    from zoo.text.tokenizer import open_tokenizer
-
-    plan = inspection.plan
-    if plan.tokenizer is None:
-        raise TextError("the card names no tokenizer", where=plan.card.name, expected="text.tokenizer in the card")
+    """The inspected model's tokenizer, from its folder, else from the hub: only tokenizer files are fetched."""
     folder = inspection.folder
-    if folder is None:
+    if folder is None and inspection.card.source.hub:
         from zoo.loading.hub import fetch
 
-        folder = fetch(plan.card.source, weights=False)
-    return open_tokenizer(plan.tokenizer, plan.chat, folder if folder.is_dir() else folder.parent)
+        folder = fetch(inspection.card.source, weights=False)
+    tokenizer = _tokenizer(inspection.plan, folder)
+    if isinstance(tokenizer, TextError):
+        raise tokenizer
+    return tokenizer
+
+
+def _tokenizer(plan: Plan, folder: Path | None) -> "Tokenizer | TextError":
+    """The tokenizer beside the weights, or why there is none: only text needs one."""
+    from zoo.components.decoder.spec import DecoderSpec
+    from zoo.text.tokenizer import open_tokenizer
+
+    if plan.tokenizer is None or folder is None:
+        return TextError(
+            "there is no tokenizer, so only token ids can be used",
+            where=str(folder or plan.card.name),
+            found=f"text.tokenizer {plan.card.text.tokenizer} in the card",
+            expected="tekken.json, tokenizer.model.v* or tokenizer.json beside the weights",
+            hint="pass lists of token ids, or add the model's tokenizer file to the folder",
+        )
+    assert isinstance(plan.model, DecoderSpec)
+    beside = folder if folder.is_dir() else folder.parent
+    try:
+        return open_tokenizer(plan.tokenizer, plan.chat, beside, vocab_size=plan.model.vocab_size)
+    except TextError as error:
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +137,23 @@ def _locate(ref: Ref) -> Located:
     if isinstance(ref, Mapping):
         card = Card.from_dict(ref)
         return Located(card, card.local_path())
+    if isinstance(ref, str) and ref in manager().cards():
+        card = load_card(ref)
+        return Located(card, card.local_path())
     path = Path(ref).expanduser()
-    if path.is_dir() or path.suffix in {".safetensors", ".pth", ".gguf"}:
+    if _is_folder(path) or path.suffix in {".safetensors", ".pth", ".gguf"}:
         from zoo.loading.infer import infer_card
 
         return Located(Card.from_dict(infer_card(path), origin=str(path)), path)
     card = load_card(ref)
     return Located(card, card.local_path())
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 def _owners(plan: Plan) -> dict[str, str]:
@@ -177,14 +206,16 @@ def _filled(
         return module, found.folder, [*notes, "random weights: the answers mean nothing"]
     from zoo.loading.files import locate as locate_files
 
-    folder = _weights_folder(found, weights)
+    folder = _weights_folder(found, weights, progress, notes.append)
     files = locate_files(folder, plan.card.source.layout)
     module = assemble(plan, placement.dtype)
     load_weights(module, plan, files, device=placement.device, progress=progress)
     return module, folder if folder.is_dir() else folder.parent, [*notes, files.note]
 
 
-def _weights_folder(found: Located, weights: str | Path) -> Path:
+def _weights_folder(
+    found: Located, weights: str | Path, progress: "Progress | None", note: Callable[[str], None]
+) -> Path:
     if weights != "auto":
         return Path(weights).expanduser()
     if found.folder is not None:
@@ -199,7 +230,7 @@ def _weights_folder(found: Located, weights: str | Path) -> Path:
         )
     from zoo.loading.hub import fetch
 
-    return fetch(source)
+    return fetch(source, progress=progress, note=note)
 
 
 def _model(
@@ -213,9 +244,9 @@ def _model(
 ) -> "Model":
     from zoo.engine.engine import Engine
     from zoo.model import Model
-    from zoo.text.tokenizer import open_tokenizer
 
-    tokenizer = open_tokenizer(plan.tokenizer, plan.chat, folder) if plan.tokenizer and folder else None
+    tokenizer = _tokenizer(plan, folder)
+    notes = [*notes, str(tokenizer)] if isinstance(tokenizer, TextError) else [*notes, *tokenizer.notes]
     engine = Engine(
         module,
         plan,

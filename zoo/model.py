@@ -36,7 +36,7 @@ class Model:
     """What `zoo.load` returns. A context manager; `close()` gives its memory back.
 
     card: the card that it was built from. plan: the resolved card. module: the PyTorch decoder.
-    tokenizer: None for a folder without one, which answers to token ids only.
+    tokenizer: None for weights without one, which answer to token ids only.
     placement: device and dtype. notes: what was chosen while loading, one sentence each.
     """
 
@@ -45,7 +45,7 @@ class Model:
         plan: Plan,
         module: Decoder,
         engine: Engine,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | TextError,
         placement: Placement,
         folder: Path | None,
         notes: Sequence[str] = (),
@@ -62,7 +62,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self._tokenizer
+        return None if isinstance(self._tokenizer, TextError) else self._tokenizer
 
     @property
     def module(self) -> Decoder:
@@ -100,15 +100,14 @@ class Model:
         """
         self._refuse_images(images)
         params = SamplingParams.from_options(options)
-        return self._engine.generate([self._request(p, params, raw) for p in _separate(prompts)])
+        return self._engine.generate([self.request(p, params, raw=raw) for p in _separate(prompts)])
 
     def stream(
         self, prompt: Prompt, *, raw: bool = False, images: Sequence[Any] | None = None, **options: Any
     ) -> Iterator[Chunk]:
         """Chunks of one answer as they are made; closing the iterator cancels the request. Options as `generate`."""
         self._refuse_images(images)
-        request = self._request(prompt, SamplingParams.from_options(options), raw)
-        return self._engine.stream(request)
+        return self._engine.stream(self.request(prompt, SamplingParams.from_options(options), raw=raw))
 
     def chat(
         self,
@@ -117,11 +116,19 @@ class Model:
         *,
         images: Sequence[Any] | None = None,
         continue_final: bool = False,
+        merge: bool = False,
+        chat_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Completion:
-        """The answer to a conversation. `continue_final`: go on from the last message, an assistant's beginning."""
+        """The answer to a conversation.
+
+        continue_final: the last message is an assistant's beginning to go on from. merge: join consecutive messages of
+        one role, which are refused otherwise. chat_options: settings of the chat format, such as reasoning_effort.
+        options: as `generate`.
+        """
         self._refuse_images(images)
-        return self._engine.generate([self.chat_request(messages, tools, continue_final=continue_final, **options)])[0]
+        form: dict[str, Any] = {"continue_final": continue_final, "merge": merge, "chat_options": chat_options}
+        return self._engine.generate([self.chat_request(messages, tools, **form, **options)])[0]
 
     def stream_chat(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
@@ -135,11 +142,15 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         continue_final: bool = False,
+        merge: bool = False,
+        chat_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Request:
-        """The engine's request for a conversation."""
-        prompt = self._text().render(messages, tools=tools, continue_final=continue_final)
-        return Request(prompt.ids, SamplingParams.from_options(options), self._tokenizer)
+        """The engine's request for a conversation; arguments as `chat`."""
+        prompt = self._text().render(
+            messages, tools=tools, continue_final=continue_final, merge=merge, options=chat_options or {}
+        )
+        return Request(prompt.ids, SamplingParams.from_options(options), self.tokenizer, continues=prompt.continues)
 
     def fill(self, prefix: str, suffix: str, **options: Any) -> Completion:
         """The text between `prefix` and `suffix`; RequestError when the card does not list the feature `fim`."""
@@ -151,7 +162,8 @@ class Model:
                 expected="the feature fim, as codestral models have it",
             )
         ids = self._text().fill(prefix, suffix)
-        return self._engine.generate([Request(ids, SamplingParams.from_options(options), self._tokenizer)])[0]
+        params = SamplingParams.from_options(options)
+        return self._engine.generate([Request(ids, params, self.tokenizer, continues=True)])[0]
 
     def score(self, text: str | Sequence[int]) -> list[float]:
         """Natural log-probability of every token after the first, each given all before it.
@@ -175,27 +187,20 @@ class Model:
         """The raw text's token ids, beginning-of-sequence token first where the tokenizer has one."""
         return self._text().encode(text)
 
-    def prompt_ids(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """The token ids that `generate` would send for this prompt."""
+    def request(self, prompt: Prompt, params: SamplingParams, *, raw: bool = False) -> Request:
+        """What `generate` sends to the engine for this prompt."""
         if isinstance(prompt, str):
             if raw or "chat" not in self.card.text.features:
-                return self.encode(prompt)
-            return self._text().render([{"role": "user", "content": prompt}]).ids
+                return Request(self.encode(prompt), params, self.tokenizer, continues=True)
+            prompt = [{"role": "user", "content": prompt}]
         if prompt and isinstance(prompt[0], Mapping):
-            return self._text().render(cast("Sequence[Message]", prompt)).ids
-        return [*cast("Sequence[int]", prompt)]
-
-    def _request(self, prompt: Prompt, params: SamplingParams, raw: bool) -> Request:
-        return Request(self.prompt_ids(prompt, raw=raw), params, self._tokenizer)
+            rendered = self._text().render(cast("Sequence[Message]", prompt))
+            return Request(rendered.ids, params, self.tokenizer, continues=rendered.continues)
+        return Request(cast("Sequence[int]", prompt), params, self.tokenizer, continues=True)
 
     def _text(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise TextError(
-                "there is no tokenizer, so only token ids can be used",
-                where=str(self.folder or self.card.name),
-                expected="tekken.json, tokenizer.model.v* or tokenizer.json beside the weights",
-                hint="pass lists of token ids, or add the model's tokenizer file to the folder",
-            )
+        if isinstance(self._tokenizer, TextError):
+            raise self._tokenizer
         return self._tokenizer
 
     def _refuse_images(self, images: Sequence[Any] | None) -> None:

@@ -94,11 +94,15 @@ def register_commands(register: RegisterCommand) -> None:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="zoo")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.option("--strict-plugins", is_flag=True, help="Stop when a plugin cannot be loaded.")
-def cli(debug: bool, strict_plugins: bool) -> None:
+@click.option(
+    "--strict-plugins",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, option, given: os.environ.update(ZOO_STRICT_PLUGINS="1") if given else None,
+    help="Stop when a plugin cannot be loaded.",
+)
+def cli(debug: bool) -> None:
     """Run open-weight language models from declarative cards."""
-    if strict_plugins:
-        os.environ["ZOO_STRICT_PLUGINS"] = "1"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -115,9 +119,12 @@ def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments[: arguments.index("--")] if "--" in arguments else "--debug" in arguments
     arguments = [a for i, a in enumerate(arguments) if a != "--debug" or "--" in arguments[:i]]
     try:
-        result = cli.main(args=arguments, prog_name="zoo", standalone_mode=False)
+        with cli.make_context("zoo", arguments) as context:
+            result = cli.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -126,8 +133,8 @@ def _run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _report("\nzoo: interrupted", 130, debug)
     except BrokenPipeError:
-        # The reader has gone (`zoo run ... | head`): nobody is left to tell. Keep the interpreter from flushing again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has gone (`zoo list | head -1`): nobody is left to tell, nor may the interpreter flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except Exception as error:
         return _report(

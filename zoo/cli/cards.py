@@ -47,7 +47,7 @@ def diff(first: str, second: str, as_json: bool) -> None:
     from zoo.api import inspect
     from zoo.cli.console import columns, emit
 
-    left, right = (_flat({"model": i.plan.describe(), **_figures(i)}) for i in (inspect(first), inspect(second)))
+    left, right = (_flat({**i.plan.describe(), **_figures(i)}) for i in (inspect(first), inspect(second)))
     changed = {
         name: (left.get(name), right.get(name))
         for name in [*left, *(n for n in right if n not in left)]

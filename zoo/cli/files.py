@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from zoo.registry.card import Card
 from zoo.registry.errors import FetchError
 
 
@@ -17,17 +18,16 @@ def pull(ref: str, dry_run: bool) -> None:
     from zoo.loading.hub import choose, fetch, list_files
 
     card = locate(ref).card
-    if card.source.hub is None:
-        raise FetchError("the card has no hub repository", where=card.name, expected="source.hub in the card")
+    repository = _repository(card)
     if dry_run:
-        remote = list_files(card.source.hub, card.source.revision)
+        remote = list_files(repository, card.source.revision)
         chosen = choose(remote.files, card.source.layout)
         for file in chosen.files:
             click.echo(f"{file.path}  {size(file.size)}")
-        note(f"{size(chosen.total_bytes)} from {card.source.hub} at revision {remote.revision}; {chosen.note}")
+        note(f"{size(chosen.total_bytes)} from {repository} at revision {remote.revision}; {chosen.note}")
         return
-    with loading_bar(f"fetching {card.source.hub}") as progress:
-        folder = fetch(card.source, progress=progress)
+    with loading_bar(f"fetching {repository}") as progress:
+        folder = fetch(card.source, progress=progress, note=note)
     click.echo(folder)
 
 
@@ -41,6 +41,7 @@ def rm(ref: str, yes: bool) -> None:
     from zoo.loading.hub import cached, remove
 
     card = locate(ref).card
+    _repository(card)
     held = cached(card.source)
     if not held:
         raise FetchError("nothing of this model is in the cache", where=card.name)
@@ -73,3 +74,9 @@ def verify(ref: str, weights: Path | None, as_json: bool) -> int:
         if report.ok:
             click.echo(f"{found.card.name}: ok, {report.tensors} tensors, {size(report.bytes)}, layout {report.layout}")
     return 0 if report.ok else 2
+
+
+def _repository(card: Card) -> str:
+    if card.source.hub is None:
+        raise FetchError("the card names no repository on the hub", where=card.name, expected="source.hub in the card")
+    return card.source.hub

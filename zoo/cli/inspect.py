@@ -79,7 +79,7 @@ def _write(data: dict[str, Any]) -> None:
     source = data["source"]
     facts = [
         ["name", f"{data['name']}: {data['summary']}"],
-        ["license", f"{data['license']}, released {data['released'] or 'unknown'}"],
+        ["license", f"{data['license'] or 'unknown'}, released {data['released'] or 'unknown'}"],
         ["source", data["folder"] or source["hub"] or "none"],
         ["features", ", ".join(data["features"]) or "none"],
         ["parameters", number(data["parameters"]) + sparse],

@@ -1,0 +1,150 @@
+"""The commands that need no weights: list, inspect, diff, schema, card, verify, plugins, doctor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint as transformers saves it, without a tokenizer."""
+    config = transformers.MistralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+        sliding_window=None,
+    )
+    path = tmp_path_factory.mktemp("my checkpoint ü")
+    transformers.MistralForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def test_list_shows_every_card_and_filters(zoo_command: Command) -> None:
+    every = json.loads(zoo_command("list", "--json").out)
+    assert {"tiny", "mixtral-8x7b-instruct", "mistral-7b-v0.1"} <= {row["name"] for row in every}
+    some = json.loads(zoo_command("list", "--json", "mixtral", "chat").out)
+    assert {row["name"] for row in some} == {"mixtral-8x7b-instruct", "mixtral-8x22b-instruct"}
+    assert zoo_command("list", "mixtral").out.split()[:3] == ["NAME", "FAMILY", "CONTEXT"]
+
+
+def test_inspect_reckons_from_the_card(zoo_command: Command) -> None:
+    found = json.loads(zoo_command("inspect", "mixtral-8x7b-instruct", "--json", "--context", "1000").out)
+    assert found["parameters"] == 46_702_792_704
+    assert found["active_parameters"] == 12_879_925_248
+    assert found["weight_bytes"] == 2 * found["parameters"]
+    assert found["cache_bytes_per_token"] == 128 * 1024
+    assert found["memory"]["cache_bytes"] == 1000 * 128 * 1024
+    assert found["owners"]["mixer attention"] == "zoo.components"
+    shown = zoo_command("inspect", "mixtral-8x7b-instruct").out
+    assert "46.7 B (12.88 B active for each token)" in shown
+    assert "moe(num_experts=8" in shown
+
+
+def test_inspect_reckons_windows(zoo_command: Command) -> None:
+    def cache(context: int) -> int:
+        found = zoo_command("inspect", "mistral-7b-v0.1", "--json", "--context", str(context))
+        return int(json.loads(found.out)["memory"]["cache_bytes"])
+
+    assert cache(2000) == 2 * cache(1000)
+    assert cache(8000) == cache(4096) == 4096 * 128 * 1024
+
+
+def test_inspect_shows_ids_and_pieces(zoo_command: Command) -> None:
+    shown = json.loads(zoo_command("inspect", "tiny", "--prompt", "What is a card?", "--json").out)["prompt"]
+    pieces = [row["piece"] for row in shown]
+    assert pieces[:2] == ["<s>", "[INST]"]
+    assert pieces[-1] == "[/INST]"
+    raw = json.loads(zoo_command("inspect", "tiny", "--prompt", "What is a card?", "--raw", "--json").out)["prompt"]
+    assert [row["id"] for row in raw] == [shown[0]["id"], *[row["id"] for row in shown[2:-1]]]
+
+
+def test_inspect_resolved_reads_back(zoo_command: Command, tmp_path: Path) -> None:
+    flat = zoo_command("inspect", "mixtral-8x7b-instruct", "--resolved").out
+    assert "extends" not in flat
+    (tmp_path / "flat.yaml").write_text(flat)
+    found = zoo_command("diff", "mixtral-8x7b-instruct", str(tmp_path / "flat.yaml"))
+    assert found.out == "no difference\n"
+
+
+def test_diff_names_the_changed_fields(zoo_command: Command) -> None:
+    changed = json.loads(zoo_command("diff", "mistral-7b-v0.1", "mistral-7b-v0.2", "--json").out)
+    assert changed["model.layers.0.mixer.window"] == {"mistral-7b-v0.1": 4096, "mistral-7b-v0.2": None}
+    assert changed["model.layers.0.mixer.rope.theta"] == {"mistral-7b-v0.1": 1e4, "mistral-7b-v0.2": 1e6}
+    assert "model.dim" not in changed
+    assert changed["source.hub"]["mistral-7b-v0.1"] == "mistralai/Mistral-7B-v0.1"
+
+
+def test_a_card_is_inferred_written_and_checked(zoo_command: Command, folder: Path, tmp_path: Path) -> None:
+    card = tmp_path / "mine.yaml"
+    assert zoo_command("card", "new", str(folder), "-o", str(card)).code == 0
+    assert zoo_command("card", "check", str(card)).out.startswith(f"{card}: ok")
+    again = zoo_command("card", "new", str(folder), "-o", str(card))
+    assert (again.code, "exists already" in again.err) == (2, True)
+    assert zoo_command("verify", str(card), "--weights", str(folder)).code == 0
+
+
+def test_card_check_reports_every_card(zoo_command: Command, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: bad\nextends: mistral-7b-v0.1\nmodel: {dims: 3}\n")
+    found = zoo_command("card", "check", "tiny", str(bad))
+    assert found.code == 2
+    assert "tiny: ok" in found.out
+    assert f"{bad}:3" in found.err
+    assert "Did you mean 'dim'?" in found.err
+
+
+def test_verify_reads_headers_only(zoo_command: Command, folder: Path) -> None:
+    good = zoo_command("verify", str(folder))
+    assert (good.code, "21 tensors" in good.out) == (0, True)
+    wrong = zoo_command("verify", "tiny", "--weights", str(folder))
+    assert wrong.code == 2
+    report = json.loads(zoo_command("verify", "tiny", "--weights", str(folder), "--json").out)
+    assert not report["ok"]
+
+
+def test_a_folder_without_a_tokenizer_says_so(zoo_command: Command, folder: Path) -> None:
+    found = zoo_command("run", str(folder), "--prompt", "x", "--device", "cpu")
+    assert found.code == 2
+    assert "no tokenizer" in found.err
+    assert "token ids" in found.err
+
+
+def test_schema_describes_every_kind(zoo_command: Command) -> None:
+    text = zoo_command("schema").out
+    assert json.loads(text)["$schema"].startswith("https://json-schema.org/")
+    assert "experts_per_token" in text
+
+
+def test_plugins_and_doctor(zoo_command: Command) -> None:
+    rows = json.loads(zoo_command("plugins", "--json").out)
+    assert {row["status"] for row in rows if row["name"].startswith("zoo.")} == {"active"}
+    shown = zoo_command("doctor").out
+    assert torch.__version__ in shown
+    assert "memory" in shown
+
+
+def test_bench_measures(zoo_command: Command) -> None:
+    sizes = ("--prompt-tokens", "9", "--new-tokens", "3", "--repeats", "1", "--batch", "1", "--batch", "2")
+    found = json.loads(zoo_command("bench", "tiny", "--weights", "random", "--json", *sizes).out)
+    assert [row["batch"] for row in found["results"]] == [1, 2]
+    assert all(row["decode_tokens_per_second"] > 0 for row in found["results"])
+
+
+def test_removing_or_fetching_what_has_no_repository(zoo_command: Command) -> None:
+    for command in (("pull", "tiny"), ("rm", "tiny", "--yes"), ("inspect", "tiny", "--files")):
+        found = zoo_command(*command)
+        assert found.code == 2
+        assert "tiny" in found.err

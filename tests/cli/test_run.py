@@ -1,0 +1,185 @@
+"""zoo run and zoo chat, with the embedded card's shape and random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RANDOM = ("--weights", "random", "--device", "cpu", "--dtype", "float32", "--max-tokens", "12")
+
+Command = Callable[..., Any]
+
+
+def test_the_answer_goes_to_stdout_and_all_else_to_stderr(zoo_command: Command) -> None:
+    plain = zoo_command("run", "tiny", "--prompt", "Hello", *RANDOM)
+    whole = json.loads(zoo_command("run", "tiny", "--prompt", "Hello", "--json", *RANDOM).out)
+    assert plain.code == 0
+    assert plain.out == whole["text"] + "\n"
+    assert "random weights" in plain.err
+    assert "new tokens" in plain.err
+    assert "\x1b" not in plain.out + plain.err
+
+
+def test_json_holds_what_programs_need(zoo_command: Command) -> None:
+    found = json.loads(zoo_command("run", "tiny", "--prompt", "Hello", "--json", *RANDOM).out)
+    assert len(found["tokens"]) == found["usage"]["completion_tokens"] <= 12
+    assert found["finish_reason"] in ("stop", "length")
+    assert {"text", "prompt_tokens", "timings", "seed"} <= found.keys()
+
+
+def test_seed_repeats_and_differs(zoo_command: Command) -> None:
+    def answer(seed: int) -> Any:
+        flags = ("--temperature", "1", "--seed", str(seed), "--json", *RANDOM)
+        return json.loads(zoo_command("run", "tiny", "--prompt", "Hello", *flags).out)["tokens"]
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--prompt", "-")])
+def test_the_prompt_may_be_piped(zoo_command: Command, arguments: tuple[str, ...]) -> None:
+    piped = zoo_command("run", "tiny", "--json", *arguments, *RANDOM, stdin="Hello")
+    typed = zoo_command("run", "tiny", "--json", "--prompt", "Hello", *RANDOM)
+    assert json.loads(piped.out)["prompt_tokens"] == json.loads(typed.out)["prompt_tokens"]
+
+
+def test_raw_and_system_change_the_prompt(zoo_command: Command) -> None:
+    def ids(*flags: str) -> Any:
+        return json.loads(zoo_command("run", "tiny", "--prompt", "Hello", "--json", *flags, *RANDOM).out)[
+            "prompt_tokens"
+        ]
+
+    turn, raw, system = ids(), ids("--raw"), ids("--system", "Be short.")
+    assert len(raw) < len(turn) < len(system)
+
+
+def test_an_override_is_honoured(zoo_command: Command) -> None:
+    found = zoo_command("run", "tiny", "--prompt", "Hello", "--set", "context_length=3", *RANDOM)
+    assert found.code == 2
+    assert "3" in found.err
+    assert "context" in found.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--set", "context_length"), ["--set", "FIELD=VALUE"]),
+        (("--set", "model.dims=3"), ["dims", "Did you mean", "dim"]),
+        (("--device", "cuda:7"), ["cuda:7", "not there"]),
+        (("--device", "gpu"), ["unknown device", "'gpu'", "cuda"]),
+        (("--dtype", "bf16"), ["unknown dtype", "'bf16'", "bfloat16"]),
+        (("--temperature", "-1"), ["temperature", "-1"]),
+        (("--top-p", "0"), ["top_p", "0"]),
+        (("--min-p", "2"), ["min_p", "2"]),
+        (("--stop", ""), ["stop", "empty"]),
+        (("--max-context", "99999"), ["max_context", "99999", "2048"]),
+        (("--quantize", "int8"), ["quantize", "not supported"]),
+        (("--devices", "2"), ["devices", "not supported"]),
+        (("--adapter", "a.safetensors"), ["adapters", "not supported"]),
+        (("--image", "a.png"), ["does not read images"]),
+        (("--raw", "--system", "x"), ["--system", "--raw"]),
+    ],
+)
+def test_a_faulty_flag_is_one_message(zoo_command: Command, flags: tuple[str, ...], words: list[str]) -> None:
+    given = [f for i, f in enumerate(RANDOM) if f.startswith("--") and f not in flags for f in RANDOM[i : i + 2]]
+    found = zoo_command("run", "tiny", "--prompt", "Hello", *given, *flags)
+    assert found.code == 2
+    assert found.out == ""
+    assert "Traceback" not in found.err
+    assert [word for word in words if word not in found.err] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("runn",), ["'runn'", "did you mean 'run'"]),
+        (("run",), ["Missing argument 'REF'"]),
+        (("run", "tinny", "--prompt", "x"), ["unknown card 'tinny'", "Did you mean 'tiny'"]),
+        (("run", "./nowhere", "--prompt", "x"), ["nowhere"]),
+        (("run", "tiny", "--prompt", "x", "--promt", "y"), ["--promt", "--prompt"]),
+        (("run", "tiny", "--prompt", "x", "--max-tokens", "many"), ["--max-tokens", "'many'"]),
+        (("run", "tiny", "--prompt", "x", "--weights", "./nowhere"), ["nowhere"]),
+    ],
+)
+def test_a_faulty_command_is_one_message(zoo_command: Command, arguments: tuple[str, ...], words: list[str]) -> None:
+    found = zoo_command(*arguments)
+    assert found.code == 2
+    assert "Traceback" not in found.err
+    assert [word for word in words if word not in found.err] == []
+
+
+def test_debug_shows_where(zoo_command: Command) -> None:
+    assert "Traceback" in zoo_command("run", "nonesuch", "--prompt", "x", "--debug").err
+
+
+def test_a_base_model_refuses_to_chat(zoo_command: Command) -> None:
+    found = zoo_command("chat", "tiny", "--set", "text.features=[]", *RANDOM)
+    assert found.code == 2
+    assert "not trained to chat" in found.err
+
+
+def test_a_conversation(zoo_command: Command, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    lines = [
+        "Hello",
+        "/system Be short.",
+        "And now?",
+        f"/save {saved}",
+        "/undo",
+        "/info",
+        "/set temperature=1",
+        "/retry",
+    ]
+    faults = ["/set temperature=-1", "/sett x=1", "/load /nowhere.json", "/set colour=red"]
+    found = zoo_command("chat", "tiny", *RANDOM, stdin="\n".join([*lines, *faults, "/help", "/quit", "unseen"]))
+    assert found.code == 0
+    talk = json.loads(saved.read_text())
+    assert [m["role"] for m in talk["messages"]] == ["user", "assistant", "user", "assistant"]
+    assert talk["system"] == "Be short."
+    assert found.out.count("\n") >= 3
+    for words in (
+        "2 messages",
+        "temperature is out of range",
+        "no command /sett",
+        "Did you mean 'set'",
+        "colour",
+        "/undo",
+    ):
+        assert words in found.err
+
+
+def zoo_process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "import sys; from zoo.cli import main; main(sys.argv[1:])", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+
+
+def test_interrupted_by_the_user() -> None:
+    flags = ("--weights", "random", "--dtype", "float32", "--raw", "--max-tokens", "2000")
+    with zoo_process("run", "tiny", "--prompt", "Hello", *flags) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        code = process.wait(timeout=20)
+        message = process.stderr.read().decode()
+    assert (code, time.monotonic() - start < 10) in [(130, True), (0, True)]
+    assert "Traceback" not in message
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    with zoo_process("list") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(timeout=20) == 0
+        assert process.stderr.read() == b""
