@@ -59,7 +59,7 @@ def test_the_youngest_makes_room_and_comes_back(make_engine: Make, ask: Make, fa
     assert [len(c.tokens) for c in done] == [12, 12]
 
 
-def test_after_a_preemption_nobody_is_admitted_until_somebody_ends(make_engine: Make, ask: Make) -> None:
+def test_after_a_preemption_nobody_comes_back_until_somebody_ends(make_engine: Make, ask: Make) -> None:
     engine = make_engine(memory_bytes=96)
     for i in range(6):
         engine.submit(ask([i + 1] * 10, max_tokens=60))

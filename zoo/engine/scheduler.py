@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
@@ -25,8 +24,8 @@ class Scheduler:
 
     A sequence is admitted when its tokens fit in memory, all at once, so a half-read prompt never waits for room.
     A decoding sequence that finds no room takes it from the youngest, which is computed again later with what
-    it had generated. After that nobody is admitted until a sequence ends: otherwise the two would take turns in
-    throwing each other out.
+    it had generated. That one is first in line then, and needs more room than it left, so that it cannot come back
+    before another ends: two sequences never take turns in throwing each other out.
     """
 
     def __init__(self, memory: Memory, *, chunk_tokens: int, max_batch_size: int) -> None:
@@ -34,10 +33,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._full = False
 
     def add(self, seq: Sequence) -> None:
-        insort(self.waiting, seq, key=_arrival)
+        self.waiting.append(seq)
 
     def drop(self, seq: Sequence) -> None:
         """Forget a sequence that ended, wherever it stands."""
@@ -45,11 +43,10 @@ class Scheduler:
         for line in (self.running, self.waiting):
             if seq in line:
                 line.remove(seq)
-        self._full = False
 
     def restart(self, seqs: Iterable[Sequence]) -> None:
         """Make all unfinished sequences wait with nothing cached: after an interrupted step no state can be trusted."""
-        self.waiting, self.running, self._full = sorted(seqs, key=_arrival), [], False
+        self.waiting, self.running = sorted(seqs, key=_arrival), []
         for seq in self.waiting:
             self.memory.free(seq.number)
             seq.past = 0
@@ -81,21 +78,20 @@ class Scheduler:
     def _has_room(self, seq: Sequence) -> bool:
         while not self.memory.reserve(seq.number, len(seq.tokens)):
             youngest = self.running.pop()
-            insort(self.waiting, youngest, key=_arrival)
+            self.waiting.insert(0, youngest)
             youngest.past = 0
             self.memory.free(youngest.number)
             self.preemptions += 1
-            self._full = True
             if youngest is seq:
                 return False
         return True
 
     def _admitted(self) -> Sequence | None:
-        if not self.waiting or len(self.running) >= self.max_batch_size or (self._full and self.running):
+        if not self.waiting or len(self.running) >= self.max_batch_size:
             return None
         seq = self.waiting[0]
         if not self.memory.reserve(seq.number, len(seq.tokens)):
             return None
-        insort(self.running, seq, key=_arrival)
+        self.running.append(seq)
         del self.waiting[0]
         return seq
