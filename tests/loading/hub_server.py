@@ -60,6 +60,7 @@ class Asked:
     range: str | None
     token: str | None
     host: str
+    encoding: str
 
 
 @dataclass
@@ -159,7 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         bearer = self.headers.get("Authorization")
         token = bearer.removeprefix("Bearer ") if bearer else None
         host = f"http://{self.headers['Host']}"
-        self.hub.asked.append(Asked(self.command, path, self.headers.get("Range"), token, host))
+        encoding = self.headers.get("Accept-Encoding", "")
+        self.hub.asked.append(Asked(self.command, path, self.headers.get("Range"), token, host, encoding))
         try:
             if path.startswith("/api/models/"):
                 self._api(path.removeprefix("/api/models/"), token)

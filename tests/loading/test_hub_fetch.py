@@ -61,6 +61,7 @@ def test_only_the_chosen_set_is_fetched(hub: Hub, files: dict[str, bytes], tmp_p
     assert contents(folder) == {name: files[name] for name in chosen}
     assert [ask.path.split("/")[-1] for ask in hub.gets()] == ["params.json", "config.json", *chosen[2:]]
     assert all(f"/resolve/{sha}/" in ask.path for ask in hub.gets())
+    assert {ask.encoding for ask in hub.gets()} == {"identity"}, "a compressed body has no length to check"
     assert notes == [
         f"ann/model at revision {sha}: 4 of 4 files to fetch, 195.5 KiB",
         "weights: consolidated.safetensors (195.4 KiB); left out: 2 files of model safetensors (1.9 KiB)",
@@ -161,6 +162,14 @@ def test_dropped_connection_goes_on_in_the_same_run(hub: Hub, files: dict[str, b
     assert contents(folder)["consolidated.safetensors"] == files["consolidated.safetensors"]
     ranges = [ask.range for ask in hub.gets("consolidated.safetensors")]
     assert ranges == [None, f"bytes={size // 2}-", f"bytes={size * 99 // 100}-"]
+
+
+def test_attempts_are_counted_anew_when_bytes_arrive(hub: Hub, files: dict[str, bytes]) -> None:
+    hub.add("ann/model", files)
+    for at in range(20_000, 180_000, 20_000):
+        hub.fault("consolidated.safetensors", "drop", at=at, times=1)
+    folder = fetch("ann/model")
+    assert contents(folder)["consolidated.safetensors"] == files["consolidated.safetensors"]
 
 
 def test_body_cut_without_a_length_goes_on(hub: Hub, files: dict[str, bytes]) -> None:
@@ -340,6 +349,16 @@ def test_client_reads_what_zoo_fetched(hub: Hub, files: dict[str, bytes], tmp_pa
     assert len(hub.gets()) == asked
     scan = scan_cache_dir(cache)
     assert (scan.warnings, [repo.repo_id for repo in scan.repos]) == ([], ["ann/model"])
+
+
+def test_client_is_not_confused_by_an_interrupted_fetch(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
+    from huggingface_hub import scan_cache_dir
+
+    hub.add("ann/model", files)
+    hub.fault("params.json", "status", at=404)
+    with pytest.raises(zoo_hub.FetchError, match="status 404"):
+        fetch("ann/model")
+    assert scan_cache_dir(tmp_path / "home/hub").warnings == []
 
 
 def test_zoo_reads_what_the_client_fetched(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class RepoCache:
 
     def point(self, revision: str, commit: str) -> None:
         """Let a branch or tag mean the commit from now on."""
-        if not is_commit(revision) and self.commit(revision) != commit:
+        if self.commit(revision) != commit:
             self.snapshot(commit).mkdir(parents=True, exist_ok=True)
             _write(self.folder / "refs" / revision, commit)
 
