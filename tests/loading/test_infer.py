@@ -175,6 +175,14 @@ def test_layer_types_become_a_pattern(saved: Path) -> None:
     assert [layer["mixer"].get("window") for layer in run["pattern"]] == [None, 5]
 
 
+def test_windows_of_the_later_layers(tmp_path: Path) -> None:
+    windows = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}
+    card = config(tmp_path, model_type="qwen2", **windows)
+    assert [(run["repeat"], run["mixer"].get("window")) for run in card["model"]["layers"]] == [(3, None), (1, 8)]
+    card = config(tmp_path, model_type="qwen2", **{**windows, "use_sliding_window": False})
+    assert [(run["repeat"], run["mixer"].get("window")) for run in card["model"]["layers"]] == [(4, None)]
+
+
 def test_attention_factor_of_yarn_is_that_of_transformers(saved: Path) -> None:
     from transformers import Ministral3Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

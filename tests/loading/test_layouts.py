@@ -119,13 +119,15 @@ def test_literal_numbers_in_patterns(tmp_path: Path) -> None:
 
 
 def test_extends_takes_over_and_overrides(tmp_path: Path) -> None:
-    parent = "tensors: {embed.w: embed.weight, norm.w: norm.weight}\nignore: {junk: no use}"
-    child = "extends: base\ntensors: {norm.w: other.weight, 'layers.{i}.mine': 'layers.{i}.mixer.mine'}"
+    parent = "tensors: {embed.w: embed.weight, norm.w: norm.weight, p.0.w: zero.weight}\nignore: {junk: no use}"
+    child = (
+        "extends: base\ntensors: {norm.w: other.weight, p.2.w: two.weight, 'layers.{i}.mine': 'layers.{i}.mixer.mine'}"
+    )
     layout = table(tmp_path, base=parent, mine=child)["mine"]
-    for name, target in (("embed.w", "embed.weight"), ("norm.w", "other.weight")):
+    for name, target in {"embed.w": "embed", "norm.w": "other", "p.0.w": "zero", "p.2.w": "two"}.items():
         found = layout.find(name)
         assert found is not None
-        assert found[0].targets == (target,)
+        assert found[0].targets == (f"{target}.weight",)
     assert layout.ignores("junk")
     assert layout.score(["embed.w", "layers.0.mine", "junk"]) == 2
 

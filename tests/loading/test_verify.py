@@ -116,6 +116,14 @@ def test_a_repository_is_verified_by_its_heads(
     assert other.counts["missing"] == len(names) - 1
 
 
+def test_a_repository_whose_names_are_not_of_the_cards_layout(
+    tmp_path: Path, plan_of: Plans, save: Write, repository: Callable[[], list[str]]
+) -> None:
+    save(tmp_path / "consolidated.safetensors", {"model.norm.weight": (64,)})
+    with pytest.raises(WeightsError, match=r"no weights in layout 'mistral'; found .* \(layout huggingface\)"):
+        verify_hub(hub_plan(plan_of(), layout="mistral"))
+
+
 def test_pickles_on_the_hub_must_be_fetched_first(
     tmp_path: Path, plan_of: Plans, repository: Callable[[], list[str]]
 ) -> None:
