@@ -88,6 +88,13 @@ def test_the_narrowest_settings_are_greedy(options: dict[str, float]) -> None:
     assert choose(logits_RV, [params] * 20, [0.999] * 20).tolist() == logits_RV.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.99}], ids=str)
+def test_what_has_no_probability_is_never_taken(options: dict[str, float]) -> None:
+    logits_RV = torch.tensor([[-1e4, -1e4, 1.0, -1e4, 0.0, -1e4]]).expand(4, 6)
+    params = SamplingParams(temperature=1.0, **options)  # type: ignore[arg-type]
+    assert choose(logits_RV, [params] * 4, [0.0, 0.5, 0.9, 1 - 2**-53]).tolist() == [2, 2, 4, 4]
+
+
 def test_a_huge_temperature_is_uniform() -> None:
     logits_RV = torch.randn(1, 10, generator=torch.Generator().manual_seed(3)).expand(10, 10)
     params = SamplingParams(temperature=1e300)

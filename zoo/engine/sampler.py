@@ -70,8 +70,7 @@ def _settings(params: Sequence[SamplingParams], uniforms: Sequence[float], logit
     columns = [
         [p.temperature for p in params],
         [float(p.top_k or vocabulary) for p in params],
-        # 1 means no filter: a sum that rounds above 1 must not cut.
-        [p.top_p if p.top_p < 1 else 2.0 for p in params],
+        [p.top_p for p in params],
         [p.min_p for p in params],
         [*uniforms],
     ]
@@ -114,7 +113,6 @@ def _cut(weights_RV: Tensor, ids_RC: Tensor, settings: Tensor) -> tuple[Tensor, 
     keep_RC = (before_RC < top_p * total_R1) & (weights_RC >= min_p) & (rank_C < top_k)
     sums_RC = (weights_RC * keep_RC).cumsum_(-1)
     place_R1 = torch.searchsorted(sums_RC, uniform * sums_RC[:, -1:], right=True)
-    # One more than was kept shows that the filter ended and not the candidates; a share of the top k needs all k.
-    needed_R1 = torch.minimum(keep_RC.sum(-1, keepdim=True) + 1, top_k)
-    needed_R1 = torch.where((count < top_k) & (top_k < vocabulary), top_k, needed_R1)
+    # A share of the top k needs all k; else what is kept must be known, and its end seen.
+    needed_R1 = torch.where((count < top_k) & (top_k < vocabulary), top_k, keep_RC.sum(-1, keepdim=True))
     return ids_RC.gather(-1, place_R1)[:, 0], needed_R1[:, 0]
