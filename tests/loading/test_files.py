@@ -115,6 +115,8 @@ def test_old_hugging_face_pickles_beside_what_the_trainer_left(tmp_path: Path) -
     torch.save({"lr": torch.ones(1)}, tmp_path / "training_args.bin")
     torch.save({"step": torch.ones(1)}, tmp_path / "optimizer.pt")
     assert names(locate(tmp_path).files) == ["pytorch_model.bin"]
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "renamed.bin")
+    assert names(locate(tmp_path).files) == ["renamed.bin"]
 
 
 def both(folder: Path, save: Write) -> None:

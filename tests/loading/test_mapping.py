@@ -77,6 +77,11 @@ def test_unused_because_the_card_has_no_such_tensor(plan_of: Plans, native_names
     )
 
 
+def test_names_that_a_table_ignores_are_no_difference(plan_of: Plans, native_names: Names) -> None:
+    plan = plan_of()
+    assert differences(plan, {**native_names(plan), "rope.freqs": (12,)}).problems == []
+
+
 def test_another_vocabulary_names_both_sizes(plan_of: Plans, native_names: Names) -> None:
     plan = plan_of(vocab_size=512)
     shapes = {**native_names(plan), "tok_embeddings.weight": (509, 64), "output.weight": (509, 64)}
