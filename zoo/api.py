@@ -242,8 +242,11 @@ def _model(
     batch: int,
     context: int,
 ) -> "Model":
+    from zoo.components.linear import pack_weights
     from zoo.engine.engine import Engine
     from zoo.model import Model
+
+    pack_weights(module)
 
     tokenizer = _tokenizer(plan, folder)
     notes = [*notes, str(tokenizer)] if isinstance(tokenizer, TextError) else [*notes, *tokenizer.notes]

@@ -102,11 +102,13 @@ def compare(ours: "zoo.Model", theirs: Any, batch: int, args: argparse.Namespace
 def load_peak(folder: Path) -> dict[str, float]:
     """Peak resident memory of a process that loads the checkpoint, over the size of its weights."""
     code = (
-        "import resource, sys, torch, zoo, zoo.model, zoo.engine.engine\n"
-        "unit = 1 if sys.platform == 'darwin' else 1024\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit\n"
+        "import sys, torch, zoo, zoo.model, zoo.engine.engine, zoo.loading.load\n"
+        "def peak():\n"
+        "    with open('/proc/self/status') as status:\n"
+        "        return next(1024 * int(line.split()[1]) for line in status if line.startswith('VmHWM'))\n"
+        "before = peak()\n"
         "model = zoo.load(sys.argv[1], device='cpu')\n"
-        "print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, model.memory.weights)\n"
+        "print(before, peak(), model.memory.weights)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     before, peak, weights = (int(n) for n in done.stdout.split())
