@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,5 +35,4 @@ class Gated(nn.Module):
 def gate(gate_up_T2F: Tensor, activation: Activation) -> Tensor:
     """activation(first half) * second half, (T, 2 F) to (T, F)."""
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
-    active_TF = ACTIVATIONS[activation](gate_TF)
-    return active_TF * up_TF if torch.is_grad_enabled() else active_TF.mul_(up_TF)
+    return ACTIVATIONS[activation](gate_TF).mul_(up_TF)

@@ -22,8 +22,7 @@ class RMS(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Normalises the last axis of (..., D)."""
-        normal_TD = F.rms_norm(x_TD, (self.spec.dim,), None, self.spec.eps)
-        return normal_TD * self.weight if torch.is_grad_enabled() else normal_TD.mul_(self.weight)
+        return F.rms_norm(x_TD, (self.spec.dim,), None, self.spec.eps).mul_(self.weight)
 
 
 def rms_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
