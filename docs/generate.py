@@ -15,7 +15,7 @@ import click
 
 from zoo.api import inspect
 from zoo.api import list as cards
-from zoo.cli import cli
+from zoo.cli import BUILTIN, cli
 from zoo.cli.console import number, size
 from zoo.inspection import Inspection
 from zoo.registry.manager import Manager
@@ -155,7 +155,7 @@ def _commands(command: click.Command, path: list[str]) -> Iterator[tuple[list[st
         context = click.Context(command)
         for name in command.list_commands(context):
             child = command.get_command(context, name)
-            if child is not None and name not in Manager().commands():
+            if child is not None and (len(path) > 1 or name in BUILTIN):
                 yield from _commands(child, [*path, name])
 
 

@@ -179,6 +179,8 @@ class Model:
         """One unit vector per text, (N, D) float32 on the CPU: the mean of its tokens' final hidden states."""
         several = [texts] if isinstance(texts, str) else texts
         rows = [self._engine.hidden(self.encode(text)).float().mean(0) for text in several]
+        if not rows:
+            raise RequestError("there are no texts", where="texts", found="an empty list", expected="at least one")
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1).cpu()
 
     # --- prompts ------------------------------------------------------------------------------------------------
@@ -193,6 +195,7 @@ class Model:
             if raw or "chat" not in self.card.text.features:
                 return Request(self.encode(prompt), params, self.tokenizer, continues=True)
             prompt = [{"role": "user", "content": prompt}]
+        _check_prompt(prompt)
         if prompt and isinstance(prompt[0], Mapping):
             rendered = self._text().render(cast("Sequence[Message]", prompt))
             return Request(rendered.ids, params, self.tokenizer, continues=rendered.continues)
@@ -238,6 +241,19 @@ def _separate(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many: a text, a list of ids and a list of messages are one."""
     if isinstance(prompts, str):
         return [prompts]
+    _check_prompt(prompts)
     if prompts and isinstance(prompts[0], int | Mapping):
         return [cast("Prompt", prompts)]
     return [*cast("Sequence[Prompt]", prompts)]
+
+
+def _check_prompt(prompt: object) -> None:
+    """Refuse what is no sequence; bytes are one, of numbers that would pass for token ids."""
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+        raise RequestError(
+            "not a prompt",
+            where="prompts",
+            found=type(prompt).__name__,
+            expected="a text, a list of token ids or of messages, or a list of these",
+            hint="`.tolist()` makes a list of it" if hasattr(prompt, "tolist") else None,
+        )

@@ -97,10 +97,20 @@ def test_a_request_takes_whatever_counts_as_ids() -> None:
     assert Request(range(3)).prompt == (0, 1, 2)
 
 
-@pytest.mark.parametrize("prompt", ["text", [1.5], [[1]], None, 3])
-def test_a_prompt_that_is_not_ids_is_refused(prompt: Any) -> None:
-    with pytest.raises(RequestError, match=r"prompt: the prompt is not a sequence of token ids; found \w+"):
+@pytest.mark.parametrize(
+    ("prompt", "where", "found"),
+    [
+        ("text", "prompt", "str"),
+        ([1, 1.5], "prompt[1]", "1.5"),
+        ([[1]], "prompt[0]", "[1]"),
+        (None, "prompt", "NoneType"),
+        (3, "prompt", "int"),
+    ],
+)
+def test_a_prompt_that_is_not_ids_is_refused(prompt: Any, where: str, found: str) -> None:
+    with pytest.raises(RequestError) as caught:
         Request(prompt)
+    assert str(caught.value).startswith(f"{where}: the prompt is not a sequence of token ids; found {found};")
 
 
 def test_an_empty_prompt_is_refused() -> None:

@@ -129,7 +129,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1480
             "Git-LFS pointer",
         ),
         ("tekken.json", b"<html>not found</html>", "not a tekken tokenizer"),
-        ("tekken.json", b"", "not a tekken tokenizer"),
+        ("tekken.json", b"", "the file is empty"),
         ("tekken.json", b'{"config": {}}', "not a tekken tokenizer"),
         ("tekken.json", b'{"config": {"version": "v99"}}', "unknown tokenizer version; found v99"),
         ("tekken.json", b'{"config": {"version": "v3"}, "vocab": [', "not a tokenizer of version v3"),

@@ -6,13 +6,17 @@ import click
 
 from zoo.cli.options import load_options
 
+AT_LEAST_ONE = click.IntRange(min=1)
+
 
 @click.command()
 @click.argument("ref")
-@click.option("--batch", "batches", type=int, multiple=True, default=(1, 8), show_default=True, help="May be repeated.")
-@click.option("--prompt-tokens", type=int, default=512, show_default=True)
-@click.option("--new-tokens", type=int, default=32, show_default=True)
-@click.option("--repeats", type=int, default=3, show_default=True)
+@click.option(
+    "--batch", "batches", type=AT_LEAST_ONE, multiple=True, default=(1, 8), show_default=True, help="May be repeated."
+)
+@click.option("--prompt-tokens", type=AT_LEAST_ONE, default=512, show_default=True)
+@click.option("--new-tokens", type=AT_LEAST_ONE, default=32, show_default=True)
+@click.option("--repeats", type=AT_LEAST_ONE, default=3, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @load_options
 def bench(

@@ -116,7 +116,10 @@ def card_new(folder: Path, output: Path | None) -> None:
     elif output.exists():
         raise CardError("the file exists already", where=str(output), hint="choose another name or remove it")
     else:
-        output.write_text(inferred.to_yaml(), encoding="utf-8")
+        try:
+            output.write_text(inferred.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise CardError("the card cannot be written", where=str(output), found=error.strerror) from None
         click.echo(f"written to {output}", err=True)
 
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("ref")
-@click.option("--context", type=int, help="Tokens to reckon the cache for. [default: the card's context length]")
+@click.option(
+    "--context", type=click.IntRange(min=1), help="Tokens to reckon the cache for. [default: the card's context length]"
+)
 @click.option("--dtype", default="auto", show_default=True, help="Number format for the byte figures.")
 @click.option("--prompt", help="Show this prompt's token ids and pieces as the model would get them.")
 @click.option("--raw", is_flag=True, help="With --prompt: as raw text, not as a chat turn.")

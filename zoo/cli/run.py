@@ -82,4 +82,7 @@ def _prompt(prompt: str | None) -> str:
         return prompt
     if prompt is None and sys.stdin.isatty():
         raise RequestError("there is no prompt", where="zoo run", expected='--prompt "..." or text on standard input')
-    return sys.stdin.read()
+    text = sys.stdin.read()
+    if not text:
+        raise RequestError("there is no prompt", where="standard input", found="nothing", expected="the prompt's text")
+    return text

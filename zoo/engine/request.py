@@ -134,10 +134,7 @@ def token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
     try:
         ids = tuple(map(operator.index, prompt))
     except TypeError:
-        kind = type(prompt).__name__
-        raise RequestError(
-            "the prompt is not a sequence of token ids", where="prompt", found=kind, expected="whole numbers"
-        ) from None
+        raise _no_ids(prompt) from None
     if not ids:
         raise RequestError(
             "the prompt is empty",
@@ -147,6 +144,16 @@ def token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
             hint="an empty text needs its beginning-of-sequence token",
         )
     return ids
+
+
+def _no_ids(prompt: object) -> RequestError:
+    """The error for a prompt of other things than whole numbers, which names the first of them."""
+    where, found = "prompt", type(prompt).__name__
+    for place, item in enumerate(prompt if isinstance(prompt, list | tuple) else ()):
+        if not hasattr(item, "__index__"):
+            where, found = f"prompt[{place}]", repr(item)[:80]
+            break
+    return RequestError("the prompt is not a sequence of token ids", where=where, found=found, expected="whole numbers")
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,7 +294,7 @@ def _check_index(where: Path, taken: _Set, headers: Mapping[str, TensorInfo]) ->
     if wrong:
         name = wrong[0]
         raise WeightsError(
-            f"the index and the files disagree on {len(wrong)} tensors, such as {name!r}",
+            f"the index and the files disagree on {len(wrong)} tensor{'s' if len(wrong) > 1 else ''}, such as {name!r}",
             where=str(where),
             found=f"it is in {headers[name].file.name}" if name in headers else "it is in no file",
             expected=weight_map.get(name) or "a line of the index for it",

@@ -26,6 +26,8 @@ def damaged(file: Path, expected: str, fault: Exception) -> TextError:
     """The error for a file that cannot be read as what its name says; a Git-LFS pointer is told apart."""
     with file.open("rb") as stream:
         start = stream.read(64)
+    if not start:
+        return TextError("the file is empty", where=str(file), hint="fetch it again")
     if start.startswith(b"version https://git-lfs"):
         return TextError(
             "a Git-LFS pointer instead of the file", where=str(file), hint="fetch it with `git lfs pull` or `zoo pull`"
