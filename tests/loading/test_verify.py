@@ -43,6 +43,7 @@ def test_a_checkpoint_that_fits(tmp_path: Path, plan_of: Plans, native_names: Na
         "placed": len(shapes),
         "counts": {},
         "problems": [],
+        "summary": "",
     }
 
 
@@ -65,6 +66,7 @@ def test_every_difference_is_listed_and_counted(
     )
     assert report.placed == len(list(plan_of().model.tensors())) - 3
     assert report.to_dict()["ok"] is False
+    assert report.summary.startswith(f"{tmp_path}/consolidated.safetensors: the files and the card differ in 4 tensors")
 
 
 def test_no_weights_is_an_error(tmp_path: Path, plan_of: Plans) -> None:

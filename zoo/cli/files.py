@@ -68,11 +68,10 @@ def verify(ref: str, weights: Path | None, as_json: bool) -> int:
     report = verify_files(plan, folder) if folder else verify_hub(plan)
     if as_json:
         emit(report.to_dict())
+    elif report.ok:
+        click.echo(f"{found.card.name}: ok, {report.tensors} tensors, {size(report.bytes)}, layout {report.layout}")
     else:
-        for problem in report.problems:
-            click.echo(f"zoo: {problem}", err=True)
-        if report.ok:
-            click.echo(f"{found.card.name}: ok, {report.tensors} tensors, {size(report.bytes)}, layout {report.layout}")
+        click.echo(f"zoo: {report.summary}", err=True)
     return 0 if report.ok else 2
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What the comparison found. `problems` are sentences, the worst kinds first; `counts` has how many of each kind.
+    """What the comparison found. `problems` are sentences, the worst kinds first; `counts` has how many of each kind;
+    `summary` is the one message of loading, with the first few of each kind ("" without problems).
 
     tensors, bytes: of the files, all in all. placed: how many of the model's tensors they fill.
     """
@@ -35,6 +36,7 @@ class Report:
     placed: int
     counts: Mapping[str, int]
     problems: tuple[str, ...]
+    summary: str
 
     @property
     def ok(self) -> bool:
@@ -112,4 +114,5 @@ def _report(plan: Plan, files: WeightSet) -> Report:
         placed=len(found.placements),
         counts=counts,
         problems=tuple(map(str, ordered)),
+        summary=str(found.error(files.where)) if ordered else "",
     )
