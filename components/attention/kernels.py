@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.components.attention.memory_efficient import memory_efficient
 from zoo.registry.errors import ZooError, nearest
 
 BLOCK = 256
@@ -53,7 +54,8 @@ def attention_rows(
 ) -> Tensor:
     """(B, H, d): one new row of each of B sequences, over its own keys as far as `seen_BS` is true.
 
-    By SDPA, or by the formula in float32 where ZOO_ATTENTION says "reference".
+    By SDPA, also where ZOO_ATTENTION says "xformers": single rows need no mask of its kind. By the formula in
+    float32 where it says "reference".
     """
     exact = _kernel(memo) is reference
     q, k, v = (x.float() if exact else x for x in (q_BHd, k_BGSd, v_BGSd))
@@ -133,7 +135,7 @@ def _mask(q_THd: Tensor, past: int, window: int | None, memo: Memo) -> Tensor:
     return mask
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa}
+KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "xformers": memory_efficient}
 
 
 def _kernel(memo: Memo) -> Kernel:

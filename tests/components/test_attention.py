@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.components.attention import kernels
+from zoo.components.attention import kernels, memory_efficient
 from zoo.components.attention.kernels import attention, attention_rows
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.store import fresh_step
@@ -118,6 +119,51 @@ def test_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_ATTENTION", "reference")
     attention(*_qkv(2, 0), scale=1.0, past=0, window=None)
     assert len(used) == 1
+
+
+class Fmha:
+    """What xformers documents of itself: its formula, and the masks that its biases stand for."""
+
+    class attn_bias:
+        @staticmethod
+        def LowerTriangularFromBottomRightMask() -> Callable[[int, int], Tensor]:
+            return lambda rows, keys: torch.ones(rows, keys).tril(keys - rows).bool()
+
+        @staticmethod
+        def LowerTriangularFromBottomRightLocalAttentionMask(window: int) -> Callable[[int, int], Tensor]:
+            return lambda rows, keys: torch.ones(rows, keys).tril(keys - rows).triu(keys - rows - window + 1).bool()
+
+    @staticmethod
+    def memory_efficient_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, *, scale: float) -> Tensor:
+        q, k, v = (x.permute(0, 2, 3, 1, 4) for x in (q * scale, k, v))
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~bias(q.shape[3], k.shape[3]), float("-inf"))
+        return (scores.softmax(-1) @ v).permute(0, 3, 1, 2, 4)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 5])
+@pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 9), (4, 0), (3, 9), (9, 4)])
+def test_xformers_is_called_as_documented(
+    window: int | None, rows: int, past: int, oracle: ModuleType, close: Callable[..., None]
+) -> None:
+    """Its kernels need a GPU; heads, groups and masks do not."""
+    q, k, v = _qkv(rows, past)
+    found = memory_efficient.attend(Fmha, q, k, v, WIDTH**-0.5, window)
+    close(found, _loops(q, k, v, past, window, oracle))
+
+
+def test_xformers_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_ATTENTION", "xformers")
+    with pytest.raises(
+        ZooError, match="ZOO_ATTENTION: xformers' attention runs on CUDA devices; found a tensor on cpu"
+    ):
+        attention(*_qkv(2, 0), scale=1.0, past=0, window=None)
+
+
+def test_missing_xformers_names_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(ZooError, match=r"pip install 'zoo-inference\[xformers\]'"):
+        memory_efficient.memory_efficient(on_cuda, None, None, 1.0, 0, None, {})  # type: ignore[arg-type]
 
 
 def test_fresh_state_keeps_sequences_apart(close: Callable[..., None]) -> None:
