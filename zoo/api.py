@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.inspection import Inspection
+from zoo.inspection import BYTES, Inspection
 from zoo.registry.card import Card, list_cards, load_card
-from zoo.registry.errors import CardError, RequestError, TextError
+from zoo.registry.errors import CardError, RequestError, TextError, nearest
 from zoo.registry.manager import manager
 from zoo.registry.resolve import Plan, resolve
 
@@ -34,6 +34,10 @@ def inspect(ref: Ref, *, dtype: str = "auto", overrides: Mapping[str, Any] | Non
 
     dtype: the format for the byte figures; "auto" is the card's own. Raises CardError for a card that does not resolve.
     """
+    if dtype not in ("auto", *BYTES):
+        raise RequestError(
+            "unknown dtype", where="dtype", found=repr(dtype), expected=f"auto or one of {', '.join(BYTES)}"
+        )
     found = locate(ref, overrides)
     plan = resolve(found.card)
     return Inspection(
@@ -80,7 +84,8 @@ def load(
     context = _context(found.card, max_context)
     _check_memory(plan, placement, context)
     module, folder, notes = _filled(plan, found, placement, weights, progress)
-    return _model(plan, module, placement, folder, notes, max_batch_size or DEFAULT_BATCH, context)
+    batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
+    return _model(plan, module, placement, folder, notes, batch, context)
 
 
 def tokenizer_of(inspection: Inspection) -> "Tokenizer":
@@ -105,7 +110,7 @@ def _tokenizer(plan: Plan, folder: Path | None) -> "Tokenizer | TextError":
         return TextError(
             "there is no tokenizer, so only token ids can be used",
             where=str(folder or plan.card.name),
-            found=f"text.tokenizer {plan.card.text.tokenizer} in the card",
+            found="no text.tokenizer in the card" if plan.tokenizer is None else "no folder",
             expected="tekken.json, tokenizer.model.v* or tokenizer.json beside the weights",
             hint="pass lists of token ids, or add the model's tokenizer file to the folder",
         )
@@ -140,20 +145,42 @@ def _locate(ref: Ref) -> Located:
     if isinstance(ref, str) and ref in manager().cards():
         card = load_card(ref)
         return Located(card, card.local_path())
-    path = Path(ref).expanduser()
-    if _is_folder(path) or path.suffix in {".safetensors", ".pth", ".gguf"}:
+    if not isinstance(ref, str | Path) or not str(ref):
+        raise CardError("not a model", found=repr(ref), expected="a card's name, a path, a Card or a mapping")
+    return _at_path(ref)
+
+
+def _at_path(ref: str | Path) -> Located:
+    from zoo.loading.files import SUFFIXES, local_path
+
+    path = local_path(ref)
+    if path.name in ("params.json", "config.json"):
+        path = path.parent
+    if _there(path) and (path.is_dir() or path.name.endswith((*SUFFIXES, ".gguf", ".index.json"))):
         from zoo.loading.infer import infer_card
 
         return Located(Card.from_dict(infer_card(path), origin=str(path)), path)
-    card = load_card(ref)
+    if (isinstance(ref, Path) or "/" in ref) and not _there(path):
+        raise _no_model(path)
+    card = load_card(path if "/" in str(ref) else ref)
     return Located(card, card.local_path())
 
 
-def _is_folder(path: Path) -> bool:
+def _there(path: Path) -> bool:
     try:
-        return path.is_dir()
-    except OSError:  # a name that no file system takes
-        return False
+        return path.exists() or path.is_symlink()
+    except OSError as error:
+        raise CardError("not a path", where=str(path)[:200], found=error.strerror) from None
+
+
+def _no_model(path: Path) -> CardError:
+    """The error for a path to nothing; the owner's name and the model's, as the hub writes them, look like one."""
+    beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+    return CardError(
+        "there is no such card, folder or file",
+        where=str(path),
+        hint=nearest(path.name, beside) or nearest(path.name.lower(), manager().cards()),
+    )
 
 
 def _owners(plan: Plan) -> dict[str, str]:
@@ -166,11 +193,11 @@ def _owners(plan: Plan) -> dict[str, str]:
 def _context(card: Card, max_context: int | None) -> int:
     if max_context is None:
         return card.context_length
-    if not 1 <= max_context <= card.context_length:
+    if not isinstance(max_context, int) or not 1 <= max_context <= card.context_length:
         raise RequestError(
             "max_context is out of range",
             where=card.name,
-            found=str(max_context),
+            found=repr(max_context),
             expected=f"1 to {card.context_length}, the card's context_length",
             hint="override the card's context_length if the model really reads more",
         )

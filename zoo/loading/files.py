@@ -338,12 +338,13 @@ def _names(folder: Path) -> Iterator[str]:
 def _nothing(path: Path, names: Sequence[str]) -> WeightsError:
     inside = [child.name for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
     holding = [name for name in inside if holds_weights(path / name)]
+    hint = "GGUF files are not read yet" if any(name.endswith(".gguf") for name in names) else None
     return WeightsError(
         "no weights here",
         where=str(path),
         found=_listed(sorted(names)) if names else "an empty folder" if not inside else "only folders",
         expected="consolidated*.safetensors, model*.safetensors, consolidated.*.pth or pytorch_model*.bin",
-        hint=f"do you mean {path / holding[0]}?" if holding else None,
+        hint=f"do you mean {path / holding[0]}?" if holding else hint,
     )
 
 

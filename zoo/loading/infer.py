@@ -50,13 +50,7 @@ def _settings(folder: Path) -> tuple[Settings, Node]:
     """The folder's settings, Mistral's own before Hugging Face's, and the row of families.yaml that reads them."""
     file = next((folder / name for name in (PARAMS, CONFIG) if (folder / name).is_file()), None)
     if file is None:
-        raise CardError(
-            "no settings to infer a card from",
-            where=str(folder),
-            found=", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "an empty folder",
-            expected=f"{PARAMS} or {CONFIG}",
-            hint="or name a card, and give this folder as its weights",
-        )
+        raise _no_settings(folder)
     values, rows = read_object(file), families()[file.name]
     architecture = values.pop("model_type", None)
     if architecture is None and file.name == CONFIG:
@@ -76,6 +70,22 @@ def _settings(folder: Path) -> tuple[Settings, Node]:
     settings.check_later(families()["later"])
     settings.check_only(rows[architecture]["only"])
     return settings, rows[architecture]
+
+
+def _no_settings(folder: Path) -> CardError:
+    names = sorted(child.name for child in folder.iterdir())
+    deeper = sorted(file.parent for form in ("*", "snapshots/*") for file in folder.glob(f"{form}/{CONFIG}"))
+    deeper += sorted(file.parent for form in ("*", "snapshots/*") for file in folder.glob(f"{form}/{PARAMS}"))
+    hint = "or name a card, and give this folder as its weights"
+    if any(name.endswith(".gguf") for name in names):
+        hint = "GGUF files are not read yet: take the model's safetensors"
+    return CardError(
+        "no settings to infer a card from",
+        where=str(folder),
+        found=", ".join(names[:5]) or "an empty folder",
+        expected=f"{PARAMS} or {CONFIG}",
+        hint=f"do you mean {deeper[0]}?" if deeper else hint,
+    )
 
 
 def _name(folder: Path) -> str:
