@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from zoo.loading.architecture import runs
 from zoo.loading.files import locate
 from zoo.loading.infer import infer_card
+from zoo.loading.infer.architecture import runs
 from zoo.loading.layouts import layout_named
 from zoo.loading.mapping import compare
 from zoo.registry.card import Card

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zoo.loading.families import Node, families, keys_of
-from zoo.loading.ropes import RopeOfConfig, rope_of_params
-from zoo.loading.settings import Settings
+from zoo.loading.infer.families import Node, families, keys_of
+from zoo.loading.infer.ropes import RopeOfConfig, rope_of_params
+from zoo.loading.infer.settings import Settings
 
 
 class Architecture:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from zoo.loading.architecture import Architecture
-from zoo.loading.families import Node, families, keys_of
 from zoo.loading.files import WeightSet, existing, holds_weights, locate
+from zoo.loading.infer.architecture import Architecture
+from zoo.loading.infer.families import Node, families, keys_of
+from zoo.loading.infer.settings import Settings, read_object
 from zoo.loading.layouts import layout_named
-from zoo.loading.settings import Settings, read_object
 from zoo.registry.errors import CardError, nearest
 
 PARAMS, CONFIG = "params.json", "config.json"

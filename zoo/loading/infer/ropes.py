@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import log
 from typing import Any
 
-from zoo.loading.families import Node, families
-from zoo.loading.settings import Settings
+from zoo.loading.infer.families import Node, families
+from zoo.loading.infer.settings import Settings
 from zoo.registry.errors import CardError
 
 

@@ -14,7 +14,7 @@ Node = dict[str, Any]
 @cache
 def families() -> Node:
     """The file's content; its head says what it holds."""
-    file = resources.files("zoo.loading") / "families.yaml"
+    file = resources.files("zoo.loading.infer") / "families.yaml"
     return read(file.read_text(encoding="utf-8"), str(file)).plain()  # type: ignore[no-any-return]
 
 
