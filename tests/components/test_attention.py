@@ -37,11 +37,12 @@ def _loops(q: Tensor, k: Tensor, v: Tensor, past: int, window: int | None, oracl
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+@pytest.mark.parametrize(("kernel", "few"), [("reference", 16), ("sdpa", 16), ("sdpa", 1)])
 @pytest.mark.parametrize("window", [None, 1, 3, 4, 5, 8, 100])
 @pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 1), (1, 9), (4, 0), (9, 0), (4, 1), (3, 9), (9, 4)])
 def test_kernels_equal_loops(
     kernel: str,
+    few: int,
     window: int | None,
     rows: int,
     past: int,
@@ -50,6 +51,7 @@ def test_kernels_equal_loops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ZOO_ATTENTION", kernel)
+    monkeypatch.setattr(kernels, "FEW", few)
     q, k, v = _qkv(rows, past)
     found = attention(q, k, v, scale=WIDTH**-0.5, past=past, window=window)
     close(found, _loops(q, k, v, past, window, oracle))
