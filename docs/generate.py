@@ -63,13 +63,24 @@ def _cards_page(inspections: list[Inspection]) -> str:
         )
         parts.append(
             f"\n## {card.name}\n\n{card.summary}\n\n"
-            f"- {number(i.parameters)} parameters, {number(i.active_parameters)} active for each token; "
-            f"{size(i.weight_bytes)} of weights in {i.dtype}; {size(i.cache_bytes_per_token)} of cache per token\n"
-            f"- context of {card.context_length:,} tokens; features: {', '.join(card.text.features) or 'none'}\n"
+            f"- {number(i.parameters)} parameters{_active(i)}; {size(i.weight_bytes)} of weights in {i.dtype}\n"
+            f"- context of {card.context_length:,} tokens; {_cache(i)}\n"
+            f"- features: {', '.join(card.text.features) or 'none'}\n"
             f"- licence {card.license}; released {card.released or 'unknown'}; weights: {source}\n\n"
             + "".join(_layer_row(row) for row in i.layers())
         )
     return "".join(parts)
+
+
+def _active(inspection: Inspection) -> str:
+    active = inspection.active_parameters
+    return f", {number(active)} active for each token" if active != inspection.parameters else ""
+
+
+def _cache(inspection: Inspection) -> str:
+    """Per token, and for the longest sequence, which windows make shorter than the product."""
+    longest = inspection.cache_bytes(inspection.card.context_length)
+    return f"{size(inspection.cache_bytes_per_token)} of cache per token, {size(longest)} for the whole context"
 
 
 def _layer_row(row: dict[str, Any]) -> str:
@@ -87,6 +98,8 @@ def _components_page() -> str:
     for entry in catalog.components.values():
         slots.setdefault(entry.slot, []).append(catalog.spec(entry))
     kinds = {catalog.spec(e): e.kind for e in catalog.components.values()}
+    links = (f"[{slot}](#{slot})" for slot in slots)
+    parts.append(f"\nSlots: {', '.join(links)}.\n")
     for slot, specs in slots.items():
         parts.append(f"\n## {slot}\n")
         for spec in specs:
@@ -142,21 +155,25 @@ def _yaml(value: Any) -> str:
 
 
 def _cli_page() -> str:
-    parts = ["# Commands\n"]
-    for path, command in _commands(cli, ["zoo"]):
-        context = click.Context(command, info_name=" ".join(path), max_content_width=100, terminal_width=100)
-        parts.append(f"\n## {' '.join(path)}\n\n```\n{command.get_help(context)}\n```\n")
+    contexts = [*_contexts(click.Context(cli, info_name="zoo", **cli.context_settings))]
+    parts = ["# Commands\n\nWhat `--help` prints. How to use them: [running models](running.md).\n\n"]
+    for context in contexts:
+        path = context.command_path
+        parts.append(f"- [{path}](#{path.replace(' ', '-')}): {context.command.get_short_help_str(limit=200)}\n")
+    for context in contexts:
+        parts.append(f"\n## {context.command_path}\n\n```\n{context.get_help()}\n```\n")
     return "".join(parts)
 
 
-def _commands(command: click.Command, path: list[str]) -> Iterator[tuple[list[str], click.Command]]:
-    yield path, command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            child = command.get_command(context, name)
-            if child is not None and (len(path) > 1 or name in BUILTIN):
-                yield from _commands(child, [*path, name])
+def _contexts(context: click.Context) -> Iterator[click.Context]:
+    """The command's context and those of its subcommands, wide enough that no sentence of a list is cut."""
+    context.terminal_width = 130
+    yield context
+    if isinstance(context.command, click.Group):
+        for name in context.command.list_commands(context):
+            child = context.command.get_command(context, name)
+            if child is not None and (name in BUILTIN or context.parent):
+                yield from _contexts(click.Context(child, parent=context, info_name=name))
 
 
 def main() -> int:
