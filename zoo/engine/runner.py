@@ -33,13 +33,13 @@ class Runner:
         logits_RV: Tensor = self.decoder(batch.tokens_T, step, batch.rows_R)
         return logits_RV
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def hidden(self, tokens: Sequence[int]) -> Tensor:
         """The normalised last hidden states (T, D) of one whole sequence, beside the cache."""
         step = fresh_step(self.decoder.spec, [len(tokens)], self.device)
         return self.decoder.hidden(torch.tensor(tokens, device=self.device), step)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits (T, V) float32 of one whole sequence, beside the cache."""
+        """Logits (T, V) float32 of one whole sequence, beside the cache; an ordinary tensor that may be written to."""
         return self.decoder.logits(self.hidden(tokens))

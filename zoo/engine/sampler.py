@@ -12,8 +12,8 @@ from torch import Tensor
 
 from zoo.engine.request import SamplingParams
 
-# So many tokens are sorted at first; rows whose filters keep more are sorted whole.
-CANDIDATES = 1024
+# So many tokens are sorted at first, then for rows whose filters keep more; at last all are.
+CANDIDATES = (64, 1024)
 
 
 def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
@@ -40,20 +40,20 @@ def ranked(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Which of several equal tokens topk lets in at its edge is not defined: those are not certain.
     """
-    count = min(count, logits_RV.shape[-1])
+    if count >= logits_RV.shape[-1]:
+        ids_RV = logits_RV.sort(dim=-1, descending=True, stable=True).indices
+        return ids_RV, torch.full((len(ids_RV),), ids_RV.shape[-1], device=ids_RV.device)
     values_RC, ids_RC = logits_RV.topk(count, dim=-1)
     ids_RC, by_id = ids_RC.sort(dim=-1)
     values_RC, by_value = values_RC.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    whole = count == logits_RV.shape[-1]
-    certain_R = (values_RC >= values_RC[:, -1:] if whole else values_RC > values_RC[:, -1:]).sum(-1)
-    return ids_RC.gather(-1, by_value), certain_R
+    return ids_RC.gather(-1, by_value), (values_RC > values_RC[:, -1:]).sum(-1)
 
 
 def best(logits_RV: Tensor, count: int) -> Tensor:
     """The ids (R, count) of the likeliest tokens, best first, equal ones by id."""
     ids_RC, certain_R = ranked(logits_RV, count + 64)
     if bool((certain_R < count).any()):
-        ids_RC = logits_RV.sort(dim=-1, descending=True, stable=True).indices
+        ids_RC, _ = ranked(logits_RV, logits_RV.shape[-1])
     return ids_RC[:, :count]
 
 
@@ -78,8 +78,9 @@ def _settings(params: Sequence[SamplingParams], uniforms: Sequence[float], logit
 
 
 def _weights(logits_RV: Tensor, temperature_R1: Tensor) -> Tensor:
-    """Probabilities relative to the likeliest token's, float64: no temperature can overflow them."""
-    return logits_RV.double().sub_(logits_RV.amax(-1, keepdim=True)).div_(temperature_R1).exp_()
+    """Probabilities relative to the likeliest token's, float32: no temperature can overflow them."""
+    steepness_R1 = temperature_R1.clamp(min=1e-30).float()
+    return (logits_RV - logits_RV.amax(-1, keepdim=True)).div_(steepness_R1).exp_()
 
 
 def _greedy(logits_RV: Tensor, settings: Tensor) -> Tensor:
@@ -87,32 +88,34 @@ def _greedy(logits_RV: Tensor, settings: Tensor) -> Tensor:
 
 
 def _plain(logits_RV: Tensor, settings: Tensor) -> Tensor:
-    sums_RV = _weights(logits_RV, settings[0]).cumsum_(-1)
+    sums_RV = _weights(logits_RV, settings[0]).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(sums_RV, settings[4] * sums_RV[:, -1:], right=True)[:, 0]
 
 
 def _filtered(logits_RV: Tensor, settings: Tensor) -> Tensor:
     weights_RV = _weights(logits_RV, settings[0])
-    ids_RC, certain_R = ranked(logits_RV, CANDIDATES)
-    tokens_R, needed_R = _cut(weights_RV, ids_RC, settings)
-    unsure = (needed_R > certain_R).nonzero()[:, 0]
-    if len(unsure):
-        ids_RV = logits_RV[unsure].sort(dim=-1, descending=True, stable=True).indices
-        tokens_R[unsure] = _cut(weights_RV[unsure], ids_RV, settings[:, unsure])[0]
+    tokens_R, unsure_R = _cut(weights_RV, *ranked(logits_RV, CANDIDATES[0]), settings)
+    for count in (*CANDIDATES[1:], logits_RV.shape[-1]):
+        left = unsure_R.nonzero()[:, 0]
+        if not len(left):
+            break
+        again = _cut(weights_RV[left], *ranked(logits_RV[left], count), settings[:, left])
+        tokens_R[left], unsure_R[left] = again
     return tokens_R
 
 
-def _cut(weights_RV: Tensor, ids_RC: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
-    """The sampled ids (R,), and how many candidates had to be known for them (R,)."""
+def _cut(weights_RV: Tensor, ids_RC: Tensor, certain_R: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
+    """The sampled ids (R,), and for which rows (R,) more candidates had to be certain."""
     _, top_k, top_p, min_p, uniform = settings
     vocabulary, count = weights_RV.shape[-1], ids_RC.shape[-1]
     rank_C = torch.arange(count, device=ids_RC.device)
-    weights_RC = weights_RV.gather(-1, ids_RC) * (rank_C < top_k)
-    total_R1 = torch.where(top_k < vocabulary, weights_RC.sum(-1, keepdim=True), weights_RV.sum(-1, keepdim=True))
+    weights_RC = weights_RV.gather(-1, ids_RC).double() * (rank_C < top_k)
+    everything_R1 = weights_RV.sum(-1, keepdim=True, dtype=torch.float64)
+    total_R1 = torch.where(top_k < vocabulary, weights_RC.sum(-1, keepdim=True), everything_R1)
     before_RC = weights_RC.cumsum(-1) - weights_RC
     keep_RC = (before_RC < top_p * total_R1) & (weights_RC >= min_p) & (rank_C < top_k)
     sums_RC = (weights_RC * keep_RC).cumsum_(-1)
     place_R1 = torch.searchsorted(sums_RC, uniform * sums_RC[:, -1:], right=True)
-    # A share of the top k needs all k; else what is kept must be known, and its end seen.
+    # A share of the top k needs all k; else what is kept must be certain, and its end seen.
     needed_R1 = torch.where((count < top_k) & (top_k < vocabulary), top_k, keep_RC.sum(-1, keepdim=True))
-    return ids_RC.gather(-1, place_R1)[:, 0], needed_R1[:, 0]
+    return ids_RC.gather(-1, place_R1)[:, 0], needed_R1[:, 0] > certain_R
