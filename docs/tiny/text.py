@@ -18,7 +18,7 @@ import questions
 import yaml
 from facts import Facts, names
 from questions import Topic, Ways, split
-from typist import Typist
+from typist import Typist, every, plain
 
 NOTHING = "I do not know. I only know zoo and its cards."
 NO_CARD = "I know no card of that name. Type zoo list to see them all."
@@ -118,7 +118,7 @@ class Author:
         topics = [self.questions.templates(topic, True) for topic in self.questions.topics]
         follow_ups = [self.questions.follow_ups(topic, True) for topic in self.questions.topics]
         everything = [*topics, *follow_ups, *(entry.templates(True) for entry in self.entries)]
-        return {way.lower() for pair in everything for ways in pair for way in ways}
+        return {question for pair in everything for ways in pair for way in ways for question in every(way)}
 
     def conversation(self) -> list[Turn]:
         """One to eight turns; what a turn may lean on is the card and the topic of the turn before."""
@@ -144,10 +144,10 @@ class Author:
             card = self.random.choice(self.cards)
             return self.again(card, topic), (card, topic)
         draw = self.random.random()
-        if draw < 0.52:
+        if draw < 0.45:
             card, topic = self.random.choice(self.cards), self.random.choice(self.questions.topics)
             return self.ask(card, topic), (card, topic)
-        if draw < 0.57:
+        if draw < 0.50:
             return self.compare(*self.random.sample(self.cards, 2)), None
         if draw < 0.80:
             return self.general(self.random.choice(self.entries)), None
@@ -172,8 +172,12 @@ class Author:
 
     def _way(self, ways: Ways) -> str:
         """One of the whole questions or one of the filled frames, now and then with a word exchanged."""
-        way = self.random.choice(self.random.choice([group for group in ways if group]))
-        return self.typist.reword(way, self.kept) if self.random.random() < 0.2 else way
+        while True:
+            way = self.typist.choose(self.random.choice(self.random.choice([group for group in ways if group])))
+            if self.random.random() < 0.2:
+                way = self.typist.reword(way)
+            if plain(way) not in self.kept:
+                return way
 
     def compare(self, first: Facts, second: Facts) -> Turn:
         """Which of two cards is larger."""
@@ -198,7 +202,7 @@ class Author:
         elif draw < 0.45:
             question = " ".join(self._word() for _ in range(self.random.randint(1, 6)))
         else:
-            way = self.random.choice(self.unknown["frames"])
+            way = self.typist.choose(self.random.choice(self.unknown["frames"]))
             first, second = self.random.sample(self.unknown["things"], 2)
             if self.random.random() < 0.1:
                 first = self._word()

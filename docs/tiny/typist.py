@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Container
+from itertools import product
 
 SYNONYMS = (
     ("How do I", "How can I"),
@@ -26,9 +26,6 @@ SYNONYMS = (
     ("What", "Which"),
     ("models", "cards"),
     ("need", "require"),
-    ("need", "want"),
-    ("use", "have"),
-    ("has", "has got"),
     ("command", "zoo command"),
     ("a model", "a card"),
     ("Is there", "Do you have"),
@@ -63,6 +60,19 @@ INDIRECT = (
 )
 INDIRECT_BEFORE = ("Tell me ", "I'd like to know ", "I would like to know ", "Do you know ", "I wonder ", "Please say ")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+EITHER = re.compile(r"\(([^()]*\|[^()]*)\)")
+
+
+def every(way: str) -> set[str]:
+    """All questions that a way with (a|b) stands for, as `plain` text."""
+    parts = EITHER.split(way)
+    choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
+    return {plain("".join(chosen)) for chosen in product(*choices)}
+
+
+def plain(question: str) -> str:
+    """For comparing: lower case, no punctuation at the end, single spaces."""
+    return " ".join(question.lower().rstrip("?.! ").split())
 
 
 class Typist:
@@ -71,14 +81,17 @@ class Typist:
     def __init__(self, draw: random.Random) -> None:
         self.random = draw
 
-    def reword(self, way: str, kept: Container[str]) -> str:
-        """The question with one word exchanged; itself where that makes one of `kept` (lower case)."""
+    def choose(self, way: str) -> str:
+        """One of the questions that a way with (a|b) stands for."""
+        return " ".join(EITHER.sub(lambda found: self.random.choice(found[1].split("|")), way).split())
+
+    def reword(self, way: str) -> str:
+        """The question with one word exchanged."""
         found = [(old, new) for old, new in SYNONYMS if re.search(rf"\b{old}\b", way)]
         if not found:
             return way
         old, new = self.random.choice(found)
-        other = re.sub(rf"\b{old}\b", new, way, count=1)
-        return way if other.lower() in kept else other
+        return re.sub(rf"\b{old}\b", new, way, count=1)
 
     def type(self, question: str) -> str:
         """The question as people type: lower case, no full stop, a polite word, a slip of the finger."""
