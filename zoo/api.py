@@ -282,19 +282,18 @@ def _model(
         plan,
         device=placement.device,
         dtype=placement.dtype,
-        memory_bytes=_cache_budget(plan, placement, batch, context),
+        memory_bytes=_cache_budget(placement),
         max_batch_size=batch,
         max_context=context,
     )
     return Model(plan, module, engine, tokenizer, placement, folder, notes)
 
 
-def _cache_budget(plan: Plan, placement: "Placement", batch: int, context: int) -> int:
-    """Bytes for the cache: what a full batch of full contexts needs, within 80 % of what is free now."""
+def _cache_budget(placement: "Placement") -> int:
+    """Bytes that the cache may take: 80 % of what is free now. The engine takes no more than its batch can use."""
     from zoo.device import memory_free
 
-    inspection = Inspection(plan.card, plan, placement.dtype_name, None, {})
-    return min(batch * inspection.cache_bytes(context), int(0.8 * memory_free(placement.device)))
+    return int(0.8 * memory_free(placement.device))
 
 
 def _refuse_later_work(quantize: str | None, adapters: tuple[Any, ...], devices: object) -> None:
