@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from zoo.assemble import assemble
 from zoo.components.decoder.model import Decoder
 from zoo.device import Placement
 from zoo.engine.engine import Engine
@@ -221,7 +222,8 @@ class Model:
     def close(self) -> None:
         """End running requests and free weights and cache. The model cannot be used afterwards."""
         self._engine.close()
-        self._module.to("meta")
+        # A new module and not `to("meta")`, which fails on oneDNN's layout and does not know of packed experts.
+        self._module = assemble(self.plan, self.placement.dtype)
         if self.placement.device.type == "cuda":
             torch.cuda.empty_cache()
 
