@@ -65,7 +65,7 @@ class Asked:
 
 @dataclass
 class Hub:
-    """The servers, their repositories and what was asked of them."""
+    """The servers, their repositories and what was asked of them; `lie` replaces fields of listings."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
@@ -73,6 +73,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
     redirect: bool = False
+    lie: dict[str, Any] = field(default_factory=dict)
     held: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
     sent: int = 0
@@ -215,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
             rows = [{"rfilename": row["rfilename"]} for row in rows]
         gated = "manual" if repo.gated else False
         about = {"id": name, "modelId": name, "sha": sha, "private": repo.private, "gated": gated, "siblings": rows}
-        self._send_json(about)
+        self._send_json(about | self.hub.lie)
 
     def _api_fault(self, fault: Fault) -> bool:
         if fault.kind == "status":

@@ -109,6 +109,14 @@ def test_remove_of_an_interrupted_fetch(hub: Hub, model: dict[str, bytes]) -> No
     assert not (cache_dir() / "models--ann--model").exists()
 
 
+def test_remove_of_parts_that_an_older_client_left(hub: Hub) -> None:
+    part = cache_dir() / "models--ann--model/blobs/00.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(500))
+    assert remove("ann/model") == 500
+    assert not (cache_dir() / "models--ann--model").exists()
+
+
 def test_remove_of_nothing(hub: Hub) -> None:
     with pytest.raises(FetchError) as caught:
         remove("ann/model")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zoo.loading.hub import cache_dir, fetch, plan_fetch
+from zoo.loading.hub import cache_dir, cached, fetch, list_files, plan_fetch, remove
 from zoo.registry.card import Source
 from zoo.registry.errors import FetchError
 
@@ -123,6 +123,9 @@ def test_not_a_repository(hub: Hub, name: str) -> None:
     assert refusal(name) == (
         f"not the name of a repository; found {name!r}; expected owner/name, as in mistralai/Mistral-7B-v0.3."
     )
+    for call in (list_files, cached, remove):
+        with pytest.raises(FetchError, match="not the name of a repository"):
+            call(name)
     assert hub.asked == []
 
 
@@ -264,6 +267,18 @@ def test_listing_of_another_server(hub: Hub, model: dict[str, bytes]) -> None:
     message = refusal()
     assert message.startswith(f"ann/model: {hub.url} does not answer as a hub does; found JSON without ")
     assert message.endswith("Check HF_ENDPOINT.")
+
+
+def test_names_from_a_hostile_server_stay_out_of_the_cache(hub: Hub, model: dict[str, bytes]) -> None:
+    hub.lie = {"sha": "../../../../etc"}
+    message = f"ann/model: {hub.url} does not answer as a hub does; found the commit '../../../../etc'. "
+    assert refusal() == message + "Check HF_ENDPOINT."
+    for digest in ("../../../x", "AB" * 20, None):
+        hub.lie = {"siblings": [{"rfilename": "params.json", "size": 2, "blobId": digest}]}
+        assert "found no size or hash of 'params.json'" in refusal()
+    hub.lie = {"siblings": [{"rfilename": "params.json", "size": None, "blobId": "ab" * 20}]}
+    assert "found no size or hash of 'params.json'" in refusal()
+    assert not cache_dir().exists()
 
 
 def test_empty_file(hub: Hub, model: dict[str, bytes]) -> None:

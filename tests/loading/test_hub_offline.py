@@ -146,6 +146,17 @@ def test_an_interrupted_update_leaves_the_old_commit(
     assert fetch("ann/model") == old
 
 
+def test_a_branch_that_came_to_mean_a_cached_commit(
+    hub: Hub, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = fetch(f"ann/model@{hub.repos['ann/model'].refs['main']}")
+    asked = len(hub.gets())
+    fetch("ann/model")
+    assert len(hub.gets()) == asked
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch("ann/model") == pinned
+
+
 def test_heads_and_files_that_are_not_cached(
     hub: Hub, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

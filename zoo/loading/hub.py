@@ -80,7 +80,7 @@ def plan_fetch(
     try:
         return _plan(list_files(repo, revision, token=token), wanted)
     except FetchError as problem:
-        kept = None if offline() else _plan_kept(repo, revision, wanted, problem)
+        kept = _plan_kept(repo, revision, wanted, problem)
         if kept is None:
             raise
         return kept

@@ -87,10 +87,8 @@ def _response(error: Any) -> tuple[int, bool, str | None]:
 
 
 def _gated(error: Exception, ask: Ask) -> FetchError:
-    status, with_token, _ = _response(error)
+    _, with_token, _ = _response(error)
     page = f"{endpoint()}/{ask.repo}"
-    if with_token and status == 401:
-        return _refused_token(ask)
     if with_token:
         return FetchError(
             "the repository is gated and this token has no access to it",
@@ -113,9 +111,7 @@ def _refused_token(ask: Ask) -> FetchError:
 
 
 def _no_repository(error: Exception, ask: Ask) -> FetchError:
-    status, with_token, _ = _response(error)
-    if with_token and status == 401:
-        return _refused_token(ask)
+    _, with_token, _ = _response(error)
     if with_token:
         return FetchError(
             "no such repository, or a private one that this token may not see",
