@@ -174,13 +174,14 @@ def _there(path: Path) -> bool:
 
 
 def _no_model(path: Path) -> CardError:
-    """The error for a path to nothing; the owner's name and the model's, as the hub writes them, look like one."""
+    """The error for a path to nothing; a repository of the hub, written with its owner, looks like one."""
     beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    return CardError(
-        "there is no such card, folder or file",
-        where=str(path),
-        hint=nearest(path.name, beside) or nearest(path.name.lower(), manager().cards()),
-    )
+    hint = nearest(path.name, beside) or nearest(path.name.lower(), manager().cards())
+    for card in list_cards():
+        if card.source.hub == str(path):
+            hint = f"the card of that repository is {card.name!r}"
+            break
+    return CardError("there is no such card, folder or file", where=str(path), hint=hint)
 
 
 def _owners(plan: Plan) -> dict[str, str]:
