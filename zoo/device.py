@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zoo.loading.hub.types import human_bytes
 from zoo.machine import free_memory
 from zoo.registry.errors import CapacityError, RequestError, nearest
 
@@ -54,12 +55,12 @@ def check_fits(need: dict[str, int], device: torch.device, hint: str) -> None:
     """Raise CapacityError when the named byte counts together exceed what the device has free."""
     have, total = memory_free(device), sum(need.values())
     if total > have:
-        parts = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in need.items())
+        parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in need.items())
         raise CapacityError(
             "the model does not fit in memory",
             where=str(device),
-            found=f"{have / 2**30:.1f} GiB free",
-            expected=f"{total / 2**30:.1f} GiB ({parts})",
+            found=f"{human_bytes(have)} free",
+            expected=f"{human_bytes(total)} ({parts})",
             hint=hint,
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zoo.cli.options import load_options, sample_arguments, sample_options
-from zoo.cli.run import load_model, write_stream
+from zoo.cli.run import load_model, utf8_input, write_stream
 from zoo.registry.errors import RequestError, TextError, ZooError, nearest
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ class Conversation:
 def _read() -> str | None:
     """The next line, or None at the end of input. A prompt sign is shown on terminals only."""
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
+        with utf8_input():
+            line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
     try:
         import readline  # noqa: F401  (line editing and history for input())

@@ -1,6 +1,8 @@
 """zoo run: one prompt, one answer."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -77,12 +79,27 @@ def write_figures(completion: "Completion") -> None:
     )
 
 
+@contextmanager
+def utf8_input() -> Iterator[None]:
+    """Bytes on standard input that are no text are the user's fault."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            "this is not text",
+            where="standard input",
+            found=f"the byte {error.object[error.start]:#04x} at {error.start}",
+            expected=f"text in {error.encoding.upper()}",
+        ) from None
+
+
 def _prompt(prompt: str | None) -> str:
     if prompt is not None and prompt != "-":
         return prompt
     if prompt is None and sys.stdin.isatty():
         raise RequestError("there is no prompt", where="zoo run", expected='--prompt "..." or text on standard input')
-    text = sys.stdin.read()
+    with utf8_input():
+        text = sys.stdin.read()
     if not text:
         raise RequestError("there is no prompt", where="standard input", found="nothing", expected="the prompt's text")
     return text

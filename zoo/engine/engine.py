@@ -22,11 +22,11 @@ from zoo.engine.memory import Memory
 from zoo.engine.outcome import Outcome, read
 from zoo.engine.pack import pack
 from zoo.engine.request import Chunk, Completion, Request, token_ids
-from zoo.engine.runner import Runner
+from zoo.engine.runner import Runner, memory_is_full
 from zoo.engine.scheduler import Scheduler, Work
 from zoo.engine.sequence import Sequence as Running
 from zoo.engine.stream import Stream
-from zoo.registry.errors import RequestError, ZooError
+from zoo.registry.errors import CapacityError, RequestError, ZooError
 from zoo.registry.plan import Plan
 from zoo.registry.spec import StateSpec
 
@@ -274,9 +274,11 @@ class Engine:
             batch = pack(work, runner.device)
             for item, outcome in zip(work, read(batch, runner.run(batch)), strict=True):
                 self._apply(item, outcome)
-        except BaseException:
+        except BaseException as error:
             # Interrupted anywhere, also by Ctrl-C: cached states may be half written, tokens are not.
             self._scheduler.restart(self._live.values())
+            if memory_is_full(error):
+                raise _no_memory(runner.device, error) from error
             raise
 
     def _start(self, work: list[Work]) -> None:
@@ -295,3 +297,12 @@ class Engine:
             self._live.pop(seq.request_id, None)
             self._scheduler.drop(seq)
         self._post(chunk)
+
+
+def _no_memory(device: torch.device, error: BaseException) -> CapacityError:
+    return CapacityError(
+        "memory is full while computing",
+        where=str(device),
+        found=str(error).partition("\n")[0],
+        hint="end other programs, ask for less at once, or load with a smaller max_batch_size or max_context",
+    )

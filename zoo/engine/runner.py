@@ -43,3 +43,9 @@ class Runner:
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits (T, V) float32 of one whole sequence, beside the cache; an ordinary tensor that may be written to."""
         return self.decoder.logits(self.hidden(tokens))
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an allocation failed. torch has a class for GPUs only; the CPU's allocator is known by its words."""
+    words = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return words or isinstance(error, MemoryError | torch.OutOfMemoryError)

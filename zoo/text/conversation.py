@@ -11,6 +11,7 @@ from typing import Any
 
 from zoo.registry.errors import TextError, nearest
 from zoo.text.tools import check_calls
+from zoo.text.unicode import check_text
 
 KEYS = {
     "system": ("role", "content"),
@@ -122,7 +123,9 @@ def _check_content(number: int, message: dict[str, Any]) -> None:
     if isinstance(content, list):
         for place, part in enumerate(content, 1):
             _check_part(number, message, place, part)
-    elif not isinstance(content, str):
+    elif isinstance(content, str):
+        check_text(content, f"message {number} ({role})")
+    else:
         raise fault(
             number, message, "the content is not a text", found=type(content).__name__, expected="a text or parts"
         )
@@ -141,6 +144,7 @@ def _check_part(number: int, message: dict[str, Any], place: int, part: Any) -> 
         raise fault(number, message, f"part {place} is of no known type", found=found, expected=expected)
     if not isinstance(part.get(PARTS[kind]), str):
         raise fault(number, message, f"part {place} has no text in {PARTS[kind]!r}", found=repr(part.get(PARTS[kind])))
+    check_text(part[PARTS[kind]], f"message {number} ({message['role']}), part {place}")
 
 
 def _check_order(messages: list[dict[str, Any]], merge: bool) -> None:

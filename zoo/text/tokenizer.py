@@ -12,6 +12,7 @@ from zoo.registry.errors import TextError
 from zoo.registry.spec import Spec
 from zoo.text.detokenize import Detokenizer, Vocabulary, decode
 from zoo.text.stop_ids import configured_stop_ids
+from zoo.text.unicode import check_text
 
 Message = Mapping[str, Any]
 NO_OPTIONS: Mapping[str, Any] = {}
@@ -129,6 +130,7 @@ class CheckpointTokenizer:
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of raw text, after the ids that the tokenizer puts before every text (never a doubled one)."""
+        check_text(text)
         return self._codec.encode(text, bos=bos)
 
     def decode(self, ids: Iterable[int], *, special: bool = False, continues: bool = False) -> str:
@@ -174,6 +176,8 @@ class CheckpointTokenizer:
 
     def fill(self, prefix: str, suffix: str) -> list[int]:
         """Ids that ask for the text between `prefix` and `suffix`. Raises TextError if there is no such layout."""
+        check_text(prefix, "prefix")
+        check_text(suffix, "suffix")
         return self._codec.fill(prefix, suffix)
 
 
