@@ -13,6 +13,8 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("model", "decoder", "zoo.components.decoder.spec:DecoderSpec")
     register("block", "prenorm", "zoo.components.decoder.spec:PrenormSpec")
     register("mixer", "attention", "zoo.components.attention.spec:AttentionSpec")
+    register("mixer", "mamba1", "zoo.components.mamba.spec:Mamba1Spec")
+    register("mixer", "mamba2", "zoo.components.mamba.spec:Mamba2Spec")
     register("ffn", "gated", "zoo.components.ffn.spec:GatedSpec")
     register("ffn", "moe", "zoo.components.ffn.spec:MoESpec")
     register("router", "softmax_topk", "zoo.components.ffn.spec:SoftmaxTopkSpec")
@@ -23,3 +25,4 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("rope", "yarn", "zoo.components.rope.spec:YarnRopeSpec")
     register("cache", "full", "zoo.components.cache.spec:FullCacheSpec")
     register("cache", "window", "zoo.components.cache.spec:WindowCacheSpec")
+    register("cache", "recurrent", "zoo.components.cache.spec:RecurrentCacheSpec")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 Value = TypeVar("Value")
+Advance = Callable[..., tuple[Tensor, Tensor]]
+"""(state (B, ...) or None where nothing came before, rows (B, T, ...)...) -> (output (B, T, ...), state after it)."""
 
 
 class KVState(Protocol):
@@ -23,6 +25,17 @@ class KVState(Protocol):
         """Append this step's keys and values, then attend causally within each sequence.
 
         Returns (T, H, d) in q's dtype. `window`: how many positions a token sees, itself included; None for all.
+        """
+        ...
+
+
+class RecurrentState(Protocol):
+    """One recurrent layer's view of the cache for this step: what it keeps is of constant size."""
+
+    def advance(self, piece: Literal["conv", "ssm"], function: Advance, *rows: Tensor) -> Tensor:
+        """Runs `function` over the rows (T, ...) of each sequence, from what is kept, and keeps what it leaves.
+
+        Returns the outputs, (T, ...). Sequences with equally many rows may run as one batch.
         """
         ...
 

@@ -170,3 +170,7 @@ class StateSpec(Spec):
     def elements(self, tokens: int) -> int:
         """Cached elements of one layer for one sequence of `tokens` tokens."""
         raise NotImplementedError
+
+    def nbytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of one layer for one sequence, with `itemsize` bytes for a number in the cache's dtype."""
+        return itemsize * self.elements(tokens)

@@ -53,7 +53,8 @@ class Inspection:
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of cache that one sequence of `tokens` tokens holds."""
         assert isinstance(self.plan.model, DecoderSpec)
-        return BYTES[self.dtype] * sum(state.elements(tokens) for state in self.plan.model.states() if state)
+        size = BYTES[self.dtype]
+        return sum(state.nbytes(tokens, size) for state in self.plan.model.states() if state)
 
     def flops_per_token(self, context: int = 0) -> float:
         """Floating-point operations for one token that sees `context` earlier ones."""

@@ -45,3 +45,31 @@ class WindowCacheSpec(StateSpec):
 
     def elements(self, tokens: int) -> int:
         return 2 * self.num_kv_heads * self.head_dim * min(tokens, self.slots)
+
+
+class RecurrentCacheSpec(StateSpec):
+    """A state of constant size, in float32, and the last inputs of a convolution: what recurrent mixers keep."""
+
+    module: ClassVar[str] = "zoo.components.cache.recurrent:RecurrentStore"
+
+    kind: Literal["recurrent"] = "recurrent"
+    conv_channels: Annotated[Count, Inherited()] = Field(description="Channels of the convolution.")
+    conv_size: Annotated[Count, Inherited()] = Field(description="How many tokens the convolution sees.")
+    inner_dim: Annotated[Count, Inherited()] = Field(description="Channels of the state.")
+    state_size: Annotated[Count, Inherited()] = Field(description="Elements of the state for each channel.")
+
+    @property
+    def conv_shape(self) -> tuple[int, int]:
+        """Of one layer's convolution inputs: tokens, channels."""
+        return self.conv_size - 1, self.conv_channels
+
+    @property
+    def ssm_shape(self) -> tuple[int, int]:
+        """Of one layer's state."""
+        return self.inner_dim, self.state_size
+
+    def elements(self, tokens: int) -> int:
+        return (self.conv_size - 1) * self.conv_channels + self.inner_dim * self.state_size
+
+    def nbytes(self, tokens: int, itemsize: int) -> int:
+        return itemsize * (self.conv_size - 1) * self.conv_channels + 4 * self.inner_dim * self.state_size

@@ -12,18 +12,18 @@ from zoo.components.step import Step
 
 
 class Prenorm(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)); either may be missing."""
 
     def __init__(self, spec: PrenormSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.mixer_norm = make(spec.norm)
-        self.mixer = make(spec.mixer)
-        self.ffn_norm = make(spec.norm)
-        self.ffn = make(spec.ffn)
+        for name, child in spec.children().items():
+            self.add_module(name, make(child))
 
     def forward(self, x_TD: Tensor, step: Step, state: Any) -> Tensor:
         """(T, D) to (T, D); `state` is this layer's, as the mixer knows it."""
-        x_TD = x_TD + self.mixer(self.mixer_norm(x_TD), step, state)
-        mixed_TD: Tensor = x_TD + self.ffn(self.ffn_norm(x_TD))
-        return mixed_TD
+        if self.spec.mixer is not None:
+            x_TD = x_TD + self.mixer(self.mixer_norm(x_TD), step, state)
+        if self.spec.ffn is not None:
+            x_TD = x_TD + self.ffn(self.ffn_norm(x_TD))
+        return x_TD

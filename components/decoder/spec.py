@@ -9,7 +9,7 @@ from zoo.registry.spec import Inherited, Param, Slot, Spec, StateSpec
 
 
 class PrenormSpec(Spec):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)); either may be missing."""
 
     module: ClassVar[str] = "zoo.components.decoder.block:Prenorm"
 
@@ -17,14 +17,29 @@ class PrenormSpec(Spec):
     norm: Annotated[Spec, Slot("norm", absent="inherit")] = Field(
         description="Norm before the mixer and before the feed-forward; by default the model's."
     )
-    mixer: Annotated[Spec, Slot("mixer")] = Field(description="What moves information between tokens.")
-    ffn: Annotated[Spec, Slot("ffn")] = Field(description="What works on each token alone.")
+    mixer: Annotated[Spec | None, Slot("mixer")] = Field(
+        description="What moves information between tokens; null for a block that is only a feed-forward."
+    )
+    ffn: Annotated[Spec | None, Slot("ffn")] = Field(
+        description="What works on each token alone; null for a block that is only a mixer."
+    )
+
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> Self:
+        if self.mixer is None and self.ffn is None:
+            raise ValueError("a block needs a mixer or a feed-forward; found null for both")
+        return self
 
     def children(self) -> dict[str, Spec]:
-        return {"mixer_norm": self.norm, "mixer": self.mixer, "ffn_norm": self.norm, "ffn": self.ffn}
+        found: dict[str, Spec] = {}
+        if self.mixer is not None:
+            found |= {"mixer_norm": self.norm, "mixer": self.mixer}
+        if self.ffn is not None:
+            found |= {"ffn_norm": self.norm, "ffn": self.ffn}
+        return found
 
     def state(self) -> StateSpec | None:
-        return self.mixer.state()
+        return None if self.mixer is None else self.mixer.state()
 
 
 class DecoderSpec(Spec):

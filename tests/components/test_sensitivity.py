@@ -28,6 +28,23 @@ LINEAR = {"kind": "linear", "theta": 50.0, "factor": 4.0}
 EXPERT = {"kind": "gated", "hidden_dim": 24}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": EXPERT}
 SCALING = {"beta": 0.5, "original_context": 4}
+MAMBA2 = {
+    "kind": "mamba2",
+    "num_heads": 4,
+    "head_dim": 6,
+    "num_groups": 2,
+    "state_size": 5,
+    "conv_size": 4,
+    "norm_eps": 1e-5,
+}
+MAMBA1 = {"kind": "mamba1", "inner_dim": 20, "state_size": 5, "dt_rank": 3, "conv_size": 4}
+BCDT_NORM = {"eps": 1e-3, "weights": False}
+
+
+def of(mixer: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Layers of nothing but a mixer."""
+    return {"layers": [{"repeat": 2, "mixer": mixer | changes, "ffn": None}]}
+
 
 # (slot, kind) -> field -> arguments of `small` with one value, and with another.
 CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
@@ -68,6 +85,30 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
             {"mixer": {"query_scaling": SCALING | {"original_context": 6}}},
         ),
         "cache": ({"mixer": {"window": 5}}, {"mixer": {"window": 5, "cache": {"kind": "full"}}}),
+    },
+    ("mixer", "mamba2"): {
+        name: (of(MAMBA2), of(MAMBA2, **{name: value}))
+        for name, value in {
+            "num_heads": 2,
+            "head_dim": 4,
+            "num_groups": 4,
+            "state_size": 6,
+            "conv_size": 3,
+            "norm_eps": 0.1,
+            "bias": True,
+            "conv_bias": False,
+        }.items()
+    },
+    ("mixer", "mamba1"): {
+        "inner_dim": (of(MAMBA1), of(MAMBA1, inner_dim=24)),
+        "state_size": (of(MAMBA1), of(MAMBA1, state_size=6)),
+        "dt_rank": (of(MAMBA1), of(MAMBA1, dt_rank=4)),
+        "conv_size": (of(MAMBA1), of(MAMBA1, conv_size=3)),
+        "bias": (of(MAMBA1), of(MAMBA1, bias=True)),
+        "conv_bias": (of(MAMBA1), of(MAMBA1, conv_bias=False)),
+        "bcdt_norm": (of(MAMBA1), of(MAMBA1, bcdt_norm=BCDT_NORM)),
+        "bcdt_norm.eps": (of(MAMBA1, bcdt_norm=BCDT_NORM), of(MAMBA1, bcdt_norm=BCDT_NORM | {"eps": 0.1})),
+        "bcdt_norm.weights": (of(MAMBA1, bcdt_norm=BCDT_NORM), of(MAMBA1, bcdt_norm=BCDT_NORM | {"weights": True})),
     },
     ("ffn", "gated"): {
         "hidden_dim": ({}, {"ffn": EXPERT | {"hidden_dim": 20}}),
@@ -114,6 +155,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     },
     ("cache", "full"): {},
     ("cache", "window"): {},
+    ("cache", "recurrent"): {},
     ("block", "prenorm"): {},
 }
 ONLY_KIND = {("moe", "router")}

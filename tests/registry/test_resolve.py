@@ -134,9 +134,9 @@ MISTAKES = {
         "10: model.layers.0.ffn: wrong value; found 7; expected a mapping, or a kind's name.",
     ),
     "null for a node": (
-        FFN,
-        "ffn: null",
-        "10: model.layers.0.ffn: wrong value; found nothing (null); expected a mapping, or a kind's name.",
+        "norm: {kind: rms, eps: 1.0e-5}",
+        "norm: null",
+        "6: model.norm: wrong value; found nothing (null); expected a mapping, or a kind's name.",
     ),
     "list for a node": (
         FFN,
