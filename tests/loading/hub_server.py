@@ -363,7 +363,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local hub, an empty cache, no token, and no waiting between attempts."""
     from huggingface_hub import close_session, constants
 
-    from zoo.loading import hub_listing, hub_transfer
+    from zoo.loading.hub import listing, transfer
 
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -375,8 +375,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 2)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub_transfer, "WAITS", (0.0, 0.0))
-    monkeypatch.setattr(hub_listing, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(transfer, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(listing, "WAITS", (0.0, 0.0))
     yield served
     served.stop()
     close_session()

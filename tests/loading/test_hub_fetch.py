@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zoo.loading import hub as zoo_hub
-from zoo.loading.hub import fetch, list_files, plan_fetch
+from zoo.loading.hub import fetch, fetching, list_files, plan_fetch
 from zoo.registry.card import Source
 from zoo.registry.errors import FetchError
 
@@ -277,7 +277,7 @@ def test_largest_files_go_through_the_client(
     hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("ann/model", files)
-    monkeypatch.setattr(zoo_hub, "CLIENT_ABOVE", 100_000)
+    monkeypatch.setattr(fetching, "CLIENT_ABOVE", 100_000)
     folder = fetch("ann/model")
     assert contents(folder)["consolidated.safetensors"] == files["consolidated.safetensors"]
     asked = [ask.method for ask in hub.asked if ask.path.endswith("consolidated.safetensors")]
@@ -288,7 +288,7 @@ def test_largest_files_go_through_the_client(
 def test_largest_files_are_checked_too(hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("ann/model", files)
     hub.fault("consolidated.safetensors", "corrupt")
-    monkeypatch.setattr(zoo_hub, "CLIENT_ABOVE", 100_000)
+    monkeypatch.setattr(fetching, "CLIENT_ABOVE", 100_000)
     with pytest.raises(FetchError, match="do not hash to what the hub names"):
         fetch("ann/model")
     assert [file.path for file in plan_fetch("ann/model").missing] == ["consolidated.safetensors"]
@@ -299,7 +299,7 @@ def test_trouble_with_the_largest_files_is_told(
 ) -> None:
     hub.add("ann/model", files)
     hub.fault("HEAD consolidated.safetensors", "status")
-    monkeypatch.setattr(zoo_hub, "CLIENT_ABOVE", 100_000)
+    monkeypatch.setattr(fetching, "CLIENT_ABOVE", 100_000)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(FetchError, match=r"ann/model/consolidated\.safetensors: .* answers with status 503"):
         fetch("ann/model")
@@ -356,7 +356,7 @@ def test_client_is_not_confused_by_an_interrupted_fetch(hub: Hub, files: dict[st
 
     hub.add("ann/model", files)
     hub.fault("params.json", "status", at=404)
-    with pytest.raises(zoo_hub.FetchError, match="status 404"):
+    with pytest.raises(FetchError, match="status 404"):
         fetch("ann/model")
     assert scan_cache_dir(tmp_path / "home/hub").warnings == []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zoo.loading import hub
-from zoo.loading.hub_types import Remote, RemoteFile
+from zoo.loading.hub.types import Remote, RemoteFile
 from zoo.loading.verify import verify_files, verify_hub
 from zoo.registry.card import Card
 from zoo.registry.errors import FetchError, WeightsError

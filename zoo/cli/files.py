@@ -15,18 +15,18 @@ def pull(ref: str, dry_run: bool) -> None:
     """Fetch REF's weights and tokenizer from the hub: one weight set, resumed where it stopped."""
     from zoo.api import locate
     from zoo.cli.console import loading_bar, note, size
-    from zoo.loading.hub import choose, fetch, list_files
+    from zoo.loading.hub import fetch, plan_fetch
 
     card = locate(ref).card
-    repository = _repository(card)
+    name = repository(card)
     if dry_run:
-        remote = list_files(repository, card.source.revision)
-        chosen = choose(remote.files, card.source.layout)
-        for file in chosen.files:
+        plan = plan_fetch(card.source)
+        for file in plan.chosen.files:
             click.echo(f"{file.path}  {size(file.size)}")
-        note(f"{size(chosen.total_bytes)} from {repository} at revision {remote.revision}; {chosen.note}")
+        for line in plan.notes:
+            note(line)
         return
-    with loading_bar(f"fetching {repository}") as progress:
+    with loading_bar(f"fetching {name}") as progress:
         folder = fetch(card.source, progress=progress, note=note)
     click.echo(folder)
 
@@ -41,7 +41,7 @@ def rm(ref: str, yes: bool) -> None:
     from zoo.loading.hub import cached, remove
 
     card = locate(ref).card
-    _repository(card)
+    repository(card)
     held = cached(card.source)
     if not held:
         raise FetchError("nothing of this model is in the cache", where=card.name)
@@ -75,7 +75,8 @@ def verify(ref: str, weights: Path | None, as_json: bool) -> int:
     return 0 if report.ok else 2
 
 
-def _repository(card: Card) -> str:
+def repository(card: Card) -> str:
+    """The hub repository of the card's weights; FetchError when there is none."""
     if card.source.hub is None:
         raise FetchError("the card names no repository on the hub", where=card.name, expected="source.hub in the card")
     return card.source.hub

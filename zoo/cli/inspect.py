@@ -53,13 +53,11 @@ def inspect(
 
 
 def _files(found: "Inspection") -> list[dict[str, Any]]:
-    from zoo.loading.hub import choose, list_files
-    from zoo.registry.errors import FetchError
+    from zoo.cli.files import repository
+    from zoo.loading.hub import plan_fetch
 
-    if found.card.source.hub is None:
-        raise FetchError("the card has no hub repository", where=found.card.name, expected="source.hub")
-    remote = list_files(found.card.source.hub, found.card.source.revision)
-    return [{"path": f.path, "bytes": f.size} for f in choose(remote.files, found.card.source.layout).files]
+    repository(found.card)
+    return [{"path": f.path, "bytes": f.size} for f in plan_fetch(found.card.source).chosen.files]
 
 
 def _prompt(found: "Inspection", prompt: str, raw: bool) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
-from zoo.loading.hub_types import human_bytes
+from zoo.loading.hub.types import human_bytes
 from zoo.loading.layouts import detect, layout_named, layouts
 from zoo.loading.reader import TensorInfo, read_headers
 from zoo.registry.errors import WeightsError, nearest

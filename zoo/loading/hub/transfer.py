@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zoo.loading.hub_client import client, client_utils
-from zoo.loading.hub_errors import is_name, page_fault
-from zoo.loading.hub_types import Note, RemoteFile
+from zoo.loading.hub.client import client, client_utils
+from zoo.loading.hub.errors import is_name, page_fault
+from zoo.loading.hub.types import Note, RemoteFile
 from zoo.registry.errors import FetchError
 
 WAITS = (0.5, 1.0, 2.0, 4.0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from zoo.loading.hub_cache import RepoCache
-from zoo.loading.hub_client import client, client_utils
-from zoo.loading.hub_errors import Ask, page_fault, told_apart
-from zoo.loading.hub_settings import endpoint, offline
-from zoo.loading.hub_transfer import open_stream
-from zoo.loading.hub_types import Remote, RemoteFile, human_bytes
+from zoo.loading.hub.cache import RepoCache
+from zoo.loading.hub.client import client, client_utils
+from zoo.loading.hub.errors import Ask, page_fault, told_apart
+from zoo.loading.hub.settings import endpoint, offline
+from zoo.loading.hub.transfer import open_stream
+from zoo.loading.hub.types import Remote, RemoteFile, human_bytes
 from zoo.registry.errors import FetchError
 
 _FIRST = 1 << 17

@@ -6,12 +6,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.loading.hub_cache import RepoCache
-from zoo.loading.hub_client import client
-from zoo.loading.hub_errors import Ask, told_apart
-from zoo.loading.hub_listing import parse_source
-from zoo.loading.hub_settings import cache_dir
-from zoo.loading.hub_types import HubSource
+from zoo.loading.hub.cache import RepoCache
+from zoo.loading.hub.client import client
+from zoo.loading.hub.errors import Ask, told_apart
+from zoo.loading.hub.listing import parse_source
+from zoo.loading.hub.settings import cache_dir
+from zoo.loading.hub.types import HubSource
 from zoo.registry.errors import FetchError
 
 

@@ -1,9 +1,4 @@
-"""Models from the hub: list, choose, fetch into the client's own cache.
-
-The parts stand beside this file: hub_types, hub_settings (environment), hub_client, hub_listing, hub_choose (which
-files), hub_cache (where they lie), hub_transfer (bytes over HTTP), hub_headers (ranged reads), hub_cached (`zoo rm`)
-and hub_errors.
-"""
+"""Fetching into the hub client's own cache: what is needed, whether it fits, then file by file."""
 
 from __future__ import annotations
 
@@ -13,39 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.loading.hub_cache import RepoCache
-from zoo.loading.hub_cached import CachedRevision, cached, remove
-from zoo.loading.hub_choose import Chosen, choose, choose_small
-from zoo.loading.hub_client import client, client_utils
-from zoo.loading.hub_errors import Ask, is_name, told_apart
-from zoo.loading.hub_headers import address, ranged_headers, read_file
-from zoo.loading.hub_listing import list_files, parse_source
-from zoo.loading.hub_settings import cache_dir, endpoint, offline
-from zoo.loading.hub_transfer import check_file, download
-from zoo.loading.hub_types import HubSource, Note, Progress, Remote, RemoteFile, human_bytes
+from zoo.loading.hub.cache import RepoCache
+from zoo.loading.hub.choice import Chosen, choose, choose_small
+from zoo.loading.hub.client import client, client_utils
+from zoo.loading.hub.errors import Ask, is_name, told_apart
+from zoo.loading.hub.headers import address
+from zoo.loading.hub.listing import list_files, parse_source
+from zoo.loading.hub.settings import cache_dir, endpoint, offline
+from zoo.loading.hub.transfer import check_file, download
+from zoo.loading.hub.types import HubSource, Note, Progress, Remote, RemoteFile, human_bytes
 from zoo.registry.errors import FetchError
-
-__all__ = [
-    "CachedRevision",
-    "Chosen",
-    "FetchPlan",
-    "HubSource",
-    "Note",
-    "Progress",
-    "Remote",
-    "RemoteFile",
-    "cache_dir",
-    "cached",
-    "choose",
-    "fetch",
-    "human_bytes",
-    "list_files",
-    "offline",
-    "plan_fetch",
-    "ranged_headers",
-    "read_file",
-    "remove",
-]
 
 CLIENT_ABOVE = 50_000_000_000
 """Bytes above which the hub serves a file through its own storage protocol only, which the client speaks."""

@@ -13,8 +13,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.loading.hub_settings import cache_dir
-from zoo.loading.hub_types import Remote, RemoteFile, is_commit
+from zoo.loading.hub.settings import cache_dir
+from zoo.loading.hub.types import Remote, RemoteFile, is_commit
 
 
 @dataclass(frozen=True)

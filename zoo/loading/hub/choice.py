@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zoo.loading.hub_types import RemoteFile, human_bytes
+from zoo.loading.hub.types import RemoteFile, human_bytes
 from zoo.registry.errors import FetchError
 
 _COMPANIONS = re.compile(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from zoo.loading.hub_settings import cache_dir, endpoint
+from zoo.loading.hub.settings import cache_dir, endpoint
 from zoo.registry.errors import FetchError
 
 LOG_IN = "set HF_TOKEN or run `hf auth login`"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from zoo.loading.hub_cache import RepoCache
-from zoo.loading.hub_client import client
-from zoo.loading.hub_errors import Ask, told_apart
-from zoo.loading.hub_settings import cache_dir, endpoint, offline
-from zoo.loading.hub_transfer import WAITS
-from zoo.loading.hub_types import HubSource, Remote, RemoteFile, check_names, is_commit
+from zoo.loading.hub.cache import RepoCache
+from zoo.loading.hub.client import client
+from zoo.loading.hub.errors import Ask, told_apart
+from zoo.loading.hub.settings import cache_dir, endpoint, offline
+from zoo.loading.hub.transfer import WAITS
+from zoo.loading.hub.types import HubSource, Remote, RemoteFile, check_names, is_commit
 from zoo.registry.errors import FetchError
 
 
