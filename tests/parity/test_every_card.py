@@ -86,7 +86,8 @@ def transformers_model(card: dict[str, Any]) -> Any:
     model_type = reference(card["name"])
     row = families()["config.json"][model_type]
     keys = {word: keys_of(row, word) for word in row["names"]}
-    settings = {keys[word][0]: value for word, value in words(card).items() if keys.get(word)}
+    settings = {key: allowed[0] for key, allowed in row["only"].items()}
+    settings |= {keys[word][0]: value for word, value in words(card).items() if keys.get(word)}
     settings["rope_parameters"] = rope_parameters(layers_of(card)[0]["mixer"]["rope"])
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **settings))
 
@@ -108,7 +109,7 @@ def words(card: dict[str, Any]) -> dict[str, Any]:
         "context_length": card["context_length"],
         "num_layers": len(layers),
         **{name: mixer[name] for name in ("num_heads", "num_kv_heads", "head_dim")},
-        "hidden_dim": (ffn.get("expert") or ffn)["hidden_dim"],
+        **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
         "window": max(window or 0 for window in windows) or None,
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
         **{name: ffn[name] for name in ("num_experts", "experts_per_token") if name in ffn},
@@ -169,7 +170,7 @@ def native_model(mistral_inference: ModuleType, card: dict[str, Any]) -> Any:
         "n_heads": mixer["num_heads"],
         "n_kv_heads": mixer["num_kv_heads"],
         "head_dim": mixer["head_dim"],
-        "hidden_dim": (ffn.get("expert") or ffn)["hidden_dim"],
+        **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
         "norm_eps": card["model"]["norm"]["eps"],
     }
     if ffn["kind"] == "moe":

@@ -9,6 +9,10 @@ from zoo.loading.infer.families import Node, families, keys_of
 from zoo.loading.infer.ropes import RopeOfConfig, rope_of_params
 from zoo.loading.infer.settings import Settings
 
+MODEL_NUMBERS = ("embedding_scale", "logits_divisor", "logits_softcap")
+MIXER_NUMBERS = ("scale", "softcap")
+BLOCK_NUMBERS = ("residual_scale",)
+
 
 class Architecture:
     """Reads a settings file by a row of families.yaml. Every method raises CardError for values that do not fit."""
@@ -18,19 +22,30 @@ class Architecture:
 
     def model(self) -> Node:
         """The card's `model`."""
-        norm = {"kind": "rms", "eps": self.settings.number(self.key("eps"))}
+        norm = {"kind": self.row.get("norm", "rms"), "eps": self.settings.number(self.key("eps"))}
+        block = {"kind": self.row["block"], **self.numbers(BLOCK_NUMBERS)} if "block" in self.row else {}
         windows, mixer, ffn = self.windows(), self.mixer(norm), self.ffn()
-        layers = [{"mixer": mixer if w is None else {**mixer, "window": w}, "ffn": ffn} for w in windows]
+        ropes = self.ropes(mixer["rope"], windows)
+        mixers = [mixer | {"rope": rope} | ({"window": w} if w else {}) for rope, w in zip(ropes, windows, strict=True)]
         return {
             "dim": self.count("dim"),
             "vocab_size": self.count("vocab_size"),
             "tied_embeddings": self.settings.flag(self.key("tied_embeddings")),
+            **self.numbers(MODEL_NUMBERS),
+            **({"embedding_scale": self.count("dim") ** 0.5} if self.row.get("embedding_scale") == "sqrt_dim" else {}),
             "norm": norm,
-            "layers": runs(layers),
+            "layers": runs([block | {"mixer": one, "ffn": ffn} for one in mixers]),
         }
 
+    def numbers(self, words: Sequence[str]) -> Node:
+        """Of these words, the ones that the architecture has and the file does not leave at null."""
+        stated = [word for word in words if keys_of(self.row, word) and not self.settings.is_null(self.key(word))]
+        return {word: self.settings.number(self.key(word)) for word in stated}
+
     def key(self, word: str) -> str:
-        return keys_of(self.row, word)[0]
+        """The key of a word: of several, the one that the file has."""
+        keys = keys_of(self.row, word)
+        return next((key for key in keys if self.settings.has(key)), keys[0])
 
     def value(self, word: str) -> Any:
         """What the file says for a word, or its default; None where the architecture has no such thing."""
@@ -54,8 +69,15 @@ class Architecture:
             "rope": rope,
             **fixed,
             **{word: True for word in biases if self.settings.flag(self.key(word))},
+            **self.scale(size),
+            **self.numbers(MIXER_NUMBERS),
             **({"query_scaling": scaling} if scaling else {}),
         }
+
+    def scale(self, head_dim: int) -> Node:
+        """What the scores are multiplied with, where it is not the usual head_dim^-0.5."""
+        size = self.value("scale_dim")
+        return {} if size in (None, head_dim) else {"scale": float(self.count("scale_dim") ** -0.5)}
 
     def head_dim(self, heads: int) -> int:
         """As the file says; a config.json may leave it out where it is dim / num_heads."""
@@ -69,11 +91,31 @@ class Architecture:
     def rope(self, head_dim: int) -> tuple[Node, Node | None]:
         if self.row["rope"] == "params":
             return rope_of_params(self.settings, windowed=self.value("window") is not None)
-        return RopeOfConfig(self.settings, head_dim, self.count("context_length")).nodes()
+        return self.reader(head_dim).nodes()
+
+    def reader(self, head_dim: int) -> RopeOfConfig:
+        by_type = bool(keys_of(self.row, "local_theta"))
+        return RopeOfConfig(self.settings, head_dim, self.count("context_length"), by_type)
+
+    def ropes(self, rope: Node, windows: Sequence[int | None]) -> list[Node | None]:
+        """The rope of every layer: of those with a window by a key of their own, or of some layers none."""
+        if keys_of(self.row, "local_theta"):
+            local = self.reader(self.head_dim(self.count("num_heads"))).local(self.key("local_theta"))
+            return [local if window else rope for window in windows]
+        return [rope if turned else None for turned in self.every("rope_layers", "no_rope_every", len(windows))]
+
+    def every(self, listed: str, interval: str, layers: int) -> list[bool]:
+        """For each layer what a list says of it, or else whether it is none of every so many."""
+        flags, count = self.value(listed), self.value(interval)
+        if flags is None:
+            return [not count or (i + 1) % count != 0 for i in range(layers)]
+        if not isinstance(flags, list) or len(flags) != layers:
+            raise self.settings.wrong(self.key(listed), flags, f"a list of {layers} layers")
+        return [bool(flag) for flag in flags]
 
     def ffn(self) -> Node:
         known = families()["activations"]
-        activation = self.settings.need(self.key("activation"))
+        activation = self.value("activation") or self.settings.need(self.key("activation"))
         if activation not in known:
             raise self.settings.wrong(self.key("activation"), activation, f"one of {', '.join(known)}")
         hidden = self.count("hidden_dim")
@@ -107,6 +149,9 @@ class Architecture:
             if not window or layers % len(window):
                 raise self.settings.wrong(self.key("window"), window, f"a list whose length divides {layers} layers")
             return [self.window(item) for item in window] * (layers // len(window))
+        if kinds is None and keys_of(self.row, "full_every"):
+            last = self.count("full_every")
+            return [self.window(window) if (i + 1) % last else None for i in range(layers)]
         if kinds is None:
             return [self.window(window) if i >= first else None for i in range(layers)]
         return self.typed(kinds, layers, self.window(window))

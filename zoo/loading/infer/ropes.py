@@ -9,6 +9,8 @@ from zoo.loading.infer.families import Node, families
 from zoo.loading.infer.settings import Settings
 from zoo.registry.errors import CardError
 
+FULL, LOCAL = "full_attention", "sliding_attention"
+
 
 def rope_of_params(settings: Settings, windowed: bool) -> tuple[Node, Node | None]:
     """The nodes `rope` and `query_scaling` from rope_theta, yarn and llama_4_scaling of a params.json."""
@@ -38,9 +40,19 @@ def rope_of_params(settings: Settings, windowed: bool) -> tuple[Node, Node | Non
 class RopeOfConfig:
     """rope_parameters, or rope_theta and rope_scaling. transformers: modeling_rope_utils.py."""
 
-    def __init__(self, settings: Settings, head_dim: int, context: int) -> None:
+    def __init__(self, settings: Settings, head_dim: int, context: int, by_type: bool = False) -> None:
+        """`by_type`: layers with and without a window may have mappings of their own."""
         self.settings, self.head_dim, self.context = settings, head_dim, context
         self.at = "rope_scaling" if settings.has("rope_scaling") else "rope_parameters"
+        if by_type and settings.has(f"rope_parameters.{FULL}"):
+            self.at = f"rope_parameters.{FULL}"
+
+    def local(self, theta: str) -> Node:
+        """The rope of layers with a window: as a mapping of their own says, else plain with the theta of this key."""
+        if self.settings.has(f"rope_parameters.{LOCAL}"):
+            self.at = f"rope_parameters.{LOCAL}"
+            return self.nodes()[0]
+        return {"theta": self.settings.number(theta)}
 
     def get(self, key: str) -> Any:
         """A key of the mapping; the family's defaults hold only where the file has no such mapping."""
