@@ -174,6 +174,12 @@ def at(path: str) -> Act:
     return lambda desk: path.format(folder=desk.folder)
 
 
+MAMBA = {
+    f"model.backbone.layers.{layer}.mixer.{name}": torch.ones(shape)
+    for layer in (0, 1)
+    for name, shape in {"A_log": (4,), "D": (4,), "in_proj.weight": (300, 64), "norm.weight": (128,)}.items()
+} | {"model.backbone.embedding.weight": torch.ones(509, 64), "model.lm_head.weight": torch.ones(509, 64)}
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14483498224\n"
 DIFFER = "the files and the card differ in"
 AGAIN = "Fetch the file again."
@@ -385,10 +391,10 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         ["little: the card names no place to fetch weights from", "`--weights FOLDER`"],
     ),
     # Settings
-    "a Mamba model": (
-        lambda desk: desk.put("params.json", {"dim": 4096, "n_groups": 8, "model_type": "mamba"}) and None,
-        CardError,
-        ["params.json: architecture 'mamba' is not supported yet"],
+    "a Mamba model under a transformer's settings": (
+        lambda desk: save_file(MAMBA, desk.weights),
+        WeightsError,
+        [DIFFER, "layers.0.mixer.q.weight [96, 64] (in a file: ", "backbone.layers.0.mixer.A_log [4]"],
     ),
     "an unknown architecture": (
         config(model_type="mistrall"),
@@ -425,9 +431,9 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         ["num_attention_heads", "found 5; expected a divisor of hidden_size, 64"],
     ),
     "an unknown rope": (
-        config(rope_scaling={"type": "dynamic", "factor": 2.0}),
+        config(rope_scaling={"type": "spiral", "factor": 2.0}),
         CardError,
-        ['found "dynamic"; expected one of default, linear, llama3, yarn'],
+        ['found "spiral"; expected one of default, linear, llama3, yarn'],
     ),
     "settings that are cut": (
         lambda desk: desk.put("params.json", '{"dim": 64,\n "n_layers":') and None,
