@@ -1,75 +1,115 @@
 """Writes the reference pages from the code, so that they cannot drift; `--check` fails when a page is out of date.
 
-python docs/generate.py            # write docs/cards.md, docs/components.md, docs/cli.md and README's table
+python docs/generate.py            # write docs/cards.md, components.md and cli.md, and lists inside of other pages
 python docs/generate.py --check    # exit status 1 and a list when one of them differs
 """
 
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import click
+import yaml
 
 from zoo.api import inspect
 from zoo.api import list as cards
 from zoo.cli import BUILTIN, cli
 from zoo.cli.console import number, size
 from zoo.inspection import Inspection
+from zoo.loading.infer.families import families
 from zoo.registry.manager import Manager
 from zoo.registry.spec import Inherited, Slot, Spec
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- cards: made by docs/generate.py -->", "<!-- end of cards -->"
 MADE = "<!-- Made by docs/generate.py from the code: change that, then run `make docs`. -->\n\n"
 
 
 def pages() -> dict[Path, str]:
     """Every generated file and what it should hold."""
-    inspections = [inspect(card) for card in cards() if not _from_plugin(card.name)]
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
+    by_family = _by_family([inspect(card) for card in cards() if not _from_plugin(card.name)])
+    lists = {"architectures": _architectures(), "layouts": _layouts()}
     return {
-        readme: f"{before}{BEGIN}\n{_card_table(inspections)}\n{END}{after}",
-        ROOT / "docs/cards.md": MADE + _cards_page(inspections),
+        ROOT / "README.md": _with_lists(ROOT / "README.md", {"cards": _card_table(by_family)}),
+        ROOT / "docs/formats.md": _with_lists(ROOT / "docs/formats.md", lists),
+        ROOT / "docs/cards.md": MADE + _cards_page(by_family),
         ROOT / "docs/components.md": MADE + _components_page(),
         ROOT / "docs/cli.md": MADE + _cli_page(),
     }
+
+
+def _with_lists(page: Path, lists: dict[str, str]) -> str:
+    """The page with what stands between the marks of each name replaced."""
+    text = page.read_text(encoding="utf-8")
+    for name, made in lists.items():
+        begin, end = f"<!-- {name}: made by docs/generate.py -->", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{made}\n{end}{after}"
+    return text
+
+
+def _architectures() -> str:
+    return ", ".join(f"`{name}`" for name in families()["config.json"])
+
+
+def _layouts() -> str:
+    resources = Manager(installed=False).layouts()
+    tables = {name: yaml.safe_load(resource.file.read_bytes()) for name, resource in resources.items()}
+    rows = ["| layout | names |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{name}` | {table['summary']} |" for name, table in tables.items())])
+
+
+def _by_family(inspections: list[Inspection]) -> dict[str, list[Inspection]]:
+    """The largest family first."""
+    names = Counter(i.card.family for i in inspections)
+    return {name: [i for i in inspections if i.card.family == name] for name, _ in names.most_common()}
 
 
 def _from_plugin(name: str) -> bool:
     return name not in Manager(installed=False).cards()
 
 
-def _card_table(inspections: list[Inspection]) -> str:
-    rows = ["| card | parameters | active | context | licence |", "|---|---:|---:|---:|---|"]
-    for i in inspections:
+def _card_table(by_family: dict[str, list[Inspection]]) -> str:
+    rows = ["| card | family | parameters | active | context | licence |", "|---|---|---:|---:|---:|---|"]
+    for i in (i for family in by_family.values() for i in family):
         active = number(i.active_parameters) if i.active_parameters != i.parameters else ""
         rows.append(
-            f"| `{i.card.name}` | {number(i.parameters)} | {active} | {i.card.context_length:,} | {i.card.license} |"
+            f"| [`{i.card.name}`](docs/cards.md#{_anchor(i)}) | {i.card.family} | {number(i.parameters)} | {active} "
+            f"| {i.card.context_length:,} | {i.card.license} |"
         )
     return "\n".join(rows)
 
 
-def _cards_page(inspections: list[Inspection]) -> str:
-    parts = ["# Cards\n\nWhat `zoo list` knows. Bytes are for the card's own number format.\n"]
-    for i in inspections:
-        card = i.card
-        source = (
-            f"[{card.source.hub}](https://huggingface.co/{card.source.hub})" if card.source.hub else "in the package"
-        )
-        parts.append(
-            f"\n## {card.name}\n\n{card.summary}\n\n"
-            f"- {number(i.parameters)} parameters{_active(i)}; {size(i.weight_bytes)} of weights in {i.dtype}\n"
-            f"- context of {card.context_length:,} tokens; {_cache(i)}\n"
-            f"- features: {', '.join(card.text.features) or 'none'}\n"
-            f"- licence {card.license}; released {card.released or 'unknown'}; weights: {source}\n\n"
-            + "".join(_layer_row(row) for row in i.layers())
-        )
+def _anchor(inspection: Inspection) -> str:
+    """The name of the card's heading in links, as GitHub makes it."""
+    return inspection.card.name.lower().replace(".", "")
+
+
+def _cards_page(by_family: dict[str, list[Inspection]]) -> str:
+    parts = ["# Cards\n\nWhat `zoo list` knows. Bytes are for the card's own number format.\n\n"]
+    for name, family in by_family.items():
+        parts.append(f"- {name}: " + ", ".join(f"[{i.card.name}](#{_anchor(i)})" for i in family) + "\n")
+    for name, family in by_family.items():
+        parts += [f"\n## {name}\n", *map(_card, family)]
     return "".join(parts)
+
+
+def _card(i: Inspection) -> str:
+    card = i.card
+    hub = card.source.hub
+    source = f"[{hub}](https://huggingface.co/{hub})" if hub else "in the package"
+    return (
+        f"\n### {card.name}\n\n{card.summary}\n\n"
+        f"- {number(i.parameters)} parameters{_active(i)}; {size(i.weight_bytes)} of weights in {i.dtype}\n"
+        f"- context of {card.context_length:,} tokens; {_cache(i)}\n"
+        f"- features: {', '.join(card.text.features) or 'none'}\n"
+        f"- licence {card.license}; released {card.released or 'unknown'}; weights: {source}\n\n"
+        + "".join(_layer_row(row) for row in i.layers())
+    )
 
 
 def _active(inspection: Inspection) -> str:

@@ -309,18 +309,12 @@ def code(*folders: str) -> str:
 def test_formats_are_those_of_the_code() -> None:
     from zoo.loading.files import KNOWN
     from zoo.loading.infer.families import families
-    from zoo.loading.layouts import layouts
     from zoo.text.mistral_files import VERSIONS
 
-    settings = section(FORMATS, "Settings")
-    models = re.search(r"`model_type` (.*?), in the spellings", settings)
-    assert models is not None
-    assert set(SPAN.findall(models[1])) == set(families()["config.json"])
-    assert str(families()["assumed_context"]) in settings
+    assert str(families()["assumed_context"]) in section(FORMATS, "Settings")
     sets = section(FORMATS, "Which set of weights")
     rows = re.findall(r"^\| \d \| (`.*?`) \|", sets, re.MULTILINE)
     assert [name for row in rows for name in SPAN.findall(row)] == [*KNOWN]
-    assert first_cells(section(FORMATS, "Tensor names")) == [*layouts()]
     versions = re.search(r"Versions of Mistral's tokenizer: (.*)\.", section(FORMATS, "Tokenizers and chat formats"))
     assert versions is not None
     assert versions[1].split(", ") == [*VERSIONS]
