@@ -38,6 +38,11 @@ NATIVE = ("mistral", "zoo")
 """Families that Mistral's own layout can name."""
 
 WINDOW, ORIGINAL, LENGTH = 7, 16, 19
+RECURRENT: dict[str, dict[str, int]] = {
+    "mamba2": {"num_heads": 16, "head_dim": 6, "state_size": 6},
+    "mamba1": {"inner_dim": 80, "state_size": 6, "dt_rank": 3},
+}
+"""Sizes of a shrunk mixer; twice the model's, together, as transformers asks for."""
 TOLERANCE = 1e-4
 
 
@@ -53,16 +58,20 @@ def plain(name: str) -> dict[str, Any]:
 def shrunk(name: str) -> dict[str, Any]:
     """The card with small sizes, and each of its patterns once, or twice where it is one layer."""
     card = plain(name)
-    card["context_length"] = 64
+    stateful = layers_of(card)[0]["mixer"]["kind"] in RECURRENT  # whose files state no context
+    card["context_length"] = families()["assumed_context"] if stateful else 64
     for run in card["model"]["layers"]:
         run["repeat"] = 1 if len(run["pattern"]) > 1 else 2
         run["pattern"] = [_layer(node) for node in run["pattern"]]
-    whole = lcm(layers_of(card)[0]["mixer"]["num_heads"], 4)  # what some classes of transformers ask for
+    whole = lcm(layers_of(card)[0]["mixer"].get("num_heads", 1), 4)  # what some classes of transformers ask for
     card["model"] |= {"dim": whole * ceil(40 / whole), "vocab_size": 131}
     return card
 
 
 def _layer(node: dict[str, Any]) -> dict[str, Any]:
+    if node["mixer"]["kind"] in RECURRENT:
+        sizes = RECURRENT[node["mixer"]["kind"]]
+        return node | {"mixer": {key: sizes.get(key, value) for key, value in node["mixer"].items()}}
     mixer, ffn = dict(node["mixer"]), dict(node["ffn"])
     groups = mixer["num_heads"] // mixer["num_kv_heads"]
     mixer |= {"num_heads": 2 * groups, "num_kv_heads": 2, "head_dim": 6}
@@ -88,7 +97,8 @@ def transformers_model(card: dict[str, Any]) -> Any:
     keys = {word: keys_of(row, word) for word in row["names"]}
     settings = {key: allowed[0] for key, allowed in row["only"].items()}
     settings |= {keys[word][0]: value for word, value in words(card).items() if keys.get(word)}
-    settings["rope_parameters"] = rope_parameters(layers_of(card)[0]["mixer"]["rope"])
+    if "rope" in (mixer := layers_of(card)[0]["mixer"]):
+        settings["rope_parameters"] = rope_parameters(mixer["rope"])
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **settings))
 
 
@@ -99,8 +109,7 @@ def layers_of(card: dict[str, Any]) -> list[dict[str, Any]]:
 def words(card: dict[str, Any]) -> dict[str, Any]:
     """The card in the words of families.yaml."""
     layers = layers_of(card)
-    mixer, ffn = layers[0]["mixer"], layers[0]["ffn"]
-    windows = [layer["mixer"].get("window") for layer in layers]
+    recurrent = layers[0]["mixer"]["kind"] in RECURRENT
     return {
         "dim": card["model"]["dim"],
         "vocab_size": card["model"]["vocab_size"],
@@ -108,12 +117,24 @@ def words(card: dict[str, Any]) -> dict[str, Any]:
         "eps": card["model"]["norm"]["eps"],
         "context_length": card["context_length"],
         "num_layers": len(layers),
+        **(recurrent_words(layers[0]["mixer"]) if recurrent else attention_words(layers)),
+    }
+
+
+def attention_words(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    mixer, ffn = layers[0]["mixer"], layers[0]["ffn"]
+    windows = [layer["mixer"].get("window") for layer in layers]
+    return {
         **{name: mixer[name] for name in ("num_heads", "num_kv_heads", "head_dim")},
         **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
         "window": max(window or 0 for window in windows) or None,
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
         **{name: ffn[name] for name in ("num_experts", "experts_per_token") if name in ffn},
     }
+
+
+def recurrent_words(mixer: dict[str, Any]) -> dict[str, Any]:
+    return {**mixer, "bcdt_eps": mixer.get("bcdt_norm", {}).get("eps")}
 
 
 def rope_parameters(rope: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +205,7 @@ def test_layouts_close_at_full_size(name: str, mistral_inference: ModuleType) ->
     card = plain(name)
     with torch.device("meta"):
         models = {"huggingface": transformers_model(card)}
-        if load_card(name).family in NATIVE:
+        if load_card(name).family in NATIVE and layers_of(card)[0]["mixer"]["kind"] == "attention":
             models["mistral"] = native_model(mistral_inference, card)
         assemble(resolve(Card.from_dict(card)), torch.bfloat16)
     for layout, model in models.items():
