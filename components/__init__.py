@@ -12,6 +12,7 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     """One line per component: its slot, its kind, the dotted path of its Spec."""
     register("model", "decoder", "zoo.components.decoder.spec:DecoderSpec")
     register("block", "prenorm", "zoo.components.decoder.spec:PrenormSpec")
+    register("block", "postnorm", "zoo.components.block.spec:PostnormSpec")
     register("mixer", "attention", "zoo.components.attention.spec:AttentionSpec")
     register("mixer", "mamba1", "zoo.components.mamba.spec:Mamba1Spec")
     register("mixer", "mamba2", "zoo.components.mamba.spec:Mamba2Spec")

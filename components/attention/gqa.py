@@ -20,8 +20,9 @@ class Attention(nn.Module):
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self.qkv = Linear(spec.dim, sum(self.heads) * spec.head_dim, bias=spec.qkv_bias)
         self.o = Linear(spec.num_heads * spec.head_dim, spec.dim, bias=spec.o_bias)
-        self.q_norm = None if spec.qk_norm is None else make(spec.qk_norm)
-        self.k_norm = None if spec.qk_norm is None else make(spec.qk_norm)
+        children = spec.children()
+        self.q_norm = make(children["q_norm"]) if "q_norm" in children else None
+        self.k_norm = make(children["k_norm"]) if "k_norm" in children else None
         self.rope = None if spec.rope is None else make(spec.rope)
 
     def forward(self, x_TD: Tensor, step: Step, state: KVState) -> Tensor:
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         qk_TAd, v_TGd = qkv_TAd.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)
-            qk_TAd = torch.cat((self.q_norm(q_THd), self.k_norm(k_TGd)), dim=1)
+            qk_TAd = torch.cat((self._normed(self.q_norm, q_THd), self._normed(self.k_norm, k_TGd)), dim=1)
         if self.rope is not None:
             qk_TAd = self.rope(qk_TAd, step)
         q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)
@@ -40,6 +41,11 @@ class Attention(nn.Module):
         o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=spec.head_dim**-0.5, window=spec.window)
         o_TD: Tensor = self.o(o_THd.flatten(1))
         return o_TD
+
+    def _normed(self, norm: nn.Module, x_THd: Tensor) -> Tensor:
+        whole = self.spec.qk_norm_span == "projection"
+        normed_THd: Tensor = norm(x_THd.flatten(1)).view(x_THd.shape) if whole else norm(x_THd)
+        return normed_THd
 
 
 def _query_scale(scaling: QueryScaling, step: Step) -> Tensor:

@@ -44,6 +44,9 @@ class AttentionSpec(Spec):
     qk_norm: Annotated[Spec | None, Slot("norm", bind={"dim": "head_dim"})] = Field(
         default=None, description="Norm of each query and key head before rope; null for none."
     )
+    qk_norm_span: Literal["head", "projection"] = Field(
+        default="head", description="What qk_norm takes at once: each head, or all heads of the projection together."
+    )
     query_scaling: QueryScaling | None = Field(
         default=None, description="Scaling of queries far into a long context; null for none."
     )
@@ -58,6 +61,8 @@ class AttentionSpec(Spec):
                 "num_heads must be a multiple of num_kv_heads; "
                 f"found num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads}"
             )
+        if self.qk_norm is None and self.qk_norm_span != "head":
+            raise ValueError("qk_norm_span has no effect without qk_norm; found qk_norm null")
         return self
 
     def parameters(self) -> dict[str, Param]:
@@ -85,6 +90,9 @@ class AttentionSpec(Spec):
         found: dict[str, Spec] = {}
         if self.qk_norm is not None:
             found |= {"q_norm": self.qk_norm, "k_norm": self.qk_norm}
+        if self.qk_norm is not None and self.qk_norm_span == "projection":
+            heads = {"q_norm": self.num_heads, "k_norm": self.num_kv_heads}
+            found = {n: self.qk_norm.model_copy(update={"dim": h * self.head_dim}) for n, h in heads.items()}
         if self.rope is not None:
             found["rope"] = self.rope
         return found

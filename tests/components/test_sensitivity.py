@@ -75,6 +75,10 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "qkv_bias": ({}, {"mixer": {"qkv_bias": True}}),
         "o_bias": ({}, {"mixer": {"o_bias": True}}),
         "qk_norm": ({}, {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}}),
+        "qk_norm_span": (
+            {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}},
+            {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}, "qk_norm_span": "projection"}},
+        ),
         "query_scaling": ({}, {"mixer": {"query_scaling": SCALING}}),
         "query_scaling.beta": (
             {"mixer": {"query_scaling": SCALING}},
@@ -156,6 +160,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     ("cache", "full"): {},
     ("cache", "window"): {},
     ("cache", "recurrent"): {},
+    ("block", "postnorm"): {},
     ("block", "prenorm"): {},
 }
 ONLY_KIND = {("moe", "router")}

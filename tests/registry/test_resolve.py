@@ -20,7 +20,8 @@ Change = Callable[[str, str], Card]
 FFN = "ffn: {kind: gated, hidden_dim: 24}"
 ROPE = "rope: {theta: 1.0e4}"
 HEADS = "head_dim: 4,"
-MIXER_KEYS = "kind, num_heads, num_kv_heads, head_dim, window, rope, qkv_bias, o_bias, qk_norm, query_scaling, cache"
+MIXER_KEYS = "kind, num_heads, num_kv_heads, head_dim, window, rope, qkv_bias, o_bias, qk_norm, "
+MIXER_KEYS += "qk_norm_span, query_scaling, cache"
 
 MISTAKES = {
     "wrong type": ("dim: 16", "dim: '16'", "4: model.dim: wrong value; found the text '16'; expected an integer."),
