@@ -199,7 +199,8 @@ MISTAKES = {
     "unknown layout": (
         "name: small",
         "name: small\nsource: {layout: mistrl}",
-        "2: source.layout: unknown weight layout; found 'mistrl'; expected one of auto, mistral, huggingface, zoo. "
+        "2: source.layout: unknown weight layout; found 'mistrl'; expected one of auto, mistral, huggingface, "
+        "huggingface_postnorm, zoo. "
         "Did you mean 'mistral'?",
     ),
     "unknown chat": (
