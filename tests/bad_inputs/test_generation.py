@@ -24,8 +24,8 @@ CONTEXT, WINDOW = 512, 8
 IDS = [1, 1072, 1299]
 
 
-def ask(prompt: Any = None, **options: Any) -> Ask:
-    return lambda model: model.generate([IDS] if prompt is None else prompt, **{"max_tokens": 2, **options})
+def ask(prompt: Any = (IDS,), **options: Any) -> Ask:
+    return lambda model: model.generate(prompt, **{"max_tokens": 2, **options})
 
 
 NO_PROMPT = "expected a text, a list of token ids or of messages, or a list of these"
@@ -64,7 +64,7 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
         RequestError,
         "prompt[1]: the prompt is not a sequence of token ids; found 2.5",
     ),
-    "None": (lambda model: model.generate(None), RequestError, f"prompts: not a prompt; found NoneType; {NO_PROMPT}"),
+    "None": (ask(None), RequestError, f"prompts: not a prompt; found NoneType; {NO_PROMPT}"),
     "a number": (ask(5), RequestError, f"prompts: not a prompt; found int; {NO_PROMPT}"),
     "bytes": (ask(b"Hello"), RequestError, f"prompts: not a prompt; found bytes; {NO_PROMPT}"),
     "a message without its list": (

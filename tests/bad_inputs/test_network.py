@@ -260,15 +260,19 @@ def test_a_card_without_a_repository(desk: Desk) -> None:
 # --- strange, and right -----------------------------------------------------------------------------------------------
 
 
-def fetched(*then: Act) -> Act:
-    """A whole model in the cache, and what happens after that."""
+def steps(*acts: Act) -> Act:
+    """One after the other."""
 
     def act(hub: Hub, desk: Desk) -> None:
-        assert desk.command("pull", "ann.yaml").code == 0
-        for each in then:
+        for each in acts:
             each(hub, desk)
 
     return act
+
+
+def in_cache(hub: Hub, desk: Desk) -> None:
+    """The whole model was fetched before."""
+    assert desk.command("pull", "ann.yaml").code == 0
 
 
 def no_sockets(hub: Hub, desk: Desk) -> None:
@@ -316,22 +320,22 @@ WORKS: dict[str, Act] = {
     "a connection that drops at half": fault(WEIGHTS, "drop", at=224_000, times=1),
     "a connection that drops at the end": fault(WEIGHTS, "drop", at=445_000, times=1),
     "a body that ends early": fault(WEIGHTS, "cut", at=224_000, times=1),
-    "a server that ignores ranges": lambda hub, desk: (
-        hub.fault(WEIGHTS, "drop", at=224_000, times=1),
-        hub.fault(WEIGHTS, "no_ranges"),
+    "a server that ignores ranges": steps(
+        fault(WEIGHTS, "drop", at=224_000, times=1),
+        fault(WEIGHTS, "no_ranges"),
     ),
     "trouble that passes": fault("api", "status", at=503, times=2),
     "a run that broke off before": broken_off,
-    "one wrong byte, once": lambda hub, desk: (
-        hub.fault(WEIGHTS, "corrupt", times=1),
-        desk.command("pull", "ann.yaml"),
+    "one wrong byte, once": steps(
+        fault(WEIGHTS, "corrupt", times=1),
+        lambda hub, desk: desk.command("pull", "ann.yaml"),
     ),
     "no right to make links": no_links,
     "both weight sets": both_sets,
-    "offline with all": fetched(variable("HF_HUB_OFFLINE", "1"), no_sockets),
-    "nobody listens, all in the cache": fetched(nobody),
-    "a gate closed since": fetched(gated()),
-    "a cache that cannot be written, all in it": fetched(read_only),
+    "offline with all": steps(in_cache, variable("HF_HUB_OFFLINE", "1"), no_sockets),
+    "nobody listens, all in the cache": steps(in_cache, nobody),
+    "a gate closed since": steps(in_cache, gated()),
+    "a cache that cannot be written, all in it": steps(in_cache, read_only),
 }
 
 

@@ -247,7 +247,7 @@ def test_written_control_tokens_on_the_command_line(opened: Open, desk: Desk) ->
 
 # --- tokenizer files ----------------------------------------------------------------------------------------------
 
-FileAct = Callable[["Desk"], Any]
+FileAct = Callable[["Desk"], dict[str, Any]]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 
 
@@ -274,15 +274,27 @@ def with_both(**changes: Any) -> FileAct:
     return act
 
 
-def renamed(name: str) -> FileAct:
-    """tokenizer.model.v1 under another name."""
+def named(name: str, version: str = "v1") -> FileAct:
+    """The SentencePiece file of a version under a name."""
 
     def act(desk: Desk) -> dict[str, Any]:
-        desk.become("v1")
-        (desk.folder / "tokenizer.model.v1").rename(desk.folder / name)
+        desk.become(version)
+        (desk.folder / f"tokenizer.model.{version}").rename(desk.folder / name)
         return {}
 
     return act
+
+
+def too_large(desk: Desk) -> dict[str, Any]:
+    """The tokenizer of another model."""
+    shutil.copy(desk.checkpoint("v7-tekken") / "tekken.json", desk.folder)
+    return {}
+
+
+def both_kinds(desk: Desk) -> dict[str, Any]:
+    """Mistral's tokenizer, and a tokenizer.json with its template."""
+    desk.become("v7-tekken")
+    return hugging_face(CHATML)(desk)
 
 
 def hugging_face(template: str | None, **config: Any) -> FileAct:
@@ -330,11 +342,11 @@ FILES: dict[str, tuple[FileAct, list[str]]] = {
         ["not of the card's version; found tekken.json (v7), tokenizer.model.v1 (v1); expected version v3"],
     ),
     "more tokens than the model has": (
-        lambda desk: shutil.copy(desk.checkpoint("v7-tekken") / "tekken.json", desk.folder) and {},
+        too_large,
         ["does not fit the model", "found 1400 token ids for a vocabulary of 509", "that belongs to these weights"],
     ),
     "a name that promises another version": (
-        renamed("tokenizer.model.v3"),
+        named("tokenizer.model.v3"),
         ["tokenizer.model.v3: the file's name and content disagree; found the pieces of v1"],
     ),
     "a chat format for another tokenizer": (
@@ -372,11 +384,11 @@ def test_tokenizer_file_refused(name: str, desk: Desk) -> None:
 GOOD_FILES: dict[str, tuple[FileAct, str, str]] = {
     "only tekken.json": (with_tekken(lambda data: data), "v7", ""),
     "only tokenizer.model": (
-        renamed("tokenizer.model"),
+        named("tokenizer.model"),
         "v1",
         "tokenizer: tokenizer.model (v1), the version read from its control pieces",
     ),
-    "only tokenizer.model with a version": (lambda desk: desk.become("v3") or {}, "v3", ""),
+    "only tokenizer.model with a version": (named("tokenizer.model.v3", "v3"), "v3", ""),
     "two files, and the card names one": (
         with_both(**{TEKKEN: "v1"}),
         "v1",
@@ -388,7 +400,7 @@ GOOD_FILES: dict[str, tuple[FileAct, str, str]] = {
         "tokenizer: tekken.json (v7), not tokenizer.model.v1 (v1): tekken first, then the newest",
     ),
     "Mistral's and Hugging Face's": (
-        lambda desk: (desk.become("v7-tekken"), hugging_face(CHATML)(desk))[1],
+        both_kinds,
         "v7",
         "",
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +29,47 @@ Tensors = dict[str, torch.Tensor]
 Act = Callable[["Desk"], Any]
 
 
+def steps(*acts: Act) -> Act:
+    """One after the other; what the last one points at."""
+    return lambda desk: [act(desk) for act in acts][-1]
+
+
+def put(name: str, content: bytes | str | dict[str, Any]) -> Act:
+    """Another file in the folder."""
+
+    def act(desk: Desk) -> None:
+        desk.put(name, content)
+
+    return act
+
+
+def removed(*names: str) -> Act:
+    """Files of the folder taken away."""
+
+    def act(desk: Desk) -> None:
+        for name in names:
+            (desk.folder / name).unlink()
+
+    return act
+
+
+def renamed(name: str) -> Act:
+    """The weight file under another name."""
+
+    def act(desk: Desk) -> None:
+        desk.weights.rename(desk.folder / name)
+
+    return act
+
+
+def at(path: str) -> Act:
+    """Points elsewhere; {folder} is the checkpoint. Acts that return nothing leave it at the checkpoint."""
+    return lambda desk: path.format(folder=desk.folder)
+
+
 def spoil(change: Callable[[bytes], bytes | str]) -> Act:
     """The weight file with other bytes."""
-    return lambda desk: desk.put(WEIGHTS, change(desk.weights.read_bytes())) and None
+    return lambda desk: put(WEIGHTS, change(desk.weights.read_bytes()))(desk)
 
 
 def edit(change: Callable[[Tensors], Any]) -> Act:
@@ -51,7 +88,7 @@ def split(desk: Desk, stem: str = "consolidated", tensors: Tensors | None = None
     whole = tensors or load_file(desk.weights)
     if tensors is None:
         desk.weights.unlink()
-    placed = {}
+    placed: dict[str, str] = {}
     for number in range(3):
         shard = f"{stem}-0000{number + 1}-of-00003.safetensors"
         names = sorted(whole)[number::3]
@@ -102,13 +139,8 @@ def pickled(content: Any, cut: int | None = None) -> Act:
 
 def replaced(name: str, content: bytes | str, *, given: bool = False) -> Act:
     """Another file instead of the weights; `given` points at the file itself."""
-
-    def act(desk: Desk) -> Path | None:
-        desk.weights.unlink()
-        file = desk.put(name, content)
-        return file if given else None
-
-    return act
+    made = steps(removed(WEIGHTS), put(name, content))
+    return steps(made, at(f"{{folder}}/{name}")) if given else made
 
 
 def params(**changes: Any) -> Act:
@@ -169,11 +201,6 @@ def card(old: str, new: str, **others: str) -> Act:
     return act
 
 
-def at(path: str) -> Act:
-    """Points elsewhere; {folder} is the checkpoint."""
-    return lambda desk: path.format(folder=desk.folder)
-
-
 MAMBA = {
     f"model.backbone.layers.{layer}.mixer.{name}": torch.ones(shape)
     for layer in (0, 1)
@@ -224,7 +251,7 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         ["1 weight file missing", f"found {SHARDS[0]}, {SHARDS[2]}", f"expected {SHARDS[1]}", "what is there is kept"],
     ),
     "a shard missing and no index": (
-        lambda desk: (split(desk), (desk.folder / SHARDS[1]).unlink())[1],
+        steps(split, removed(SHARDS[1])),
         WeightsError,
         ["1 weight file missing", f"expected {SHARDS[1]}"],
     ),
@@ -254,21 +281,18 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         [f"the index places tensor '{HEAD}' outside its folder", "found '../../etc/passwd'"],
     ),
     "an index that is cut": (
-        lambda desk: (split(desk), desk.put(INDEX, '{"weight_map": {'))[0] and None,
+        steps(split, put(INDEX, '{"weight_map": {')),
         WeightsError,
         [f"{INDEX}: not an index of weights", "expected `weight_map` in JSON"],
     ),
     "a tensor in two shards": (twice, WeightsError, ["is in two files", f"{SHARDS[0]} and {SHARDS[1]}"]),
     "a whole file beside shards of its name": (
-        lambda desk: (desk.weights.read_bytes(), split(desk), desk.put(WEIGHTS, b""))[1] and None,
+        steps(split, put(WEIGHTS, b"")),
         WeightsError,
         [f"two sets of weights are both named '{WEIGHTS}'", SHARDS[0], "Remove one of them"],
     ),
     "two files of the user's own names": (
-        lambda desk: (
-            shutil.copy(desk.weights, desk.folder / "a.safetensors"),
-            desk.weights.rename("model/b.safetensors"),
-        )[2:],
+        steps(renamed("a.safetensors"), put("b.safetensors", b"")),
         WeightsError,
         ["no telling which is meant; found a.safetensors, b.safetensors", "Point at one of the files"],
     ),
@@ -334,22 +358,22 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
     ),
     # What stands where
     "an empty folder": (
-        lambda desk: [file.unlink() for file in desk.folder.iterdir()][2:],
+        removed(WEIGHTS, "params.json"),
         CardError,
         ["no settings to infer a card from; found an empty folder; expected params.json or config.json"],
     ),
     "no settings": (
-        lambda desk: (desk.folder / "params.json").unlink(),
+        removed("params.json"),
         CardError,
         ["no settings to infer a card from; found consolidated.safetensors", "Or name a card"],
     ),
     "no weights": (
-        lambda desk: desk.weights.unlink(),
+        removed(WEIGHTS),
         WeightsError,
         ["no weights here; found params.json; expected cons"],
     ),
     "the folder above": (
-        lambda desk: desk.folder.parent,
+        at("{folder}/.."),
         CardError,
         ["no settings to infer a card from; found model", "Do you mean", "model?"],
     ),
@@ -366,12 +390,12 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
     ),
     "a path that is too long": (at("./" + "x" * 5000), CardError, ["not a path; found File name too long"]),
     "a file of another kind": (
-        lambda desk: desk.put("notes.txt", "remember the milk"),
+        steps(put("notes.txt", "remember the milk"), at("{folder}/notes.txt")),
         CardError,
         ["notes.txt:1: a card is a mapping; found the single value 'remember the milk'"],
     ),
     "a link to a file that is gone": (
-        lambda desk: (desk.weights.unlink(), desk.weights.symlink_to("gone"))[1],
+        steps(removed(WEIGHTS), lambda desk: desk.weights.symlink_to("gone")),
         WeightsError,
         [f"{WEIGHTS}: a link to a file that is gone; found -> gone"],
     ),
@@ -436,7 +460,7 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         ['found "spiral"; expected one of default, linear, llama3, yarn'],
     ),
     "settings that are cut": (
-        lambda desk: desk.put("params.json", '{"dim": 64,\n "n_layers":') and None,
+        put("params.json", '{"dim": 64,\n "n_layers":'),
         CardError,
         ["params.json:2: not valid JSON; found Expecting value"],
     ),
@@ -514,9 +538,13 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         CardError,
         ["little.yaml:4: tags are not allowed in a card"],
     ),
-    "a card of no lines": (lambda desk: desk.put("little.yaml", ""), CardError, ["little.yaml: the card is empty"]),
+    "a card of no lines": (
+        steps(put("little.yaml", ""), at("{folder}/little.yaml")),
+        CardError,
+        ["little.yaml: the card is empty"],
+    ),
     "a card that is no text": (
-        lambda desk: desk.put("little.yaml", b"\xff\xfe\0"),
+        steps(put("little.yaml", b"\xff\xfe\0"), at("{folder}/little.yaml")),
         CardError,
         ["little.yaml: not a text file"],
     ),
@@ -536,7 +564,8 @@ def test_refused(name: str, desk: Desk) -> None:
 
 def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of heads in pairs (0, 1), (2, 3), ... as rows in halves, which is Hugging Face's order."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape).contiguous()
+    turned: torch.Tensor = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape).contiguous()
+    return turned
 
 
 def hugging_face(tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -612,35 +641,35 @@ def tied(desk: Desk) -> None:
 WORKS: dict[str, tuple[Act, str]] = {
     "only consolidated": (lambda desk: None, f"weights: {WEIGHTS} ("),
     "only consolidated shards": (indexed(), f"weights: {SHARDS[0]} and 2 more"),
-    "shards without an index": (lambda desk: split(desk) and None, f"weights: {SHARDS[0]} and 2 more"),
+    "shards without an index": (split, f"weights: {SHARDS[0]} and 2 more"),
     "only .pth": (pickled(lambda tensors: tensors), "weights: consolidated.00.pth"),
     "both sets": (
         lambda desk: save_file(zeros(hugging_face(load_file(desk.weights))), desk.folder / HF_WEIGHTS),
         f"weights: {WEIGHTS} (435.8 KiB, layout mistral); left aside: {HF_WEIGHTS}",
     ),
     "both sets and settings of both": (
-        lambda desk: (
-            save_file(zeros(hugging_face(load_file(desk.weights))), desk.folder / HF_WEIGHTS),
-            desk.put("config.json", CONFIG),
-        )[0],
+        steps(
+            lambda desk: save_file(zeros(hugging_face(load_file(desk.weights))), desk.folder / HF_WEIGHTS),
+            put("config.json", CONFIG),
+        ),
         f"left aside: {HF_WEIGHTS}",
     ),
     "both sets, one of them without a shard": (
-        lambda desk: (
-            split(desk, "model", hugging_face(zeros(load_file(desk.weights)))),
-            (desk.folder / "model-00002-of-00003.safetensors").unlink(),
-        )[1],
+        steps(
+            lambda desk: split(desk, "model", hugging_face(zeros(load_file(desk.weights)))),
+            removed("model-00002-of-00003.safetensors"),
+        ),
         "left aside: model-00001-of-00003.safetensors and 1 more (incomplete: no model-00002-of-00003.safetensors)",
     ),
     "only Hugging Face's": (lambda desk: save_file(converted(desk), desk.folder / HF_WEIGHTS), "layout huggingface"),
-    "Hugging Face's shards": (lambda desk: split(desk, "model", converted(desk)) and None, "layout huggingface"),
+    "Hugging Face's shards": (lambda desk: split(desk, "model", converted(desk)), "layout huggingface"),
     "Mistral's settings, Hugging Face's names": (
         lambda desk: save_file(converted(desk, settings=False), desk.folder / HF_WEIGHTS),
         "layout huggingface",
     ),
     "a head beside the word that there is none": (tied, "layout huggingface"),
     "a trainer's leavings": (
-        lambda desk: (desk.put("training_args.bin", b"x"), desk.put("optimizer.pt", b"y"))[2:],
+        steps(put("training_args.bin", b"x"), put("optimizer.pt", b"y")),
         f"weights: {WEIGHTS} (435.8 KiB, layout mistral)",
     ),
     "frequencies that older files hold": (
@@ -648,13 +677,13 @@ WORKS: dict[str, tuple[Act, str]] = {
         f"weights: {WEIGHTS}",
     ),
     "a file of the user's own name": (
-        lambda desk: desk.weights.rename("model/my best.safetensors") and None,
+        renamed("my best.safetensors"),
         "weights: my best",
     ),
     "a file for a folder": (at("{folder}/consolidated.safetensors"), f"weights: {WEIGHTS}"),
-    "an index for a folder": (lambda desk: indexed()(desk) or desk.folder / INDEX, f"weights: {SHARDS[0]} and 2 more"),
+    "an index for a folder": (steps(indexed(), at("{folder}/" + INDEX)), f"weights: {SHARDS[0]} and 2 more"),
     "a shard for a folder": (
-        lambda desk: indexed()(desk) or desk.folder / SHARDS[2],
+        steps(indexed(), at("{folder}/" + SHARDS[2])),
         f"weights: {SHARDS[0]} and 2 more",
     ),
     "settings for a folder": (at("{folder}/params.json"), f"weights: {WEIGHTS}"),
