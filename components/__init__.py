@@ -24,6 +24,7 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("rope", "linear", "zoo.components.rope.spec:LinearRopeSpec")
     register("rope", "llama3", "zoo.components.rope.spec:Llama3RopeSpec")
     register("rope", "yarn", "zoo.components.rope.spec:YarnRopeSpec")
+    register("rope", "longrope", "zoo.components.rope.spec:LongRopeSpec")
     register("cache", "full", "zoo.components.cache.spec:FullCacheSpec")
     register("cache", "window", "zoo.components.cache.spec:WindowCacheSpec")
     register("cache", "recurrent", "zoo.components.cache.spec:RecurrentCacheSpec")

@@ -11,7 +11,14 @@ from math import ceil, floor, log, pi
 import torch
 from torch import Tensor
 
-from zoo.components.rope.spec import DefaultRopeSpec, LinearRopeSpec, Llama3RopeSpec, RopeSpec, YarnRopeSpec
+from zoo.components.rope.spec import (
+    DefaultRopeSpec,
+    LinearRopeSpec,
+    Llama3RopeSpec,
+    LongRopeSpec,
+    RopeSpec,
+    YarnRopeSpec,
+)
 
 Frequencies = tuple[Tensor, float]
 """(r / 2) float32 angles per position, and the factor of cos and sin."""
@@ -47,6 +54,12 @@ def yarn(spec: YarnRopeSpec) -> Frequencies:
     plain, keep = _plain(spec), 1 - ramp
     factor = 0.1 * log(spec.factor) + 1 if spec.attention_factor is None else spec.attention_factor
     return 1 / (spec.factor * _wavelengths(spec)) * (1 - keep) + plain * keep, factor
+
+
+def longrope(spec: LongRopeSpec) -> Frequencies:
+    """theta^(-2i / r) / factor_i."""
+    factors_r = torch.tensor(spec.factors, dtype=torch.float32, device="cpu")
+    return 1 / (factors_r * _wavelengths(spec)), spec.attention_factor
 
 
 def _plain(spec: RopeSpec) -> Tensor:

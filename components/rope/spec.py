@@ -121,3 +121,35 @@ class YarnRopeSpec(RopeSpec):
                 f"found {self.original_context}"
             )
         return self
+
+
+class LongRopeSpec(RopeSpec):
+    """LongRoPE: a divisor for each lane pair, one row of them up to the original context, another beyond it
+    (Ding et al., arXiv 2402.13753). The card's context_length says which row, so that a long prompt and its
+    continuation are turned alike; transformers goes by the length of each sequence.
+    """
+
+    frequencies: ClassVar[str] = "zoo.components.rope.frequencies:longrope"
+
+    kind: Literal["longrope"] = "longrope"
+    context_length: Annotated[Count, Inherited()] = Field(description="The longest sequence in tokens.")
+    original_context: Count = Field(description="Context length in tokens before the stretching.")
+    short_factor: tuple[Positive, ...] = Field(
+        description="Divisor of each lane pair's angle, for a context_length up to original_context."
+    )
+    long_factor: tuple[Positive, ...] = Field(description="Divisor of each lane pair's angle, for a longer one.")
+    attention_factor: Positive = Field(description="Multiplies cos and sin.")
+
+    @model_validator(mode="after")
+    def _check_lists(self) -> Self:
+        for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor)):
+            if len(factors) != self.lanes // 2:
+                raise ValueError(
+                    f"{name} must hold {self.lanes // 2} numbers, one for each lane pair; found {len(factors)}"
+                )
+        return self
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The row that is used."""
+        return self.long_factor if self.context_length > self.original_context else self.short_factor

@@ -24,6 +24,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_context": 16,
 }
+LONGROPE = {
+    "kind": "longrope",
+    "theta": 50.0,
+    "original_context": 64,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [2.0, 4.0, 8.0],
+    "attention_factor": 1.2,
+}
 LINEAR = {"kind": "linear", "theta": 50.0, "factor": 4.0}
 EXPERT = {"kind": "gated", "hidden_dim": 24}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": EXPERT}
@@ -156,6 +164,22 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
             "attention_factor": 1.5,
             "truncate": False,
         }.items()
+    },
+    ("rope", "longrope"): {
+        name: ({"mixer": {"rope": LONGROPE}}, {"mixer": {"rope": LONGROPE | change}})
+        for name, change in {
+            "theta": {"theta": 20.0},
+            "rotary_dim": {"rotary_dim": 4, "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]},
+            "original_context": {"original_context": 200},
+            "long_factor": {"long_factor": [2.0, 4.0, 9.0]},
+            "attention_factor": {"attention_factor": 1.5},
+        }.items()
+    }
+    | {
+        "short_factor": (
+            {"mixer": {"rope": LONGROPE | {"original_context": 128}}},
+            {"mixer": {"rope": LONGROPE | {"original_context": 128, "short_factor": [1.0, 2.0, 3.0]}}},
+        )
     },
     ("cache", "full"): {},
     ("cache", "window"): {},

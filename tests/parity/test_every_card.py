@@ -95,7 +95,8 @@ def transformers_model(card: dict[str, Any]) -> Any:
     model_type = reference(card["name"])
     row = families()["config.json"][model_type]
     keys = {word: keys_of(row, word) for word in row["names"]}
-    settings = {key: allowed[0] for key, allowed in row["only"].items()}
+    settings: dict[str, Any] = {"pad_token_id": None}  # some defaults lie beyond a shrunk vocabulary
+    settings |= {key: allowed[0] for key, allowed in row["only"].items()}
     settings |= {keys[word][0]: value for word, value in words(card).items() if keys.get(word)}
     if "rope" in (mixer := layers_of(card)[0]["mixer"]):
         settings["rope_parameters"] = rope_parameters(mixer["rope"])

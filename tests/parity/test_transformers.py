@@ -55,6 +55,14 @@ LLAMA3 = {
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 3.0, 6.0, 12.0, 25.0, 26.0, 27.0],
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral window below the prompt": ("Mistral", {"sliding_window": 11}),
@@ -79,6 +87,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama llama3 scaling": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama linear scaling": ("Llama", {"rope_parameters": LINEAR}),
     "llama biases": ("Llama", {"attention_bias": True}),
+    "phi3 longrope": ("Phi3", {"hidden_size": 64, "pad_token_id": 0, "rope_parameters": LONGROPE}),
+    "phi3 some lanes, within the original context": (
+        "Phi3",
+        {
+            "hidden_size": 64,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "rope_parameters": LONGROPE
+            | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 256}
+            | {"short_factor": [1.0, 1.1, 1.2, 2.0, 2.5, 3.0], "long_factor": [1.0, 2.0, 3.0, 9.0, 10.0, 11.0]},
+        },
+    ),
 }
 
 

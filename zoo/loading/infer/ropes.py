@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import log, sqrt
 from typing import Any
 
 from zoo.loading.infer.families import Node, families
@@ -63,6 +63,7 @@ class RopeOfConfig:
 
     def nodes(self) -> tuple[Node, Node | None]:
         kind = self.get("rope_type") or self.get("type") or "default"
+        kind = families()["rope_aliases"].get(kind, kind)
         self.get("type")
         self.get("max_position_embeddings")
         kinds = families()["rope_types"]
@@ -78,11 +79,13 @@ class RopeOfConfig:
             if key == "original_max_position_embeddings" and value is None:
                 value = self.settings.get(key) or self.context
             if value is not None:
-                rope[field] = value if isinstance(value, bool) or field == "original_context" else float(value)
+                rope[field] = value if isinstance(value, bool) or field == "original_context" else _floats(value)
             elif not key.endswith("?"):
                 raise CardError(f"the key {self.at + '.' + key!r} is missing", where=self.settings.where)
         if kind == "yarn":
             rope |= self.attention_factor(rope["factor"])
+        if kind == "longrope":
+            rope["attention_factor"] = self.longrope_factor(rope["original_context"])
         return rope, self.query_scaling(rope)
 
     def theta(self) -> float:
@@ -99,6 +102,15 @@ class RopeOfConfig:
             stated = (0.1 * mscale * log(factor) + 1) / (0.1 * all_dim * log(factor) + 1) if factor > 1 else 1.0
         return {} if stated is None else {"attention_factor": float(stated)}
 
+    def longrope_factor(self, original: int) -> float:
+        """What multiplies cos and sin: as stated, else by how much the context has grown."""
+        stated, factor = self.get("attention_factor"), self.get("factor") or self.context / original
+        return float(stated or (sqrt(1 + log(factor) / log(original)) if factor > 1 else 1.0))
+
     def query_scaling(self, rope: Node) -> Node | None:
         beta = self.get("llama_4_scaling_beta")
         return {"beta": float(beta), "original_context": rope["original_context"]} if beta else None
+
+
+def _floats(value: Any) -> Any:
+    return [float(item) for item in value] if isinstance(value, list) else float(value)
