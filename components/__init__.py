@@ -13,6 +13,7 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("model", "decoder", "zoo.components.decoder.spec:DecoderSpec")
     register("block", "prenorm", "zoo.components.decoder.spec:PrenormSpec")
     register("block", "postnorm", "zoo.components.block.spec:PostnormSpec")
+    register("block", "scaled", "zoo.components.block.spec:ScaledSpec")
     register("mixer", "attention", "zoo.components.attention.spec:AttentionSpec")
     register("mixer", "mamba1", "zoo.components.mamba.spec:Mamba1Spec")
     register("mixer", "mamba2", "zoo.components.mamba.spec:Mamba2Spec")

@@ -17,6 +17,7 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self.qkv = Linear(spec.dim, sum(self.heads) * spec.head_dim, bias=spec.qkv_bias)
         self.o = Linear(spec.num_heads * spec.head_dim, spec.dim, bias=spec.o_bias)
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)
         if spec.query_scaling is not None:
             q_THd = (q_THd * _query_scale(spec.query_scaling, step)).to(x_TD.dtype)
-        o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=spec.head_dim**-0.5, window=spec.window)
+        o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=self.scale, window=spec.window)
         o_TD: Tensor = self.o(o_THd.flatten(1))
         return o_TD
 

@@ -47,6 +47,9 @@ class AttentionSpec(Spec):
     qk_norm_span: Literal["head", "projection"] = Field(
         default="head", description="What qk_norm takes at once: each head, or all heads of the projection together."
     )
+    scale: Positive | None = Field(
+        default=None, description="What scores are multiplied with; null takes head_dim^-0.5."
+    )
     query_scaling: QueryScaling | None = Field(
         default=None, description="Scaling of queries far into a long context; null for none."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ class Decoder(nn.Module):
     def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
         """The normalised output of the last block, (T, D)."""
         x_TD = self.embed(tokens_T)
+        if self.spec.embedding_scale is not None:
+            x_TD = x_TD * _rounded(self.spec.embedding_scale, x_TD.dtype)
         for layer, state in zip(self.layers, step.states, strict=True):
             x_TD = layer(x_TD, step, state)
         normed_TD: Tensor = self.norm(x_TD)
@@ -38,7 +42,14 @@ class Decoder(nn.Module):
     def logits(self, x_RD: Tensor) -> Tensor:
         """Float32 logits (R, V) of normalised rows."""
         weight_VD = self.embed.weight if self.head is None else self.head.weight
-        return product(x_RD, weight_VD).float()
+        logits_RV = product(x_RD, weight_VD).float()
+        return logits_RV if self.spec.logits_divisor is None else logits_RV / self.spec.logits_divisor
+
+
+@cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A factor as the models were trained with it: in their own precision."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
 
 
 class Embedding(nn.Module):

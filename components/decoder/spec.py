@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from zoo.components.fields import Count, Flag
+from zoo.components.fields import Count, Flag, Positive
 from zoo.registry.spec import Inherited, Param, Slot, Spec, StateSpec
 
 
@@ -52,6 +52,8 @@ class DecoderSpec(Spec):
     vocab_size: Count = Field(description="Rows of the embedding, one per token id.")
     dim: Count = Field(description="Size of the residual stream.")
     tied_embeddings: Flag = Field(default=False, description="Whether the head is the embedding.")
+    embedding_scale: Positive | None = Field(default=None, description="Multiplies embeddings; null leaves them.")
+    logits_divisor: Positive | None = Field(default=None, description="Divides the logits; null leaves them.")
     norm: Annotated[Spec, Slot("norm")] = Field(description="Norm before the head, and of blocks that name none.")
     layers: Annotated[tuple[Spec, ...], Slot("block", default="prenorm", runs=True)] = Field(
         description="Runs of blocks, first to last."

@@ -11,14 +11,23 @@ import torch
 from zoo.components.cache.store import fresh_step
 from zoo.testing import check_component
 
-KINDS: dict[str, dict[str, Any]] = {"postnorm": {}}
+KINDS: dict[str, dict[str, Any]] = {"postnorm": {}, "scaled": {"residual_scale": 0.3}}
+BOTH: tuple[str, ...] = ("mixer", "ffn")
+BEFORE = {"postnorm": (), "scaled": BOTH, "sandwich": BOTH}
+AFTER = {"postnorm": BOTH, "scaled": (), "sandwich": BOTH}
 X_TD = torch.randn(7, 16, generator=torch.Generator().manual_seed(3))
 
 
 def by_formula(block: Any, mix: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    x = X_TD
-    x = x + block.mixer_post_norm(mix(x))
-    return x + block.ffn_post_norm(block.ffn(x))
+    before = {"mixer": same, "ffn": same, **{n: getattr(block, f"{n}_norm") for n in BEFORE[block.spec.kind]}}
+    after = {"mixer": same, "ffn": same, **{n: getattr(block, f"{n}_post_norm") for n in AFTER[block.spec.kind]}}
+    scale = KINDS[block.spec.kind].get("residual_scale", 1.0)
+    x = X_TD + scale * after["mixer"](mix(before["mixer"](X_TD)))
+    return x + scale * after["ffn"](block.ffn(before["ffn"](x)))
+
+
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,6 +33,7 @@ LONGROPE = {
     "attention_factor": 1.2,
 }
 LINEAR = {"kind": "linear", "theta": 50.0, "factor": 4.0}
+ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": ROPE}
 EXPERT = {"kind": "gated", "hidden_dim": 24}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": EXPERT}
 SCALING = {"beta": 0.5, "original_context": 4}
@@ -60,6 +61,8 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "vocab_size": ({}, {"vocab_size": 38}),
         "dim": ({}, {"dim": 20}),
         "tied_embeddings": ({}, {"tied_embeddings": True}),
+        "embedding_scale": ({}, {"embedding_scale": 3.0}),
+        "logits_divisor": ({}, {"logits_divisor": 3.0}),
         "norm": ({}, {"norm": {"kind": "rms", "eps": 0.1}}),
         "layers": (
             {},
@@ -83,6 +86,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "qkv_bias": ({}, {"mixer": {"qkv_bias": True}}),
         "o_bias": ({}, {"mixer": {"o_bias": True}}),
         "qk_norm": ({}, {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}}),
+        "scale": ({}, {"mixer": {"scale": 0.1}}),
         "qk_norm_span": (
             {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}},
             {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}, "qk_norm_span": "projection"}},
@@ -185,6 +189,12 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     ("cache", "window"): {},
     ("cache", "recurrent"): {},
     ("block", "postnorm"): {},
+    ("block", "scaled"): {
+        "residual_scale": tuple(
+            {"layers": [{"kind": "scaled", "residual_scale": scale, "mixer": ATTENTION, "ffn": EXPERT}]}
+            for scale in (0.3, 0.5)
+        )
+    },
     ("block", "prenorm"): {},
 }
 ONLY_KIND = {("moe", "router")}
@@ -217,7 +227,8 @@ def test_every_written_field_has_a_case() -> None:
             if name != "kind" and not any(isinstance(mark, Inherited) for mark in field.metadata)
         }
         if slot == "block":
-            assert all(any(isinstance(m, Slot) for m in spec.model_fields[name].metadata) for name in written)
+            plain = {n for n in written if not any(isinstance(m, Slot) for m in spec.model_fields[n].metadata)}
+            assert plain == set(cases), kind
         else:
             one_kind = {name for owner, name in ONLY_KIND if owner == kind}
             assert written == {name for name in cases if "." not in name} | one_kind, kind

@@ -112,9 +112,8 @@ def words(card: dict[str, Any]) -> dict[str, Any]:
     layers = layers_of(card)
     recurrent = layers[0]["mixer"]["kind"] in RECURRENT
     return {
-        "dim": card["model"]["dim"],
-        "vocab_size": card["model"]["vocab_size"],
-        "tied_embeddings": card["model"].get("tied_embeddings", False),
+        "tied_embeddings": False,
+        **card["model"],
         "eps": card["model"]["norm"]["eps"],
         "context_length": card["context_length"],
         "num_layers": len(layers),
@@ -126,7 +125,8 @@ def attention_words(layers: list[dict[str, Any]]) -> dict[str, Any]:
     mixer, ffn = layers[0]["mixer"], layers[0]["ffn"]
     windows = [layer["mixer"].get("window") for layer in layers]
     return {
-        **{name: mixer[name] for name in ("num_heads", "num_kv_heads", "head_dim")},
+        **layers[0],
+        **mixer,
         **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
         "window": max(window or 0 for window in windows) or None,
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],

@@ -87,6 +87,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama llama3 scaling": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama linear scaling": ("Llama", {"rope_parameters": LINEAR}),
     "llama biases": ("Llama", {"attention_bias": True}),
+    "granite": (
+        "Granite",
+        {"attention_multiplier": 0.4, "residual_multiplier": 0.3, "logits_scaling": 6.0, "embedding_multiplier": 12.0}
+        | {"hidden_size": 64},
+    ),
     "phi3 longrope": ("Phi3", {"hidden_size": 64, "pad_token_id": 0, "rope_parameters": LONGROPE}),
     "phi3 some lanes, within the original context": (
         "Phi3",
