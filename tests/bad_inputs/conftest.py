@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
@@ -214,8 +213,3 @@ def parrot(
         return folder
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
