@@ -46,6 +46,11 @@ class Inspection:
         return sum(p.numel * (4 if p.dtype == "float32" else size) for p in self.plan.model.all_parameters().values())
 
     @property
+    def cache_bytes_per_sequence(self) -> int:
+        """Bytes of cache that a sequence holds however short it is: states of constant size."""
+        return self.cache_bytes(0)
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that each further token adds to the cache while no window is full."""
         return self.cache_bytes(2) - self.cache_bytes(1)
@@ -101,6 +106,7 @@ class Inspection:
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "weight_bytes": self.weight_bytes,
+            "cache_bytes_per_sequence": self.cache_bytes_per_sequence,
             "cache_bytes_per_token": self.cache_bytes_per_token,
             "flops_per_token": self.flops_per_token(0),
             "memory": {

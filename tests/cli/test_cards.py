@@ -53,6 +53,16 @@ def test_inspect_reckons_from_the_card(zoo_command: Command) -> None:
     assert "moe(num_experts=8" in shown
 
 
+def test_inspect_reckons_states_of_constant_size(zoo_command: Command) -> None:
+    found = json.loads(zoo_command("inspect", "mamba-codestral-7b", "--json", "--context", "1000").out)
+    state, convolution = 64 * 4 * 8192 * 128, 64 * 2 * 3 * (8192 + 2 * 8 * 128)
+    assert found["memory"]["cache_bytes"] == found["cache_bytes_per_sequence"] == state + convolution
+    assert found["cache_bytes_per_token"] == 0
+    cache = next(line for line in zoo_command("inspect", "mamba-codestral-7b").out.splitlines() if "cache" in line)
+    assert cache.split() == ["cache", "259.8", "MiB", "per", "sequence"]
+    assert "cache       128.0 KiB per token\n" in zoo_command("inspect", "mixtral-8x7b-instruct").out
+
+
 def test_inspect_reckons_windows(zoo_command: Command) -> None:
     def cache(context: int) -> int:
         found = zoo_command("inspect", "mistral-7b-v0.1", "--json", "--context", str(context))

@@ -84,7 +84,7 @@ def _write(data: dict[str, Any]) -> None:
         ["features", ", ".join(data["features"]) or "none"],
         ["parameters", number(data["parameters"]) + sparse],
         ["weights", f"{size(data['weight_bytes'])} in {data['dtype']}"],
-        ["cache", f"{size(data['cache_bytes_per_token'])} per token"],
+        ["cache", " and ".join(_cache(data)) or "none"],
         ["compute", f"{number(data['flops_per_token'])} operations per token"],
         ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens"],
         ["here", f"{size(memory['free_bytes'])} free: {room}"],
@@ -99,3 +99,14 @@ def _write(data: dict[str, Any]) -> None:
         if title in data:
             rows = [[str(v) for v in row.values()] for row in data[title]]
             click.echo("\n" + columns([[name.upper() for name in data[title][0]], *rows]))
+
+
+def _cache(data: dict[str, Any]) -> list[str]:
+    """What the cache takes: of a sequence however short, and of each token."""
+    from zoo.cli.console import size
+
+    return [
+        f"{size(data[f'cache_bytes_per_{what}'])} per {what}"
+        for what in ("sequence", "token")
+        if data[f"cache_bytes_per_{what}"]
+    ]
