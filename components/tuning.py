@@ -1,9 +1,9 @@
 """Which product of one bfloat16 row with a large matrix is fastest on this CPU: measured, once per process.
 
-Measured in GB/s of weights read, of 25 that the memory gives on both machines:
+Measured in GB/s of weights read, of 25 to 30 that the memory gives on both machines:
 
                                  F.linear   two rows   torch.mv   packed
-    2 cores with AVX512-BF16     12 - 15    16 - 18    7 - 9      21 - 29
+    2 cores with AVX512-BF16     14 - 17    15 - 19    7 - 10     23 - 28
     2 cores with AMX             12         14         18         not measured
 
 so that no rule about processors would hold. All round alike, but for single last bits. What these two machines
@@ -26,6 +26,9 @@ RowProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 LARGE = 1 << 19
 """Elements of a matrix from which reading it outweighs the ten microseconds that a packed product costs to call."""
 
+FULL_ROWS = 6
+"""Rows of one pass of oneDNN's kernel over a packed matrix: six read it at 25 GB/s, one at 19, twelve at 20."""
+
 GAIN = 1.4
 """How much faster a way must be to replace one that was expected to be faster: more than a busy machine's noise."""
 
@@ -43,9 +46,12 @@ def packed(weight_OI: Tensor) -> Tensor:
 
 
 def packed_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x W^T + b with a packed weight, for any number of rows."""
+    """x W^T + b with a packed weight, for any number of rows; fewer than FULL_ROWS are filled up with zeros."""
+    rows = x_TI.shape[0]
+    if rows < FULL_ROWS:
+        x_TI = F.pad(x_TI, (0, 0, 0, FULL_ROWS - rows))
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TI, weight_OI, bias_O, "none", [], "")
-    return result
+    return result[:rows]
 
 
 @cache
