@@ -14,6 +14,11 @@ from zoo.components.step import Step
 class Prenorm(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)); either may be missing."""
 
+    mixer_norm: nn.Module
+    mixer: nn.Module
+    ffn_norm: nn.Module
+    ffn: nn.Module
+
     def __init__(self, spec: PrenormSpec) -> None:
         super().__init__()
         self.spec = spec

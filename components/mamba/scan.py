@@ -106,7 +106,8 @@ def _heads(state_BWn: Tensor | None, x_BTHd: Tensor, b_BTGn: Tensor) -> Tensor:
     heads = x_BTHd.shape[2:]
     if state_BWn is None:
         return x_BTHd.new_zeros(x_BTHd.shape[0], *heads, b_BTGn.shape[-1])
-    return state_BWn.unflatten(1, heads)
+    state_BHdn: Tensor = state_BWn.unflatten(1, heads)
+    return state_BHdn
 
 
 def _ssd_step(
@@ -150,7 +151,8 @@ def _pieces(rows: int, state_BWn: Tensor) -> int:
 def _cut(rows_BTW: Tensor, pieces: int, length: int) -> Tensor:
     """(B, T, W) as (B, P, T, W); zeros at the end change nothing, for a step of size zero keeps the state."""
     padding = pieces * length - rows_BTW.shape[1]
-    return F.pad(rows_BTW, (0, 0, 0, padding)).unflatten(1, (pieces, length))
+    cut_BPTW: Tensor = F.pad(rows_BTW, (0, 0, 0, padding)).unflatten(1, (pieces, length))
+    return cut_BPTW
 
 
 def _joined(
