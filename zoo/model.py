@@ -1,7 +1,7 @@
 """A loaded model: prompts in, completions out. Everything heavy is done by its tokenizer and its engine."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -17,6 +17,7 @@ from zoo.engine.request import Chunk, Completion, Request, SamplingParams
 from zoo.registry.card import Card
 from zoo.registry.errors import RequestError, TextError
 from zoo.registry.resolve import Plan
+from zoo.text.tokenizer import Prompt as Rendered
 from zoo.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -121,8 +122,9 @@ class Model:
         chat_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Completion:
-        """The answer to a conversation.
+        """The answer to a conversation; its `message` is what to append to `messages`.
 
+        tools: function definitions in OpenAI's form; the calls that the model makes are in `tool_calls`.
         continue_final: the last message is an assistant's beginning to go on from. merge: join consecutive messages of
         one role, which are refused otherwise. chat_options: settings of the chat format, such as reasoning_effort.
         options: as `generate`.
@@ -132,9 +134,15 @@ class Model:
         return self._engine.generate([self.chat_request(messages, tools, **form, **options)])[0]
 
     def stream_chat(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        images: Sequence[Any] | None = None,
+        **options: Any,
     ) -> Iterator[Chunk]:
         """As `chat`, in chunks."""
+        self._refuse_images(images)
         return self._engine.stream(self.chat_request(messages, tools, **options))
 
     def chat_request(
@@ -151,10 +159,18 @@ class Model:
         prompt = self._text().render(
             messages, tools=tools, continue_final=continue_final, merge=merge, options=chat_options or {}
         )
-        return Request(prompt.ids, SamplingParams.from_options(options), self.tokenizer, continues=prompt.continues)
+        return self._rendered(prompt, SamplingParams.from_options(options))
 
     def fill(self, prefix: str, suffix: str, **options: Any) -> Completion:
         """The text between `prefix` and `suffix`; RequestError when the card does not list the feature `fim`."""
+        return self._engine.generate([self.fill_request(prefix, suffix, **options)])[0]
+
+    def stream_fill(self, prefix: str, suffix: str, **options: Any) -> Iterator[Chunk]:
+        """As `fill`, in chunks."""
+        return self._engine.stream(self.fill_request(prefix, suffix, **options))
+
+    def fill_request(self, prefix: str, suffix: str, **options: Any) -> Request:
+        """The engine's request for `fill`."""
         if "fim" not in self.card.text.features:
             raise RequestError(
                 "this model was not trained to fill in the middle",
@@ -163,8 +179,7 @@ class Model:
                 expected="the feature fim, as codestral models have it",
             )
         ids = self._text().fill(prefix, suffix)
-        params = SamplingParams.from_options(options)
-        return self._engine.generate([Request(ids, params, self.tokenizer, continues=True)])[0]
+        return Request(ids, SamplingParams.from_options(options), self.tokenizer, continues=True)
 
     def score(self, text: str | Sequence[int]) -> list[float]:
         """Natural log-probability of every token after the first, each given all before it.
@@ -198,9 +213,14 @@ class Model:
             prompt = [{"role": "user", "content": prompt}]
         _check_prompt(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            rendered = self._text().render(cast("Sequence[Message]", prompt))
-            return Request(rendered.ids, params, self.tokenizer, continues=rendered.continues)
+            return self._rendered(self._text().render(cast("Sequence[Message]", prompt)), params)
         return Request(cast("Sequence[int]", prompt), params, self.tokenizer, continues=True)
+
+    def _rendered(self, prompt: Rendered, params: SamplingParams) -> Request:
+        form = prompt.form
+        if "thinking" not in self.card.text.features:
+            form = replace(form, thinking=False, begun=False)
+        return Request(prompt.ids, params, self.tokenizer, continues=prompt.continues, form=form)
 
     def _text(self) -> Tokenizer:
         if isinstance(self._tokenizer, TextError):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from zoo.registry.errors import RequestError, ZooError, nearest
 
 if TYPE_CHECKING:
+    from zoo.text.answer import AnswerForm
+    from zoo.text.calls import ToolCall
     from zoo.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -108,6 +110,7 @@ class Request:
     """A prompt of token ids, with a tokenizer when text is wanted; without one, `Completion.text` is empty.
 
     continues: the answer goes on from the prompt's last word (see zoo.text.detokenize).
+    form: how to take the answer apart into text, thinking and tool calls; None leaves all of it as text.
     request_id: a name of the caller's choice, unique among unfinished requests; None lets the engine number it.
     Raises RequestError for an empty prompt, for what is not token ids, and for stop texts without a tokenizer.
     """
@@ -117,6 +120,7 @@ class Request:
     tokenizer: Tokenizer | None = None
     continues: bool = False
     request_id: str | None = None
+    form: AnswerForm | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_ids(self.prompt))
@@ -187,6 +191,8 @@ class Completion:
     `tokens` while `text` ends before it. prompt_tokens: the prompt's ids. seed: the one that was used.
     logprobs, top_logprobs (best first): one entry per token of `tokens` when asked for, else None.
     prompt_logprobs: one entry per prompt token when asked for, the first None because nothing precedes it.
+    thinking: what a reasoning model wrote before its answer; not part of `text`.
+    tool_calls: the calls that the model asks for. call_error: why a call that was cut or is faulty stands in `text`.
     """
 
     request_id: str
@@ -200,17 +206,31 @@ class Completion:
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[float | None] | None = None
+    thinking: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    call_error: str | None = None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as an assistant's message, to be appended to the conversation."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
+        if self.thinking:
+            message["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            message["tool_calls"] = _calls(self.tool_calls)
+        return message
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; top_logprobs as lists of {id, logprob}."""
-        return {**asdict(self), "top_logprobs": _listed(self.top_logprobs)}
+        """Plain data for JSON; top_logprobs as lists of {id, logprob}, tool_calls in OpenAI's form."""
+        return {**asdict(self), "top_logprobs": _listed(self.top_logprobs), "tool_calls": _calls(self.tool_calls)}
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. Joined, the texts, tokens and logprobs of all chunks are those of the Completion.
+    """A piece of an answer. Joined, the texts, tokens, logprobs and calls of all chunks are those of the Completion.
 
-    text may lag behind tokens: it holds back split characters and what may become a stop text.
+    text may lag behind tokens: it holds back split characters and what may become a stop text. thinking and
+    tool_calls are increments too; a call is given when it is whole.
     finish_reason and completion stand in the last chunk only. error: why the engine gave the request up; such a
     chunk is the last one and has neither.
     """
@@ -223,6 +243,9 @@ class Chunk:
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
     error: ZooError | None = None
+    thinking: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    call_error: str | None = None
 
     @property
     def last(self) -> bool:
@@ -240,7 +263,14 @@ class Chunk:
             "finish_reason": self.finish_reason,
             "completion": self.completion.to_dict() if self.completion else None,
             "error": str(self.error) if self.error else None,
+            "thinking": self.thinking,
+            "tool_calls": _calls(self.tool_calls),
+            "call_error": self.call_error,
         }
+
+
+def _calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    return [call.to_dict() for call in calls]
 
 
 def _listed(tops: list[dict[int, float]] | None) -> list[list[dict[str, float]]] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from zoo.engine.output import Output
 from zoo.engine.request import Chunk, Completion, FinishReason, Request, Timings, Usage
 from zoo.registry.errors import ZooError
+from zoo.text.answer import Answer
 
 if TYPE_CHECKING:
     from zoo.engine.outcome import Outcome
@@ -30,7 +31,7 @@ class Sequence:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         own = () if request.tokenizer is None or params.ignore_eos else request.tokenizer.stop_ids
         self.stop_ids = frozenset(params.stop_ids).union(own)
-        self.output = Output(request.tokenizer, params.stop, continues=request.continues)
+        self.output = Output(request)
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
         self.prompt_logprobs: list[float | None] = [None]
@@ -79,26 +80,48 @@ class Sequence:
             logprobs, tops = [outcome.logprob], [outcome.top]
             self.logprobs += logprobs
             self.top_logprobs += tops
-        text = self.output.push(token)
+        new = self.output.push(token)
         if self.output.stopped or self.generated == self.allowed:
-            return self.finish("length", text, [token], logprobs, tops)
-        return Chunk(self.request_id, text, [token], logprobs, tops)
+            return self.finish("length", new, [token], logprobs, tops)
+        return self._chunk(new, [token], logprobs, tops)
 
     def finish(
         self,
         reason: FinishReason,
-        text: str = "",
+        new: Answer | None = None,
         tokens: list[int] | None = None,
         logprobs: list[float] | None = None,
         tops: list[dict[int, float]] | None = None,
     ) -> Chunk:
         """The last chunk, with text that was held back. A stop text met turns the reason into "stop"."""
-        text += self.output.finish()
+        rest = self.output.finish()
         reason = "stop" if self.output.stopped else reason
         completion = self._completion(reason)
         if self.params.logprobs is not None and logprobs is None:
             logprobs, tops = [], []
-        return Chunk(self.request_id, text, tokens or [], logprobs, tops, reason, completion)
+        return self._chunk(new + rest if new else rest, tokens or [], logprobs, tops, reason, completion)
+
+    def _chunk(
+        self,
+        new: Answer,
+        tokens: list[int],
+        logprobs: list[float] | None,
+        tops: list[dict[int, float]] | None,
+        reason: FinishReason | None = None,
+        completion: Completion | None = None,
+    ) -> Chunk:
+        return Chunk(
+            self.request_id,
+            new.text,
+            tokens,
+            logprobs,
+            tops,
+            reason,
+            completion,
+            thinking=new.thinking,
+            tool_calls=new.tool_calls,
+            call_error=new.call_error,
+        )
 
     def _not_finite(self, position: int) -> ZooError:
         return ZooError(
@@ -113,6 +136,9 @@ class Sequence:
         return Completion(
             request_id=self.request_id,
             text=self.output.text,
+            thinking=self.output.thinking,
+            tool_calls=self.output.tool_calls,
+            call_error=self.output.call_error,
             tokens=self.tokens[self.prompt_length :],
             prompt_tokens=self.tokens[: self.prompt_length],
             finish_reason=reason,

@@ -94,7 +94,8 @@ class StopStrings:
     """Cuts a stream of text at the first stop string, which is removed, wherever the chunks are cut.
 
     Of several the one that is complete first counts; of those complete at once, the longest.
-    `found` is the stop string met, or None. Raises RequestError for an empty stop string.
+    `found` is the stop string met, or None, and `rest` the text pushed after it.
+    Raises RequestError for an empty stop string.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -103,6 +104,7 @@ class StopStrings:
         if "" in stops:
             raise RequestError("a stop string may not be empty", found=repr([*stops]))
         self.found: str | None = None
+        self.rest = ""
         self._stops = tuple(stops)
         self._beginnings = {stop[:end] for stop in stops for end in range(1, len(stop))}
         self._longest = max(map(len, self._beginnings), default=0)
@@ -116,7 +118,7 @@ class StopStrings:
         met = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if met:
             _, at, self.found = min(met)
-            self._held = ""
+            self._held, self.rest = "", text[at + len(self.found) :]
             return text[:at]
         keep = self._keep(text)
         self._held = text[len(text) - keep :]

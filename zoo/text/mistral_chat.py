@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from zoo.registry.errors import TextError, nearest
+from zoo.text.answer import AnswerForm
 from zoo.text.conversation import check_messages, fault
 from zoo.text.detokenize import decode
 from zoo.text.mistral import MistralCodec
@@ -19,6 +20,7 @@ WITHOUT_TOOLS = ("v1",)
 SHORT_IDS = ("v3", "v7", "v11")
 NEEDS_IDS = ("v3", "v7", "v11", "v13", "v15")
 OPTIONS = ("reasoning_effort",)
+THINKING_IDS = ("v13", "v15")
 
 
 class MistralChat:
@@ -57,7 +59,13 @@ class MistralChat:
         ids = self._encode(
             [self._message(*item) for item in enumerate(checked, 1)], definitions, continue_final, options
         )
-        return Prompt(ids, lambda: decode(self._codec, ids, special=True), continues=continue_final)
+        plain = self._codec.version not in THINKING_IDS and not continue_final
+        return Prompt(
+            ids,
+            lambda: decode(self._codec, ids, special=True),
+            continues=continue_final,
+            form=AnswerForm(thinking=plain),
+        )
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         for name in options:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from zoo.registry.errors import TextError, nearest
+from zoo.text.answer import THINK, AnswerForm
 from zoo.text.conversation import check_messages, fault, joined
 from zoo.text.huggingface import HuggingFaceCodec
 from zoo.text.json_file import damaged, read_object
@@ -63,7 +64,9 @@ class TemplateChat:
         if continue_final:
             text = self._before_end(text)
         ids = self._codec.single_bos(self._quoting.encode(text))
-        return Prompt(ids, lambda: self._quoting.unmark(text), continues=continue_final)
+        begun = text.rstrip().endswith(THINK)
+        form = AnswerForm(thinking=begun or not continue_final, begun=begun, calls=bool(definitions))
+        return Prompt(ids, lambda: self._quoting.unmark(text), continues=continue_final, form=form)
 
     def end_ids(self) -> frozenset[int]:
         """The added token that the template writes right after an answer, found by rendering one."""

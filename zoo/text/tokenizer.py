@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 from zoo.registry.errors import TextError
 from zoo.registry.spec import Spec
+from zoo.text.answer import PLAIN, AnswerForm
 from zoo.text.detokenize import Detokenizer, Vocabulary, decode
 from zoo.text.stop_ids import configured_stop_ids
 from zoo.text.unicode import check_text
@@ -25,12 +26,14 @@ class Prompt:
     ids: token ids, the beginning-of-sequence id included. shown: makes `text`, which few callers want.
     images: pictures in the order of their places in `ids`, float arrays (C, H, W).
     continues: what is generated goes on from the prompt's last word (see `Detokenizer`).
+    form: how the answer to it is to be read.
     """
 
     ids: list[int]
     shown: Callable[[], str] = field(repr=False, compare=False)
     images: tuple[Any, ...] = ()
     continues: bool = False
+    form: AnswerForm = PLAIN
 
     @property
     def text(self) -> str:
