@@ -19,7 +19,7 @@ from torch.nn import functional as F
 CHUNK = 64
 """Tokens that `ssd` takes at once: its work per token grows with them, the work per chunk does not."""
 
-BUSY = {"cpu": 1 << 17}
+BUSY = {"cpu": 1 << 14}
 OTHER_BUSY = 1 << 24
 """Elements of a state that keep a device busy: with fewer, `selective` runs more pieces of a sequence at once."""
 
