@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -164,6 +164,11 @@ def command_of(words: list[str]) -> tuple[click.Context, list[str]]:
     return context, words
 
 
+@cache
+def card_names() -> set[str]:
+    return {card.name for card in list_cards()}
+
+
 def faults(line: str, *, whole: bool) -> Iterator[str]:
     """What is wrong with a command line: its command, flags, number of arguments, or a card's name."""
     try:
@@ -177,11 +182,12 @@ def faults(line: str, *, whole: bool) -> Iterator[str]:
     except click.ClickException as error:
         yield error.format_message()
         return
-    known = {card.name for card in list_cards()}
     for name in ("ref", "refs", "first", "second"):
         given = values.get(name)
         for ref in given if isinstance(given, tuple | list) else [given]:
-            if isinstance(ref, str) and not (ref in known or PLACEHOLDER.fullmatch(ref) or re.search(r"[/~]", ref)):
+            if isinstance(ref, str) and not (
+                ref in card_names() or PLACEHOLDER.fullmatch(ref) or re.search(r"[/~]", ref)
+            ):
                 yield f"{ref!r} is no card"
 
 
@@ -220,8 +226,6 @@ def test_commands_are_looked_for() -> None:
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page in their order, in one namespace."""
     monkeypatch.chdir(tmp_path)
-    if not (ROOT / "cards/tiny/consolidated.safetensors").exists():
-        monkeypatch.setattr(zoo, "load", partial(zoo.load, weights="random"))
     found = blocks(ROOT / page, "python")
     assert found
     names: dict[str, Any] = {}
