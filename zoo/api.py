@@ -71,12 +71,13 @@ def load(
         seeded values, no files) or a folder or file.
     max_batch_size: sequences that may run together (default 64). max_context: tokens of prompt and answer together
         (default: the card's context length). overrides: dotted card fields and their values.
-    progress: called with (bytes done, bytes in all) while weights are read.
+    adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
+        among several by their `adapter`. progress: called with (bytes done, bytes in all) while weights are read.
 
     Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
     where it can be known by then.
     """
-    _refuse_later_work(quantize, tuple(adapters), devices)
+    _refuse_later_work(quantize, devices)
     # Asks torch for huge pages, which it decides on at its first allocation: weights are read faster by half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     found = locate(ref, overrides)
@@ -86,9 +87,14 @@ def load(
     placement = choose(device, dtype, found.card.source.dtype)
     context = _context(found.card, max_context)
     _check_memory(plan, placement, context)
+    paths = _checked_adapters(adapters, plan, placement)
     module, folder, notes = _filled(plan, found, placement, weights, progress)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
-    return _model(plan, module, placement, folder, notes, batch, context)
+    model = _model(plan, module, placement, folder, notes, batch, context)
+    names = [model.load_adapter(path) for path in paths]
+    with model.engine.between_steps() as (loaded, _):
+        loaded.defaults = names
+    return model
 
 
 def tokenizer_of(inspection: Inspection) -> "Tokenizer":
@@ -223,6 +229,21 @@ def _check_memory(plan: Plan, placement: "Placement", context: int) -> None:
     )
 
 
+def _checked_adapters(
+    adapters: Iterable[str | Path], plan: Plan, placement: "Placement"
+) -> "builtins.list[str | Path]":
+    """Refuse adapters that do not fit the model before its weights are read."""
+    paths: builtins.list[str | Path] = [adapters] if isinstance(adapters, str | Path) else [*adapters]
+    if paths:
+        from zoo.assemble import assemble
+        from zoo.loading.adapters.plan import plan_adapter
+
+        module = assemble(plan, placement.dtype)
+        for path in paths:
+            plan_adapter(path, plan, module)
+    return paths
+
+
 def _filled(
     plan: Plan, found: Located, placement: "Placement", weights: str | Path, progress: "Progress | None"
 ) -> "tuple[Decoder, Path | None, builtins.list[str]]":
@@ -300,8 +321,8 @@ def _cache_budget(placement: "Placement") -> int:
     return int(0.8 * memory_free(placement.device))
 
 
-def _refuse_later_work(quantize: str | None, adapters: tuple[Any, ...], devices: object) -> None:
-    for name, value in (("quantize", quantize), ("adapters", adapters or None), ("devices", devices)):
+def _refuse_later_work(quantize: str | None, devices: object) -> None:
+    for name, value in (("quantize", quantize), ("devices", devices)):
         if value is not None and value not in (1, "none"):
             raise RequestError(
                 f"{name} is not supported by this version of zoo",

@@ -14,6 +14,8 @@ from zoo.components.decoder.model import Decoder
 from zoo.device import Placement
 from zoo.engine.engine import Engine
 from zoo.engine.request import Chunk, Completion, Request, SamplingParams
+from zoo.loading.adapters.plan import plan_adapter
+from zoo.loading.adapters.read import read_adapter
 from zoo.registry.card import Card
 from zoo.registry.errors import RequestError, TextError
 from zoo.registry.resolve import Plan
@@ -80,10 +82,12 @@ class Model:
 
     # --- what it does -------------------------------------------------------------------------------------------
 
-    def logits(self, tokens: Sequence[int], images: Sequence[Any] | None = None) -> Tensor:
-        """Logits (T, V) in float32 of one full prefill of `tokens`."""
+    def logits(
+        self, tokens: Sequence[int], images: Sequence[Any] | None = None, *, adapter: str | None = "auto"
+    ) -> Tensor:
+        """Logits (T, V) in float32 of one full prefill of `tokens`; `adapter` as in `generate`."""
         self._refuse_images(images)
-        return self._engine.logits(tokens)
+        return self._engine.logits(tokens, adapter)
 
     def generate(
         self,
@@ -98,7 +102,7 @@ class Model:
         prompts: a text, a list of texts, lists of token ids, or lists of messages (`{"role": ..., "content": ...}`).
         A text is sent as the card says, as a chat turn or as raw text; `raw=True` forces raw.
         options: fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs,
-        ignore_eos, ...); an unknown one raises RequestError.
+        ignore_eos, adapter, ...); an unknown one raises RequestError.
         """
         self._refuse_images(images)
         params = SamplingParams.from_options(options)
@@ -198,6 +202,38 @@ class Model:
         if not rows:
             raise RequestError("there are no texts", where="texts", found="an empty list", expected="at least one")
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1).cpu()
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters, for the option `adapter` of requests."""
+        with self._engine.between_steps() as (adapters, _):
+            return adapters.names
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Loads a LoRA adapter, PEFT's folder or Mistral's lora.safetensors, and returns its name.
+
+        name: by default the folder's or file's own. Raises WeightsError for files that are no adapter of this model,
+        RequestError for a name that is taken.
+        """
+        plan = plan_adapter(path, self.plan, self._module)
+        name = plan.files.name if name is None else name
+        adapter = read_adapter(plan, self._module)
+        with self._engine.between_steps() as (adapters, _):
+            adapters.add(name, adapter)
+        self.notes.append(f"adapter {name}: {adapter.note}")
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter. Raises RequestError while requests use it, and for one that is not loaded."""
+        with self._engine.between_steps() as (adapters, users):
+            adapters.remove(name, users)
+
+    def merge_adapter(self, name: str) -> None:
+        """Adds an adapter to the weights for good: every request uses it then. Raises RequestError while any runs."""
+        with self._engine.between_steps() as (adapters, users):
+            adapters.merge(name, users)
 
     # --- prompts ------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def test_an_override_is_honoured(zoo_command: Command) -> None:
         (("--max-context", "99999"), ["max_context", "99999", "2048"]),
         (("--quantize", "int8"), ["quantize", "not supported"]),
         (("--devices", "2"), ["devices", "not supported"]),
-        (("--adapter", "a.safetensors"), ["adapters", "not supported"]),
+        (("--adapter", "a.safetensors"), ["no such folder or file", "a.safetensors"]),
         (("--image", "a.png"), ["does not read images"]),
         (("--raw", "--system", "x"), ["--system", "--raw"]),
     ],

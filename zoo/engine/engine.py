@@ -17,6 +17,7 @@ from torch import Tensor
 from zoo.components.cache.store import Store, make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
+from zoo.engine.adapters import Adapters
 from zoo.engine.admission import Admission, check_sizes
 from zoo.engine.memory import Memory
 from zoo.engine.outcome import Outcome, read
@@ -157,15 +158,21 @@ class Engine:
 
     # --- without the cache --------------------------------------------------------------------------------------
 
-    def logits(self, tokens: Sequence[int]) -> Tensor:
+    def logits(self, tokens: Sequence[int], adapter: str | None = "auto") -> Tensor:
         """Logits (T, V) float32 of one full prefill. Raises RequestError as `submit`."""
         with self._locked():
-            return self._open().logits(self._checked(tokens))
+            return self._open(adapter).logits(self._checked(tokens), adapter)
 
-    def hidden(self, tokens: Sequence[int]) -> Tensor:
+    def hidden(self, tokens: Sequence[int], adapter: str | None = "auto") -> Tensor:
         """The last hidden states (T, D), after the final norm, of one full prefill. Raises RequestError as `submit`."""
         with self._locked():
-            return self._open().hidden(self._checked(tokens))
+            return self._open(adapter).hidden(self._checked(tokens), adapter)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[tuple[Adapters, list[str | None]]]:
+        """A block in which no step runs: the adapters, and what each unfinished request chose of them."""
+        with self._locked():
+            yield self._open().adapters, [seq.params.adapter for seq in self._live.values()]
 
     @property
     def memory(self) -> dict[str, int]:
@@ -225,9 +232,11 @@ class Engine:
         if silent:
             self._mail.pop(request_id, None)
 
-    def _open(self) -> Runner:
+    def _open(self, adapter: str | None = None) -> Runner:
+        """The runner of a model that is not closed and has that adapter."""
         if self._runner is None:
             raise ZooError("the model was closed", hint="load it again")
+        self._runner.adapters.check(adapter)
         return self._runner
 
     def _checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
@@ -236,7 +245,7 @@ class Engine:
         return ids
 
     def _enter(self, request: Request, *, mailed: bool) -> str:
-        self._open()
+        self._open(request.params.adapter)
         number = next(self._numbers)
         request_id = request.request_id or f"request-{number}"
         if request_id in self._live or request_id in self._mail:

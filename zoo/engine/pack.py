@@ -31,6 +31,7 @@ class Batch:
     """A step's input on the device.
 
     tokens_T, positions_T: int64. rows_R: which of the T rows need logits, None for all. rows, past: per sequence.
+    adapters: what each sequence's request chose.
     """
 
     tokens_T: Tensor
@@ -40,6 +41,7 @@ class Batch:
     rows: list[int]
     past: list[int]
     wanted: list[Wanted]
+    adapters: list[str | None]
 
 
 def pack(work: Sequence[Work], device: torch.device) -> Batch:
@@ -67,6 +69,7 @@ def pack(work: Sequence[Work], device: torch.device) -> Batch:
         rows=[w.rows for w in work],
         past=[w.sequence.past for w in work],
         wanted=wanted,
+        adapters=[w.sequence.params.adapter for w in work],
     )
 
 

@@ -47,6 +47,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "ignore_eos": (lambda v: isinstance(v, bool), "True or False"),
     "logprobs": (lambda v: v is None or (_whole(v) and v >= 0), "a whole number, 0 or more, or None"),
     "prompt_logprobs": (lambda v: isinstance(v, bool), "True or False"),
+    "adapter": (lambda v: v is None or _text(v), "the name of a loaded adapter, auto, or None"),
 }
 
 
@@ -63,6 +64,7 @@ class SamplingParams:
     stop_ids: token ids that end it, beside the tokenizer's own; `ignore_eos` ignores the tokenizer's own only.
     logprobs: k >= 0 reports each new token's log-probability under the raw model (before temperature and filters)
         and the k best alternatives. prompt_logprobs: the same for the prompt's tokens.
+    adapter: the name of a loaded adapter, None for the plain model; "auto": the one that `zoo.load` was given, if any.
     """
 
     max_tokens: int | None = None
@@ -76,6 +78,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    adapter: str | None = "auto"
 
     def __post_init__(self) -> None:
         for name, plain in (("temperature", 0.0), ("top_k", 0), ("stop", ()), ("stop_ids", ())):

@@ -10,6 +10,7 @@ from torch import Tensor
 from zoo.components.cache.store import fresh_step
 from zoo.components.decoder.model import Decoder
 from zoo.components.step import Step
+from zoo.engine.adapters import Adapters
 from zoo.engine.memory import Memory
 from zoo.engine.pack import Batch
 
@@ -19,30 +20,35 @@ class Runner:
 
     def __init__(self, decoder: Decoder, memory: Memory, device: torch.device) -> None:
         self.decoder, self.memory, self.device = decoder, memory, device
+        self.adapters = Adapters(decoder)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the decoder's parameters and buffers."""
-        return sum(t.numel() * t.element_size() for t in (*self.decoder.parameters(), *self.decoder.buffers()))
+        """Bytes of the decoder's parameters and buffers, and of the loaded adapters."""
+        return self.adapters.nbytes + sum(
+            t.numel() * t.element_size() for t in (*self.decoder.parameters(), *self.decoder.buffers())
+        )
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits (R, V) float32 of the batch's wanted rows; its tokens are in the cache afterwards."""
         states = self.memory.states(batch.seqs, batch.rows, batch.past)
         step = Step(batch.positions_T, batch.rows, batch.past, states)
-        logits_RV: Tensor = self.decoder(batch.tokens_T, step, batch.rows_R)
+        with self.adapters.applied(batch.adapters, batch.rows, self.device):
+            logits_RV: Tensor = self.decoder(batch.tokens_T, step, batch.rows_R)
         return logits_RV
 
     @torch.no_grad()
-    def hidden(self, tokens: Sequence[int]) -> Tensor:
+    def hidden(self, tokens: Sequence[int], adapter: str | None = "auto") -> Tensor:
         """The normalised last hidden states (T, D) of one whole sequence, beside the cache."""
         step = fresh_step(self.decoder.spec, [len(tokens)], self.device)
-        return self.decoder.hidden(torch.tensor(tokens, device=self.device), step)
+        with self.adapters.applied([adapter], [len(tokens)], self.device):
+            return self.decoder.hidden(torch.tensor(tokens, device=self.device), step)
 
     @torch.no_grad()
-    def logits(self, tokens: Sequence[int]) -> Tensor:
+    def logits(self, tokens: Sequence[int], adapter: str | None = "auto") -> Tensor:
         """Logits (T, V) float32 of one whole sequence, beside the cache; an ordinary tensor that may be written to."""
-        return self.decoder.logits(self.hidden(tokens))
+        return self.decoder.logits(self.hidden(tokens, adapter))
 
 
 def memory_is_full(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -60,6 +60,13 @@ def load_weights(
             if progress:
                 progress(done, total)
     targets.check()
+
+
+def fill_places(places: Iterable[tuple[torch.Tensor, Placement]]) -> None:
+    """Fills tensors of the caller's own, of any type, each from its source."""
+    with _Reader(pinned=False) as reader:
+        for place, placement in places:
+            _fill(place, placement, reader)
 
 
 def random_weights(module: nn.Module, plan: Plan, *, seed: int = 0, device: torch.device | str = "cpu") -> None:

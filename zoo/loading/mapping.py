@@ -156,13 +156,13 @@ def _claim(found: Comparison, spoken: set[str], info: TensorInfo, row: Row, grou
         text = f"{name} ({info.name} is {info.dtype})"
         found.problems.append(Problem("type", name, text))
         return
-    expected = _file_shapes(row, groups)
+    expected = file_shapes(row, groups)
     if info.shape not in expected:
         shapes = " or ".join(map(shape_text, expected)) or "experts of one shape"
         text = f"{name} ({info.name} is {shape_text(info.shape)}, the card says {shapes})"
         found.problems.append(Problem("shape", name, text))
         return
-    for placement in _pieces(info, row, groups):
+    for placement in pieces(info, row, groups):
         first = found.placements.setdefault(placement.tensor.name, placement)
         if first is not placement:
             text = f"{placement.tensor.name} ({first.source.name} and {info.name})"
@@ -190,7 +190,7 @@ def _group_shape(row: Row, group: Sequence[Tensor]) -> tuple[int, ...] | None:
     return (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
 
 
-def _file_shapes(row: Row, groups: Sequence[Sequence[Tensor]]) -> list[tuple[int, ...]]:
+def file_shapes(row: Row, groups: Sequence[Sequence[Tensor]]) -> list[tuple[int, ...]]:
     """The shapes that the file's tensor may have."""
     shapes = {_group_shape(row, group) for group in groups}
     shape = shapes.pop()
@@ -201,7 +201,7 @@ def _file_shapes(row: Row, groups: Sequence[Sequence[Tensor]]) -> list[tuple[int
     return [(len(groups), *shape), (len(groups) * shape[0], *shape[1:])]
 
 
-def _pieces(info: TensorInfo, row: Row, groups: Sequence[Sequence[Tensor]]) -> Iterator[Placement]:
+def pieces(info: TensorInfo, row: Row, groups: Sequence[Sequence[Tensor]]) -> Iterator[Placement]:
     """One placement for each tensor of the groups; the file's shape has been checked."""
     turned, aside = "transpose" in row.transforms, _side_by_side(row)
     interleaved = "interleaved_rope" in row.transforms

@@ -1,0 +1,168 @@
+"""The adapters of a running model: loaded by name, chosen by requests, merged into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from zoo.components.adapter import hook, merge, uses_of, using
+from zoo.components.linear import Linear
+from zoo.loading.adapters.read import Adapter
+from zoo.registry.errors import RequestError, nearest
+
+AUTO = "auto"
+"""The choice of requests that name no adapter: the one that came with the model, if one did."""
+
+
+class Adapters:
+    """Adapters of one module. The module is hooked while any is loaded, and only where one has something to add."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # Names that "auto" may mean. Set before requests run, so that no running one changes its adapter.
+        self.defaults: list[str] = []
+        self._module = module
+        self._loaded: dict[str, Adapter] = {}
+        self._hooks: list[RemovableHandle] = []
+        self.merged: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Those that a request may choose, in the order in which they came."""
+        return [*self._loaded]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(adapter.nbytes for adapter in self._loaded.values())
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Raises RequestError for a name that is taken."""
+        if name in (*self._loaded, *self.merged, AUTO):
+            raise RequestError(
+                "this name of an adapter is taken",
+                where="adapter",
+                found=repr(name),
+                expected="another name",
+                hint="pass name=..., or unload the other one first",
+            )
+        self._loaded[name] = adapter
+        self._hook()
+
+    def remove(self, name: str, users: Sequence[str | None] = ()) -> None:
+        """Raises RequestError for an adapter that is not loaded, merged for good, or chosen by one of `users`."""
+        self._named(name)
+        count = sum(self.resolve(user) == name for user in users)
+        if count:
+            raise RequestError(
+                f"the adapter {name!r} is in use",
+                where="adapter",
+                found=f"{count} unfinished requests",
+                hint="let them end, or cancel them",
+            )
+        del self._loaded[name]
+        if name in self.defaults:
+            self.defaults.remove(name)
+        self._hook()
+
+    @torch.no_grad()
+    def merge(self, name: str, users: Sequence[str | None] = ()) -> None:
+        """Adds an adapter to the weights for good. Raises RequestError as `remove`, and while any request runs."""
+        adapter = self._named(name)
+        self._check_mergeable(name, adapter, len(users))
+        for path, change in adapter.changes.items():
+            linear = self._module.get_submodule(path)
+            assert isinstance(linear, Linear)
+            merge(linear, change)
+        for tensor, value in adapter.whole:
+            self._replace(tensor.param, tensor.index, value)
+        self.remove(name)
+        self.merged.append(name)
+
+    def resolve(self, name: str | None) -> str | None:
+        """The adapter that a request's choice means. Raises RequestError when "auto" could mean several."""
+        if name != AUTO:
+            return name
+        if len(self.defaults) > 1:
+            raise RequestError(
+                "several adapters are loaded, and the request names none",
+                where="adapter",
+                expected=f"one of {', '.join(self.defaults)}, or None for the plain model",
+            )
+        return self.defaults[0] if self.defaults else None
+
+    def check(self, choice: str | None) -> None:
+        """Raises RequestError for a choice that no request can make."""
+        name = self.resolve(choice)
+        whole = [] if name is None else [tensor.name for tensor, _ in self._named(name).whole]
+        if whole:
+            raise RequestError(
+                f"the adapter {name!r} replaces whole tensors, which cannot be done for single requests",
+                where="adapter",
+                found=", ".join(whole[:5]),
+                hint=f"merge it first: model.merge_adapter({name!r})",
+            )
+
+    def applied(
+        self, choices: Sequence[str | None], rows: Sequence[int], device: torch.device
+    ) -> AbstractContextManager[None]:
+        """A block in which each sequence of a step, of so many rows, uses the adapter that it chose."""
+        names = [self.resolve(choice) for choice in choices]
+        if not any(names):
+            return nullcontext()
+        chosen = [None if name is None else self._loaded[name].changes for name in names]
+        return using(uses_of(chosen, rows, device))
+
+    def _named(self, name: str) -> Adapter:
+        if name in self._loaded:
+            return self._loaded[name]
+        if name in self.merged:
+            raise RequestError(
+                "this adapter is merged into the weights, for all requests and for good",
+                where="adapter",
+                found=repr(name),
+                hint="leave it out; load the model again to be rid of it",
+            )
+        raise RequestError(
+            "no adapter of this name is loaded",
+            where="adapter",
+            found=repr(name),
+            expected=f"one of {', '.join(self._loaded)}" if self._loaded else "no name: no adapter is loaded",
+            hint=nearest(name, self._loaded),
+        )
+
+    def _hook(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        paths = {path for adapter in self._loaded.values() for path in adapter.changes}
+        self._hooks = hook(self._module, sorted(paths))
+
+    def _check_mergeable(self, name: str, adapter: Adapter, running: int) -> None:
+        if running:
+            raise RequestError(
+                "weights cannot change under unfinished requests",
+                where=f"merging {name!r}",
+                found=f"{running} of them",
+                hint="let them end, or cancel them",
+            )
+        for tensor, _ in adapter.whole:
+            if self._module.get_parameter(tensor.param).is_meta:
+                raise RequestError(
+                    f"the adapter {name!r} replaces experts that are packed, which cannot be done",
+                    where=tensor.name,
+                    hint="load the model with dtype float32",
+                )
+
+    def _replace(self, param: str, index: tuple[int | slice, ...], value: torch.Tensor) -> None:
+        parameter = self._module.get_parameter(param)
+        if not parameter.is_mkldnn:
+            parameter[index] = value.to(parameter.device)
+            return
+        owner = self._module.get_submodule(param.rpartition(".")[0])
+        assert isinstance(owner, Linear)
+        plain = parameter.detach().to_dense()
+        plain[index] = value
+        owner.weight = nn.Parameter(plain, requires_grad=False)
+        owner.pack()
