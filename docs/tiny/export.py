@@ -33,7 +33,9 @@ NAMES = (
 def save(model: Decoder, folder: Path) -> None:
     """consolidated.safetensors in bfloat16 and params.json, both as Mistral publishes them."""
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in native(model).items()}
-    save_file(tensors, folder / "consolidated.safetensors", metadata={"format": "pt"})
+    weights = folder / "consolidated.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # the writer leaves a file that its owner alone can read
     (folder / "params.json").write_text(json.dumps(params(model.spec), indent=4) + "\n", encoding="utf-8")
 
 

@@ -21,6 +21,33 @@ LICENCES = {
     "mrl-0.1": "the Mistral AI Research Licence",
     "mit": "the MIT licence",
 }
+KNOWN = (
+    "codestral-22b",
+    "devstral-small-2505",
+    "devstral-small-2507",
+    "magistral-small-2506",
+    "magistral-small-2507",
+    "mathstral-7b",
+    "ministral-8b-instruct",
+    "mistral-7b-instruct-v0.1",
+    "mistral-7b-instruct-v0.2",
+    "mistral-7b-instruct-v0.3",
+    "mistral-7b-v0.1",
+    "mistral-7b-v0.2",
+    "mistral-7b-v0.3",
+    "mistral-large-2407",
+    "mistral-large-2411",
+    "mistral-nemo-base",
+    "mistral-nemo-instruct",
+    "mistral-small-2409",
+    "mistral-small-base-2501",
+    "mistral-small-instruct-2501",
+    "mixtral-8x22b",
+    "mixtral-8x22b-instruct",
+    "mixtral-8x7b",
+    "mixtral-8x7b-instruct",
+    "tiny",
+)
 MAKERS = {"mistral": "Mistral AI", "zoo": "the zoo project"}
 SIZE = re.compile(r"\d+(x\d+)?b")
 DETAIL = re.compile(r"\d+(x\d+)?B|v\d.*|\d{4}|Instruct|Base")
@@ -65,8 +92,8 @@ def _word(part: str) -> str:
 
 
 def read_cards() -> list[Facts]:
-    """The cards of the families that the model knows, as zoo itself reads them."""
-    return [_facts(zoo.inspect(card.name)) for card in zoo.list() if card.family in MAKERS]
+    """The cards that the model knows, as zoo itself reads them."""
+    return [_facts(zoo.inspect(name)) for name in KNOWN]
 
 
 def _facts(seen: zoo.Inspection) -> Facts:

@@ -155,12 +155,12 @@ class Author:
 
     def ask(self, card: Facts, topic: Topic) -> Turn:
         """A question that names the card."""
-        return self._answered(self._way(self.questions.templates(topic, self.held_out)), card, topic)
+        return self._answered(self.way(self.questions.templates(topic, self.held_out)), card, topic)
 
     def follow_up(self, card: Facts, topic: Topic) -> Turn:
         """A question that means the card of the turn before."""
         ways = self.questions.follow_ups(topic, self.held_out)
-        return self._answered(self._way(ways if any(ways) else self.questions.templates(topic, True)), card, topic)
+        return self._answered(self.way(ways if any(ways) else self.questions.templates(topic, True)), card, topic)
 
     def again(self, card: Facts, topic: Topic) -> Turn:
         """The question of the turn before for another card."""
@@ -170,7 +170,7 @@ class Author:
         question = self.typist.type(way.replace("{m}", self.name(card)))
         return Turn(question, topic.answer(card), (card.name, *topic.pieces(card)))
 
-    def _way(self, ways: Ways) -> str:
+    def way(self, ways: Ways) -> str:
         """One of the whole questions or one of the filled frames, now and then with a word exchanged."""
         while True:
             way = self.typist.choose(self.random.choice(self.random.choice([group for group in ways if group])))
@@ -189,7 +189,7 @@ class Author:
 
     def general(self, entry: general.Entry) -> Turn:
         """A question about zoo, its words, its commands, the model itself, or small talk."""
-        way = self._way(entry.templates(self.held_out))
+        way = self.way(entry.templates(self.held_out))
         return Turn(self.typist.type(way), entry.answer, (entry.answer,))
 
     def nothing(self) -> Turn:
@@ -213,7 +213,7 @@ class Author:
     def no_card(self) -> Turn:
         """A question about a model that has no card."""
         topic = self.random.choice(self.questions.topics)
-        way = self._way(self.questions.templates(topic, self.held_out))
+        way = self.way(self.questions.templates(topic, self.held_out))
         name = self.random.choice(self.unknown["other_models"])
         if self.random.random() < 0.4:
             size = self.random.choice((1, 2, 3, 4, 6, 9, 10, 13, 15, 20, 30, 34, 65, 70, 180, 405))
