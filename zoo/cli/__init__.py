@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 BUILTIN = {
     "run": "zoo.cli.run:run",
     "chat": "zoo.cli.chat:chat",
+    "fim": "zoo.cli.fim:fim",
     "list": "zoo.cli.cards:list_cards",
     "inspect": "zoo.cli.inspect:inspect",
     "diff": "zoo.cli.cards:diff",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli.options import load_options, sample_arguments, sample_options
+from zoo.cli.options import chat_options, effort_option, load_options, sample_arguments, sample_options
 from zoo.cli.run import load_model, utf8_input, write_stream
 from zoo.registry.errors import RequestError, TextError, ZooError, nearest
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("ref")
 @click.option("--system", help="A system message before the conversation.")
+@effort_option
 @load_options
 @sample_options
 def chat(ref: str, system: str | None, **flags: Any) -> None:
@@ -33,7 +34,7 @@ def chat(ref: str, system: str | None, **flags: Any) -> None:
                 expected="the feature chat",
                 hint="use `zoo run` for raw text, or an instruct card",
             )
-        Conversation(model, sample_arguments(flags), system).loop()
+        Conversation(model, sample_arguments(flags), system, form=chat_options(flags)).loop()
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Conversation:
     options: dict[str, Any]
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    form: dict[str, Any] = field(default_factory=dict)
 
     def loop(self) -> None:
         """Read lines until the end of input. A faulty turn is reported and leaves the conversation as it was."""
@@ -60,20 +62,20 @@ class Conversation:
                 click.echo("\n(stopped)", err=True)
 
     def turn(self, text: str) -> None:
-        """Send one message and stream the answer. A stopped answer is kept as far as it came."""
+        """Send one message and stream the answer. A stopped answer is kept as far as it came, thinking is not kept."""
         sent = [*self.messages, {"role": "user", "content": text}]
         answer: list[str] = []
 
         def listen() -> Any:
-            for chunk in self.model.stream_chat(self._with_system(sent), **self.options):
+            for chunk in self.model.stream_chat(self._with_system(sent), chat_options=self.form, **self.options):
                 answer.append(chunk.text)
                 yield chunk
 
         try:
             write_stream(listen())
         finally:
-            if answer:
-                self.messages = [*sent, {"role": "assistant", "content": "".join(answer)}]
+            if said := "".join(answer):
+                self.messages = [*sent, {"role": "assistant", "content": said}]
 
     def command(self, line: str) -> bool:
         """Run one /command. Returns False when the conversation is to end."""

@@ -32,6 +32,8 @@ _SAMPLE = [
     click.option("--stop", multiple=True, help="Stop before this text; may be repeated."),
 ]
 
+effort_option = click.option("--reasoning-effort", help="How much to think, as the chat format has it: none, high, ...")
+
 SAMPLE_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 LOAD_NAMES = ("device", "dtype", "weights", "max_context", "max_batch_size", "devices", "quantize", "adapters")
 
@@ -61,6 +63,12 @@ def sample_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """Sampling options that were given; those left out keep the engine's defaults."""
     given = {name: flags[name] for name in SAMPLE_NAMES if flags[name] not in (None, ())}
     return {**given, "stop": [*given["stop"]]} if "stop" in given else given
+
+
+def chat_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the chat format that were given."""
+    effort = flags["reasoning_effort"]
+    return {} if effort is None else {"reasoning_effort": effort}
 
 
 def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any] | None:

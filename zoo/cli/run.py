@@ -1,13 +1,15 @@
 """zoo run: one prompt, one answer."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli.options import load_arguments, load_options, sample_arguments, sample_options
+from zoo.cli.options import chat_options, effort_option, load_arguments, load_options, sample_arguments, sample_options
 from zoo.registry.errors import RequestError
 
 if TYPE_CHECKING:
@@ -21,27 +23,67 @@ if TYPE_CHECKING:
 @click.option("--system", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, not as a chat turn.")
 @click.option("--image", "images", multiple=True, help="Picture to show the model; may be repeated.")
+@click.option("--tools", metavar="FILE", help="Functions that the model may call: a JSON list in OpenAI's form.")
+@effort_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @load_options
 @sample_options
 def run(
-    ref: str, prompt: str | None, system: str | None, raw: bool, images: tuple[str, ...], as_json: bool, **flags: Any
+    ref: str,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    images: tuple[str, ...],
+    tools: str | None,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Answer one prompt with REF: a card's name, a card file or a checkpoint folder."""
     from zoo.cli.console import emit
 
+    if raw:
+        _refuse_with_raw({"--system": system, "--tools": tools, "--reasoning-effort": flags["reasoning_effort"]})
     text = _prompt(prompt)
-    if system is not None and raw:
-        raise RequestError(
-            "a system message needs the chat format", where="--system", found="--raw as well", expected="one of the two"
-        )
+    definitions = None if tools is None else read_tools(tools)
+    form = chat_options(flags)
     with load_model(ref, flags) as model:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
-        options = {**sample_arguments(flags), "raw": raw, "images": images}
-        if as_json:
-            emit(model.generate(messages, **options)[0].to_dict())
+        options = {**sample_arguments(flags), "images": images}
+        if system is None and definitions is None and not form:
+            stream = model.stream(text, raw=raw, **options)
         else:
-            write_stream(model.stream(messages, **options))
+            turns = [{"role": "system", "content": system}] if system else []
+            messages = [*turns, {"role": "user", "content": text}]
+            stream = model.stream_chat(messages, definitions, chat_options=form, **options)
+        if as_json:
+            emit(collect(stream).to_dict())
+        else:
+            write_stream(stream)
+
+
+def _refuse_with_raw(given: dict[str, str | None]) -> None:
+    for flag, value in given.items():
+        if value is not None:
+            raise RequestError(
+                f"{flag} needs the chat format", where=flag, found="--raw as well", expected="one of the two"
+            )
+
+
+def read_tools(name: str) -> list[Any]:
+    """The function definitions of a file. RequestError for one that is no JSON list."""
+    try:
+        tools = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError("the tools cannot be read", where=name, found=str(error), expected="a JSON list") from None
+    if not isinstance(tools, list):
+        raise RequestError("these are no tools", where=name, found=type(tools).__name__, expected="a JSON list")
+    return tools
+
+
+def collect(chunks: "Iterator[Chunk]") -> "Completion":
+    """The completion of a stream that was read to its end."""
+    *_, last = chunks
+    assert last.completion is not None
+    return last.completion
 
 
 def load_model(ref: str, flags: dict[str, Any]) -> "Model":
@@ -56,13 +98,29 @@ def load_model(ref: str, flags: dict[str, Any]) -> "Model":
 
 
 def write_stream(chunks: "Any") -> "Chunk | None":
-    """Print the chunks' text as it comes, then one line of figures on stderr. Returns the last chunk."""
-    last = None
+    """Print the chunks' text as it comes, then tool calls as a line of JSON, then one line of figures on stderr.
+
+    Thinking goes to stderr. Returns the last chunk.
+    """
+    from zoo.cli.console import emit
+
+    last, begun, texts, calls = None, False, False, []
     for chunk in chunks:
-        click.echo(chunk.text, nl=False)
-        sys.stdout.flush()
+        if chunk.thinking:
+            click.secho(chunk.thinking, err=True, dim=True, nl=False)
+            begun = True
+        if chunk.text:
+            click.echo(err=True, nl=begun)
+            click.echo(chunk.text, nl=False)
+            sys.stdout.flush()
+            begun, texts = False, True
+        calls += chunk.tool_calls
         last = chunk
-    click.echo()
+    click.echo(err=True, nl=begun)
+    if texts or not calls:
+        click.echo()
+    if calls:
+        emit([call.to_dict() for call in calls])
     if last is not None and last.completion is not None:
         write_figures(last.completion)
     return last
@@ -72,6 +130,8 @@ def write_figures(completion: "Completion") -> None:
     """Token counts and speed on stderr."""
     from zoo.cli.console import note
 
+    if completion.call_error:
+        note(completion.call_error)
     usage, timings = completion.usage, completion.timings
     note(
         f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new tokens, first after {timings.prefill_s:.2f} s, "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WITHOUT_FILL = ("v1", "v2")
 SPACE = "▁"
+MARK = "☺"
 
 
 class MistralCodec:
@@ -52,8 +53,11 @@ class MistralCodec:
             raise TextError(f"Mistral's tokenizer {self.version} has no fill-in-the-middle", expected="v3 or newer")
         from mistral_common.protocol.fim.request import FIMRequest
 
-        ids: list[int] = self.library.encode_fim(FIMRequest(prompt=prefix, suffix=suffix)).tokens
-        return ids
+        # mistral-common cuts two ids off the suffix, which a mark before it has in the vocabularies that it ships.
+        if len(self.encode(MARK, bos=False)) == 2:
+            return [*self.library.encode_fim(FIMRequest(prompt=prefix, suffix=suffix)).tokens]
+        before, after = (self._raw.get_special_token(name) for name in ("[PREFIX]", "[SUFFIX]"))
+        return [self._raw.bos_id, after, *self.encode(suffix, bos=False), before, *self.encode(prefix, bos=False)]
 
 
 class SentencePieceVocabulary:
