@@ -21,10 +21,20 @@ Advance = Callable[..., tuple[Tensor, Tensor]]
 class KVState(Protocol):
     """One attention layer's view of the cache for this step. Attention cannot tell which policy it got."""
 
-    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Append this step's keys and values, then attend causally within each sequence.
 
         Returns (T, H, d) in q's dtype. `window`: how many positions a token sees, itself included; None for all.
+        `softcap` bounds the scores; None leaves them.
         """
         ...
 

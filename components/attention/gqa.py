@@ -39,7 +39,7 @@ class Attention(nn.Module):
         q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)
         if spec.query_scaling is not None:
             q_THd = (q_THd * _query_scale(spec.query_scaling, step)).to(x_TD.dtype)
-        o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=self.scale, window=spec.window)
+        o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=self.scale, window=spec.window, softcap=spec.softcap)
         o_TD: Tensor = self.o(o_THd.flatten(1))
         return o_TD
 

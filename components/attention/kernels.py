@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ Memo = dict[Hashable, Any]
 Kernel = Callable[[Tensor, Tensor, Tensor, float, int, int | None, Memo], Tensor]
 
 
+class Scores(TypedDict):
+    """How scores are made: scaled, masked but for the last `window` keys, bounded smoothly by `softcap`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
 def attention(
     q_THd: Tensor,
     k_GSd: Tensor,
@@ -36,37 +44,49 @@ def attention(
     past: int,
     window: int | None,
     memo: Memo | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """(T, H, d) of queries over (G, S, d) keys and values; H is a multiple of G and S = past + T.
 
     `memo` keeps masks, and the choice of a kernel, between the layers of a step. ZOO_ATTENTION forces a kernel;
-    raises ZooError for a name that is none.
+    raises ZooError for a name that is none. Scores with a `softcap` are computed by the formula: no kernel has them.
     """
     memo = {} if memo is None else memo
     if window is not None:
         k_GSd, v_GSd, past = _trimmed(k_GSd, v_GSd, past, window)
         if q_THd.shape[0] > max(window, BLOCK):
-            return _in_blocks(q_THd, k_GSd, v_GSd, scale, past, window, memo)
+            return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, {"scale": scale, "window": window, "softcap": softcap})
         if past + q_THd.shape[0] <= window:
             window = None
+    if softcap is not None:
+        if q_THd.shape[0] > max(window or 0, BLOCK):
+            return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, {"scale": scale, "window": window, "softcap": softcap})
+        return reference(q_THd, k_GSd, v_GSd, scale, past, window, memo, softcap)
     return _kernel(memo)(q_THd, k_GSd, v_GSd, scale, past, window, memo)
 
 
 def attention_rows(
-    q_BHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, scale: float, seen_BS: Tensor, memo: Memo
+    q_BHd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    *,
+    scale: float,
+    seen_BS: Tensor,
+    memo: Memo,
+    softcap: float | None = None,
 ) -> Tensor:
     """(B, H, d): one new row of each of B sequences, over its own keys as far as `seen_BS` is true.
 
     By SDPA, also where ZOO_ATTENTION says "xformers": single rows need no mask of its kind. By the formula in
-    float32 where it says "reference".
+    float32 where it says "reference", or with a `softcap`.
     """
-    exact = _kernel(memo) is reference
+    exact = _kernel(memo) is reference or softcap is not None
     q, k, v = (x.float() if exact else x for x in (q_BHd, k_BGSd, v_BGSd))
     q_BGJd = q.view(len(q), k.shape[1], -1, q.shape[-1])
     seen_B11S = seen_BS[:, None, None]
     if not exact:
         return F.scaled_dot_product_attention(q_BGJd, k, v, attn_mask=seen_B11S, scale=scale).view(q_BHd.shape)
-    scores_BGJS = (q_BGJd @ k.transpose(-1, -2) * scale).masked_fill(~seen_B11S, float("-inf"))
+    scores_BGJS = _capped(q_BGJd @ k.transpose(-1, -2) * scale, softcap).masked_fill(~seen_B11S, float("-inf"))
     return (scores_BGJS.softmax(-1) @ v).view(q_BHd.shape).to(q_BHd.dtype)
 
 
@@ -76,27 +96,36 @@ def _trimmed(k_GSd: Tensor, v_GSd: Tensor, past: int, window: int) -> tuple[Tens
     return (k_GSd, v_GSd, past) if unseen <= 0 else (k_GSd[:, unseen:], v_GSd[:, unseen:], past - unseen)
 
 
-def _in_blocks(q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, scale: float, past: int, window: int, memo: Memo) -> Tensor:
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _in_blocks(q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, past: int, memo: Memo, how: Scores) -> Tensor:
     """Block by block: rows need the keys of their own block and of one window before it, not a mask of T by S."""
     blocks = []
-    size = max(window, BLOCK)
+    size = max(how["window"] or 0, BLOCK)
     for start in range(0, len(q_THd), size):
         q_block = q_THd[start : start + size]
         end = past + start + len(q_block)
-        blocks.append(
-            attention(q_block, k_GSd[:, :end], v_GSd[:, :end], scale=scale, past=past + start, window=window, memo=memo)
-        )
+        blocks.append(attention(q_block, k_GSd[:, :end], v_GSd[:, :end], past=past + start, memo=memo, **how))
     return torch.cat(blocks)
 
 
 def reference(
-    q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, scale: float, past: int, window: int | None, memo: Memo
+    q_THd: Tensor,
+    k_GSd: Tensor,
+    v_GSd: Tensor,
+    scale: float,
+    past: int,
+    window: int | None,
+    memo: Memo,
+    softcap: float | None = None,
 ) -> Tensor:
     """The formula in float32."""
     rows, groups = len(q_THd), len(k_GSd)
     q_GJTd = q_THd.float().view(rows, groups, -1, q_THd.shape[-1]).permute(1, 2, 0, 3)
     scores_GJTS = q_GJTd @ k_GSd.float().unsqueeze(1).transpose(-1, -2) * scale
-    scores_GJTS = scores_GJTS.masked_fill(~visible(rows, past, window, q_THd.device), float("-inf"))
+    scores_GJTS = _capped(scores_GJTS, softcap).masked_fill(~visible(rows, past, window, q_THd.device), float("-inf"))
     o_GJTd = scores_GJTS.softmax(-1) @ v_GSd.float().unsqueeze(1)
     return o_GJTd.permute(2, 0, 1, 3).reshape(q_THd.shape).to(q_THd.dtype)
 

@@ -50,6 +50,9 @@ class AttentionSpec(Spec):
     scale: Positive | None = Field(
         default=None, description="What scores are multiplied with; null takes head_dim^-0.5."
     )
+    softcap: Positive | None = Field(
+        default=None, description="Bounds scores smoothly: softcap tanh(score / softcap); null leaves them."
+    )
     query_scaling: QueryScaling | None = Field(
         default=None, description="Scaling of queries far into a long context; null for none."
     )

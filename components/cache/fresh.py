@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zoo.components.attention.kernels import Memo, attention
+from zoo.components.attention.kernels import Memo, Scores, attention
 
 
 class FreshKV:
@@ -17,14 +17,21 @@ class FreshKV:
         self.rows = list(rows)
         self.memo: Memo = {}
 
-    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Causal attention within each sequence, (T, H, d)."""
         parts = zip(
             torch.split(q_THd, self.rows), torch.split(k_TGd, self.rows), torch.split(v_TGd, self.rows), strict=True
         )
+        how: Scores = {"scale": scale, "window": window, "softcap": softcap}
         return torch.cat(
-            [
-                attention(q, k.transpose(0, 1), v.transpose(0, 1), scale=scale, past=0, window=window, memo=self.memo)
-                for q, k, v in parts
-            ]
+            [attention(q, k.transpose(0, 1), v.transpose(0, 1), past=0, memo=self.memo, **how) for q, k, v in parts]
         )

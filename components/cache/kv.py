@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zoo.components.attention.kernels import Memo, attention, attention_rows
+from zoo.components.attention.kernels import Memo, Scores, attention, attention_rows
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.pages import Pages
 from zoo.components.cache.slab import Slabs
@@ -115,38 +115,53 @@ class KVView:
     ring: int | None
     plan: StepPlan
 
-    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Appends the step's keys and values, then attends causally within each sequence, (T, H, d)."""
         plan = self.plan
+        how: Scores = {"scale": scale, "window": window, "softcap": softcap}
         if len(plan.seqs) == 1:
-            return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, scale, window)
+            return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, how)
         if isinstance(self.storage, Pages) and q_THd.shape[0] == len(plan.seqs):
-            return self._attend_rows(self.storage, q_THd, k_TGd, v_TGd, scale, window)
+            return self._attend_rows(self.storage, q_THd, k_TGd, v_TGd, how)
         parts = zip(*(torch.split(x, plan.rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         return torch.cat(
             [
-                self._attend_one(seq, past, q, k, v, scale, window)
+                self._attend_one(seq, past, q, k, v, how)
                 for seq, past, (q, k, v) in zip(plan.seqs, plan.past, parts, strict=True)
             ]
         )
 
-    def _attend_rows(
-        self, pages: Pages, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, scale: float, window: int | None
-    ) -> Tensor:
+    def _attend_rows(self, pages: Pages, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores) -> Tensor:
         """One new row of every sequence: all in one product, over pages gathered to equal lengths."""
         plan, ring = self.plan, self.ring
         filled = [past + 1 if ring is None else min(past + 1, ring) for past in plan.past]
         slots = [past if ring is None else past % ring for past in plan.past]
         pages.write_rows(self.layer, plan.seqs, slots, k_BGd, v_BGd, plan.memo)
         k_BGSd, v_BGSd = pages.read_rows(self.layer, plan.seqs, max(filled), plan.memo)
+        window = how["window"]
         key = ("seen", window)
         if key not in plan.memo:
             plan.memo[key] = _seen(filled, None if ring is not None else window, pages.device)
-        return attention_rows(q_BHd, k_BGSd, v_BGSd, scale=scale, seen_BS=plan.memo[key], memo=plan.memo)
+        return attention_rows(
+            q_BHd,
+            k_BGSd,
+            v_BGSd,
+            scale=how["scale"],
+            softcap=how["softcap"],
+            seen_BS=plan.memo[key],
+            memo=plan.memo,
+        )
 
-    def _attend_one(
-        self, seq: int, past: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, window: int | None
-    ) -> Tensor:
+    def _attend_one(self, seq: int, past: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, how: Scores) -> Tensor:
         rows, memo = q_THd.shape[0], self.plan.memo
         if self.ring is not None and past + rows > self.ring:
             k_GSd, v_GSd, seen = self._turn(self.ring, seq, past, k_TGd, v_TGd)
@@ -154,7 +169,7 @@ class KVView:
             self.storage.write(self.layer, seq, past, k_TGd, v_TGd, memo)
             k_GSd, v_GSd = self.storage.read(self.layer, seq, 0, past + rows, memo)
             seen = past
-        return attention(q_THd, k_GSd, v_GSd, scale=scale, past=seen, window=window, memo=memo)
+        return attention(q_THd, k_GSd, v_GSd, past=seen, memo=memo, **how)
 
     def _turn(self, ring: int, seq: int, past: int, k_TGd: Tensor, v_TGd: Tensor) -> tuple[Tensor, Tensor, int]:
         """Keys, values and how many come before the rows, when new tokens take the slots of old ones.

@@ -43,7 +43,11 @@ class Decoder(nn.Module):
         """Float32 logits (R, V) of normalised rows."""
         weight_VD = self.embed.weight if self.head is None else self.head.weight
         logits_RV = product(x_RD, weight_VD).float()
-        return logits_RV if self.spec.logits_divisor is None else logits_RV / self.spec.logits_divisor
+        if self.spec.logits_divisor is not None:
+            logits_RV = logits_RV / self.spec.logits_divisor
+        if self.spec.logits_softcap is not None:
+            logits_RV = self.spec.logits_softcap * torch.tanh(logits_RV / self.spec.logits_softcap)
+        return logits_RV
 
 
 @cache

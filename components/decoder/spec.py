@@ -54,6 +54,9 @@ class DecoderSpec(Spec):
     tied_embeddings: Flag = Field(default=False, description="Whether the head is the embedding.")
     embedding_scale: Positive | None = Field(default=None, description="Multiplies embeddings; null leaves them.")
     logits_divisor: Positive | None = Field(default=None, description="Divides the logits; null leaves them.")
+    logits_softcap: Positive | None = Field(
+        default=None, description="Bounds logits smoothly: softcap tanh(logit / softcap); null leaves them."
+    )
     norm: Annotated[Spec, Slot("norm")] = Field(description="Norm before the head, and of blocks that name none.")
     layers: Annotated[tuple[Spec, ...], Slot("block", default="prenorm", runs=True)] = Field(
         description="Runs of blocks, first to last."

@@ -19,3 +19,16 @@ class RMSSpec(Spec):
 
     def parameters(self) -> dict[str, Param]:
         return {"weight": Param((self.dim,), init="ones", product=False)}
+
+
+class RMSPlusOneSpec(Spec):
+    """Divides by the root mean square and multiplies with one plus a weight, all in float32 (Gemma)."""
+
+    module: ClassVar[str] = "zoo.components.norm.rms_plus_one:RMSPlusOne"
+
+    kind: Literal["rms_plus_one"] = "rms_plus_one"
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the vectors that are normalised.")
+    eps: Positive = Field(description="Added to the mean square before the root.")
+
+    def parameters(self) -> dict[str, Param]:
+        return {"weight": Param((self.dim,), init="zeros", product=False)}

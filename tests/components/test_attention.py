@@ -28,7 +28,7 @@ def _qkv(rows: int, past: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _loops(q: Tensor, k: Tensor, v: Tensor, past: int, window: int | None, oracle: ModuleType) -> Tensor:
-    spec = SimpleNamespace(num_heads=HEADS, num_kv_heads=GROUPS, head_dim=WIDTH)
+    spec = SimpleNamespace(num_heads=HEADS, num_kv_heads=GROUPS, head_dim=WIDTH, scale=None, softcap=None)
     rows = []
     for t in range(len(q)):
         first = 0 if window is None else max(0, past + t - window + 1)

@@ -11,7 +11,7 @@ import torch
 from zoo.components.cache.store import fresh_step
 from zoo.testing import check_component
 
-KINDS: dict[str, dict[str, Any]] = {"postnorm": {}, "scaled": {"residual_scale": 0.3}}
+KINDS: dict[str, dict[str, Any]] = {"postnorm": {}, "sandwich": {}, "scaled": {"residual_scale": 0.3}}
 BOTH: tuple[str, ...] = ("mixer", "ffn")
 BEFORE = {"postnorm": (), "scaled": BOTH, "sandwich": BOTH}
 AFTER = {"postnorm": BOTH, "scaled": (), "sandwich": BOTH}

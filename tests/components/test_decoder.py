@@ -31,6 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "some lanes": {"mixer": {"rope": {"theta": 100.0, "rotary_dim": 4}}},
     "linear": {"mixer": {"rope": {"kind": "linear", "theta": 100.0, "factor": 2.5}}},
     "query scaling": {"mixer": {"query_scaling": {"beta": 0.3, "original_context": 3}}},
+    "bounded scores": {"mixer": {"scale": 0.9, "softcap": 0.7}},
+    "bounded scores, window": {"mixer": {"softcap": 0.7, "window": 5}},
     "tied": {"tied_embeddings": True},
     "mixture": {"ffn": MOE},
     "gelu": {"ffn": {"kind": "gated", "hidden_dim": 20, "activation": "gelu"}},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zoo.components.norm.rms import rms_reference
-from zoo.components.norm.spec import RMSSpec
+from zoo.components.norm.spec import RMSPlusOneSpec, RMSSpec
 
 SPEC = RMSSpec(dim=48, eps=1e-3)
 
@@ -42,3 +42,12 @@ def test_leaves_its_input_alone(filled: Callable[..., Any]) -> None:
     with torch.inference_mode():
         norm(x)
     assert torch.equal(x, before)
+
+
+def test_weights_stored_less_one(filled: Callable[..., Any], close: Callable[..., None]) -> None:
+    """In float32 to the end: one rounding, where the plain norm has two."""
+    x_TD = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    norm = filled(RMSPlusOneSpec(dim=48, eps=1e-3), torch.bfloat16)
+    expected = rms_reference(x_TD.float(), 1 + norm.weight.float(), 1e-3)
+    assert torch.equal(norm(x_TD), expected.bfloat16())
+    close(norm(x_TD.float()), expected)

@@ -63,6 +63,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "tied_embeddings": ({}, {"tied_embeddings": True}),
         "embedding_scale": ({}, {"embedding_scale": 3.0}),
         "logits_divisor": ({}, {"logits_divisor": 3.0}),
+        "logits_softcap": ({}, {"logits_softcap": 3.0}),
         "norm": ({}, {"norm": {"kind": "rms", "eps": 0.1}}),
         "layers": (
             {},
@@ -87,6 +88,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "o_bias": ({}, {"mixer": {"o_bias": True}}),
         "qk_norm": ({}, {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}}),
         "scale": ({}, {"mixer": {"scale": 0.1}}),
+        "softcap": ({}, {"mixer": {"softcap": 1.0}}),
         "qk_norm_span": (
             {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}},
             {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}, "qk_norm_span": "projection"}},
@@ -137,6 +139,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     },
     ("router", "softmax_topk"): {},
     ("norm", "rms"): {"eps": ({}, {"norm": {"kind": "rms", "eps": 0.01}})},
+    ("norm", "rms_plus_one"): {"eps": tuple({"norm": {"kind": "rms_plus_one", "eps": eps}} for eps in (1e-5, 0.01))},
     ("rope", "default"): {
         "theta": ({}, {"mixer": {"rope": {"theta": 100.0}}}),
         "rotary_dim": ({}, {"mixer": {"rope": ROPE | {"rotary_dim": 4}}}),
@@ -189,6 +192,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     ("cache", "window"): {},
     ("cache", "recurrent"): {},
     ("block", "postnorm"): {},
+    ("block", "sandwich"): {},
     ("block", "scaled"): {
         "residual_scale": tuple(
             {"layers": [{"kind": "scaled", "residual_scale": scale, "mixer": ATTENTION, "ffn": EXPERT}]}

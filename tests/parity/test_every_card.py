@@ -64,7 +64,10 @@ def shrunk(name: str) -> dict[str, Any]:
         run["repeat"] = 1 if len(run["pattern"]) > 1 else 2
         run["pattern"] = [_layer(node) for node in run["pattern"]]
     whole = lcm(layers_of(card)[0]["mixer"].get("num_heads", 1), 4)  # what some classes of transformers ask for
-    card["model"] |= {"dim": whole * ceil(40 / whole), "vocab_size": 131}
+    dim = whole * ceil(40 / whole)
+    if card["model"].get("embedding_scale") == card["model"]["dim"] ** 0.5:
+        card["model"]["embedding_scale"] = dim**0.5
+    card["model"] |= {"dim": dim, "vocab_size": 131}
     return card
 
 
@@ -127,6 +130,8 @@ def attention_words(layers: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         **layers[0],
         **mixer,
+        "scale_dim": round(mixer["scale"] ** -2) if "scale" in mixer else mixer["head_dim"],
+        "activation": next(k for k, v in families()["activations"].items() if v == ffn.get("activation", "silu")),
         **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
         "window": max(window or 0 for window in windows) or None,
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],

@@ -63,6 +63,16 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 3.0, 6.0, 12.0, 25.0, 26.0, 27.0],
 }
 
+GEMMA2 = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "sliding_window": 9,
+    "query_pre_attn_scalar": 12,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral window below the prompt": ("Mistral", {"sliding_window": 11}),
@@ -87,6 +97,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama llama3 scaling": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama linear scaling": ("Llama", {"rope_parameters": LINEAR}),
     "llama biases": ("Llama", {"attention_bias": True}),
+    "gemma2": ("Gemma2", GEMMA2),
+    "gemma2 without bounds": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "granite": (
         "Granite",
         {"attention_multiplier": 0.4, "residual_multiplier": 0.3, "logits_scaling": 6.0, "embedding_multiplier": 12.0}

@@ -84,7 +84,10 @@ def _row(spec: Any, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
     shared = spec.num_heads // spec.num_kv_heads
     heads = []
     for h in range(spec.num_heads):
-        scores = [float(query[h] @ key[h // shared]) / math.sqrt(spec.head_dim) for key in k]
+        scale = 1 / math.sqrt(spec.head_dim) if spec.scale is None else spec.scale
+        scores = [float(query[h] @ key[h // shared]) * scale for key in k]
+        if spec.softcap is not None:
+            scores = [spec.softcap * math.tanh(score / spec.softcap) for score in scores]
         powers = [math.exp(score - max(scores)) for score in scores]
         heads.append(sum(p / sum(powers) * value[h // shared] for p, value in zip(powers, v, strict=True)))
     return torch.cat(heads)

@@ -21,7 +21,7 @@ FFN = "ffn: {kind: gated, hidden_dim: 24}"
 ROPE = "rope: {theta: 1.0e4}"
 HEADS = "head_dim: 4,"
 MIXER_KEYS = "kind, num_heads, num_kv_heads, head_dim, window, rope, qkv_bias, o_bias, qk_norm, "
-MIXER_KEYS += "qk_norm_span, scale, query_scaling, cache"
+MIXER_KEYS += "qk_norm_span, scale, softcap, query_scaling, cache"
 
 MISTAKES = {
     "wrong type": ("dim: 16", "dim: '16'", "4: model.dim: wrong value; found the text '16'; expected an integer."),
@@ -70,7 +70,8 @@ MISTAKES = {
         "vocab_size",
         "vocab_sizes",
         "5: model.vocab_sizes: unknown key 'vocab_sizes'; expected one of kind, vocab_size, dim, tied_embeddings, "
-        "embedding_scale, logits_divisor, norm, layers. Did you mean 'vocab_size'?",
+        "embedding_scale, logits_divisor, "
+        "logits_softcap, norm, layers. Did you mean 'vocab_size'?",
     ),
     "unknown key in a run": (
         "repeat: 2",
