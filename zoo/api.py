@@ -301,7 +301,7 @@ def _model(
     pack_weights(module)
 
     tokenizer = _tokenizer(plan, folder)
-    notes = [*notes, str(tokenizer)] if isinstance(tokenizer, TextError) else [*notes, *tokenizer.notes]
+    notes = [*notes, *(["no tokenizer: token ids only"] if isinstance(tokenizer, TextError) else tokenizer.notes)]
     engine = Engine(
         module,
         plan,

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli.options import chat_options, effort_option, load_options, sample_arguments, sample_options
+from zoo.cli.options import (
+    chat_options,
+    effort_option,
+    load_options,
+    parse_overrides,
+    sample_arguments,
+    sample_options,
+)
 from zoo.cli.run import load_model, utf8_input, write_stream
 from zoo.registry.errors import RequestError, TextError, ZooError, nearest
 
@@ -25,16 +32,20 @@ if TYPE_CHECKING:
 @sample_options
 def chat(ref: str, system: str | None, **flags: Any) -> None:
     """Talk with REF. Type /help for the commands, Ctrl-D to leave."""
+    from zoo.api import locate
+
+    options, form = sample_arguments(flags), chat_options(flags)
+    card = locate(ref, parse_overrides(flags["overrides"])).card
+    if "chat" not in card.text.features:
+        raise RequestError(
+            "this model was not trained to chat",
+            where=card.name,
+            found=f"features {', '.join(card.text.features) or 'none'}",
+            expected="the feature chat",
+            hint="use `zoo run` for raw text, or an instruct card",
+        )
     with load_model(ref, flags) as model:
-        if "chat" not in model.card.text.features:
-            raise RequestError(
-                "this model was not trained to chat",
-                where=model.card.name,
-                found=f"features {', '.join(model.card.text.features) or 'none'}",
-                expected="the feature chat",
-                hint="use `zoo run` for raw text, or an instruct card",
-            )
-        Conversation(model, sample_arguments(flags), system, form=chat_options(flags)).loop()
+        Conversation(model, options, system, form=form).loop()
 
 
 @dataclass
@@ -133,7 +144,6 @@ class Conversation:
         self.turn(question)
 
     def _set(self, pair: str) -> None:
-        from zoo.cli.options import parse_overrides
         from zoo.engine.request import SamplingParams
 
         changed = {**self.options, **(parse_overrides((pair,)) or {})}

@@ -22,9 +22,8 @@ def fim(ref: str, prefix: str | None, suffix: str | None, as_json: bool, **flags
 
     if prefix is None and suffix is None:
         raise RequestError("there is nothing around the gap", where="zoo fim", expected="--prefix, --suffix or both")
+    between, options = (prefix or "", suffix or ""), sample_arguments(flags)
     with load_model(ref, flags) as model:
-        between = (prefix or "", suffix or "")
-        options = sample_arguments(flags)
         if as_json:
             emit(model.fill(*between, **options).to_dict())
         else:

@@ -60,9 +60,12 @@ def load_arguments(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample_arguments(flags: dict[str, Any]) -> dict[str, Any]:
-    """Sampling options that were given; those left out keep the engine's defaults."""
+    """Sampling options that were given, in range; those left out keep the engine's defaults."""
+    from zoo.engine.request import SamplingParams
+
     given = {name: flags[name] for name in SAMPLE_NAMES if flags[name] not in (None, ())}
-    return {**given, "stop": [*given["stop"]]} if "stop" in given else given
+    SamplingParams.from_options(given)
+    return given
 
 
 def chat_options(flags: dict[str, Any]) -> dict[str, Any]:

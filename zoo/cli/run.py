@@ -46,8 +46,8 @@ def run(
     text = _prompt(prompt)
     definitions = None if tools is None else read_tools(tools)
     form = chat_options(flags)
+    options = {**sample_arguments(flags), "images": images}
     with load_model(ref, flags) as model:
-        options = {**sample_arguments(flags), "images": images}
         if system is None and definitions is None and not form:
             stream = model.stream(text, raw=raw, **options)
         else:

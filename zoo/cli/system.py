@@ -44,7 +44,7 @@ def doctor() -> None:
     click.echo(columns(facts, heading=False))
 
 
-_OPTIONAL = {"xformers": "attention on a GPU runs through torch's own kernels"}
+_OPTIONAL = {"xformers": "ZOO_ATTENTION=xformers is not available; torch's own attention is the default everywhere"}
 
 
 def _optional(name: str, cost: str) -> str:
