@@ -331,7 +331,7 @@ def test_the_nearest_kinds_are_offered(host: Manager) -> None:
     with pytest.raises(CardError) as caught:
         host.catalog.find("rope", "yarm", "c.yaml:3")
     assert str(caught.value) == (
-        "c.yaml:3: unknown kind of rope; found 'yarm'; expected one of default, linear, llama3, yarn. "
+        "c.yaml:3: unknown kind of rope; found 'yarm'; expected one of default, linear, llama3, yarn, longrope. "
         "Did you mean 'yarn'?"
     )
 
