@@ -212,12 +212,39 @@ def test_defaults_of_transformers(tmp_path: Path) -> None:
     import transformers
 
     shared = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
-    for kind in ("Mistral", "Mixtral", "Ministral", "Ministral3", "Llama", "Qwen2", "Qwen3"):
+    kinds = ["Mistral", "Mixtral", "Ministral", "Ministral3", "Llama", "Qwen2", "Qwen3", "Olmo2", "Olmo3", "Phi3"]
+    for kind in (*kinds, "Granite", "Gemma2", "Gemma3Text", "SmolLM3", "Glm4"):
         full = getattr(transformers, f"{kind}Config")(**shared).to_dict()
         needed = {"num_key_value_heads", "num_local_experts", "num_experts_per_tok"} & set(full)
         least = {**shared, **{key: full[key] for key in needed}, "model_type": full["model_type"]}
         found = infer_card(folder_with(tmp_path, "config.json", least))
         assert found == infer_card(folder_with(tmp_path, "config.json", full)), kind
+
+
+def test_old_spellings_of_ropes_by_layer(tmp_path: Path) -> None:
+    """As the files on the hub have them: a theta of its own for layers with a window, a stretch for the others."""
+    gemma = {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 7}
+    gemma |= {"sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "query_pre_attn_scalar": 64}
+    gemma |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "head_dim": 16, "num_hidden_layers": 2}
+    local, full = (layer["mixer"] for layer in config(tmp_path, **gemma)["model"]["layers"])
+    assert (local["window"], local["rope"], local["scale"]) == (7, {"theta": 1e4}, 0.125)
+    assert "window" not in full
+    assert full["rope"] == {"kind": "linear", "theta": 1e6, "factor": 8.0}
+
+
+def test_layers_without_positions(tmp_path: Path) -> None:
+    listed = {"model_type": "smollm3", "no_rope_layers": [1, 0, 0, 1], "rope_theta": 5e6, "sliding_window": ...}
+    card = config(tmp_path, **listed)
+    layers = [run["mixer"]["rope"] for run in card["model"]["layers"] for _ in range(run["repeat"])]
+    assert layers == [{"theta": 5e6}, None, None, {"theta": 5e6}]
+
+
+def test_longrope(tmp_path: Path) -> None:
+    rows = {"short_factor": [1.0] * 8, "long_factor": [2] * 8}
+    settings = {"model_type": "phi3", "rope_scaling": {"type": "su", **rows}, "original_max_position_embeddings": 128}
+    rope = first(config(tmp_path, **settings))["rope"]
+    assert rope["attention_factor"] == pytest.approx((1 + log(16) / log(128)) ** 0.5)
+    assert (rope["kind"], rope["original_context"], rope["long_factor"]) == ("longrope", 128, [2.0] * 8)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +416,7 @@ def test_params_that_are_refused(tmp_path: Path, change: dict[str, Any], message
     ("change", "message"),
     [
         ({"model_type": "mistrall"}, "architecture 'mistrall' is not supported yet; expected model_type mistral, mix"),
-        ({"model_type": "gemma2"}, "architecture 'gemma2' is not supported yet"),
+        ({"model_type": "gemma"}, "architecture 'gemma' is not supported yet"),
         ({"model_type": ...}, "config.json: the key 'model_type' is missing; expected one of mistral, mixtral"),
         ({"num_attention_heads": 5}, "num_attention_heads has a value that zoo does not read; found 5; expected a div"),
         ({"attention_bias": True}, "attention_bias has a value that zoo does not read; found true; expected false"),

@@ -28,7 +28,7 @@ def refused(folder: Path, text: str, **others: str) -> str:
 
 
 def test_built_in_layouts() -> None:
-    assert list(layouts()) == ["mistral", "huggingface", "huggingface_postnorm", "zoo"]
+    assert list(layouts()) == ["mistral", "huggingface", "huggingface_glm4", "huggingface_postnorm", "zoo"]
 
 
 @pytest.mark.parametrize(

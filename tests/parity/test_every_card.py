@@ -51,7 +51,8 @@ def plain(name: str) -> dict[str, Any]:
     card = load_card(name).to_dict()
     for i, run in enumerate(card["model"]["layers"]):
         repeat = run.pop("repeat", 1)
-        card["model"]["layers"][i] = {"repeat": repeat, "pattern": run.pop("pattern", None) or [run]}
+        pattern = [node for part in run.pop("pattern", None) or [run] for node in [part] * part.pop("repeat", 1)]
+        card["model"]["layers"][i] = {"repeat": repeat, "pattern": pattern}
     return {"name": name, "context_length": card["context_length"], "model": card["model"]}
 
 
@@ -80,7 +81,9 @@ def _layer(node: dict[str, Any]) -> dict[str, Any]:
     mixer |= {"num_heads": 2 * groups, "num_kv_heads": 2, "head_dim": 6}
     if mixer.get("window"):
         mixer["window"] = WINDOW
-    if "original_context" in mixer["rope"]:
+    if mixer["rope"] and "rotary_dim" in mixer["rope"]:
+        mixer |= {"head_dim": 8, "rope": mixer["rope"] | {"rotary_dim": 4}}
+    if mixer["rope"] and "original_context" in mixer["rope"]:
         mixer["rope"] = mixer["rope"] | {"original_context": ORIGINAL}
     if ffn["kind"] == "moe":
         return node | {"mixer": mixer, "ffn": ffn | {"expert": ffn["expert"] | {"hidden_dim": 24}}}
@@ -101,8 +104,13 @@ def transformers_model(card: dict[str, Any]) -> Any:
     settings: dict[str, Any] = {"pad_token_id": None}  # some defaults lie beyond a shrunk vocabulary
     settings |= {key: allowed[0] for key, allowed in row["only"].items()}
     settings |= {keys[word][0]: value for word, value in words(card).items() if keys.get(word)}
-    if "rope" in (mixer := layers_of(card)[0]["mixer"]):
-        settings["rope_parameters"] = rope_parameters(mixer["rope"])
+    ropes = {
+        "sliding_attention" if mixer.get("window") else "full_attention": rope_parameters(mixer["rope"])
+        for mixer in (layer["mixer"] for layer in layers_of(card))
+        if mixer.get("rope")
+    }
+    if ropes:
+        settings["rope_parameters"] = ropes if "local_theta" in keys else next(iter(ropes.values()))
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **settings))
 
 
@@ -134,6 +142,7 @@ def attention_words(layers: list[dict[str, Any]]) -> dict[str, Any]:
         "activation": next(k for k, v in families()["activations"].items() if v == ffn.get("activation", "silu")),
         **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
         "window": max(window or 0 for window in windows) or None,
+        "rope_layers": [int(layer["mixer"]["rope"] is not None) for layer in layers],
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
         **{name: ffn[name] for name in ("num_experts", "experts_per_token") if name in ffn},
     }
@@ -148,7 +157,8 @@ def rope_parameters(rope: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("kind", "default")
     names = families()["rope_types"][kind]
     scaling = {names[field].removesuffix("?"): rope[field] for field in names if field in rope}
-    return {"rope_type": kind, "rope_theta": rope["theta"], **scaling}
+    share = {"partial_rotary_factor": 0.5} if "rotary_dim" in rope else {}
+    return {"rope_type": kind, "rope_theta": rope["theta"], **scaling, **share}
 
 
 def random_model(card: dict[str, Any]) -> Any:

@@ -73,6 +73,15 @@ GEMMA2 = {
     "tie_word_embeddings": True,
 }
 
+GEMMA3 = {
+    "hidden_size": 64,
+    "num_hidden_layers": 7,
+    "sliding_window": 9,
+    "query_pre_attn_scalar": 12,
+    "tie_word_embeddings": True,
+}
+OLMO3_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral window below the prompt": ("Mistral", {"sliding_window": 11}),
@@ -99,6 +108,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama biases": ("Llama", {"attention_bias": True}),
     "gemma2": ("Gemma2", GEMMA2),
     "gemma2 without bounds": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3 own thetas": ("Gemma3Text", GEMMA3),
+    "gemma3 stretched": (
+        "Gemma3Text",
+        GEMMA3
+        | {
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            }
+        },
+    ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "hidden_size": 64, "pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "glm4": ("Glm4", {"hidden_size": 64, "pad_token_id": 0}),
+    "glm4 without biases": ("Glm4", {"attention_bias": False, "pad_token_id": 0}),
+    "olmo2": ("Olmo2", {"hidden_size": 64}),
+    "olmo3": (
+        "Olmo3",
+        {"hidden_size": 64, "num_hidden_layers": 4, "sliding_window": 7}
+        | {
+            "rope_parameters": {
+                "full_attention": OLMO3_YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            }
+        },
+    ),
     "granite": (
         "Granite",
         {"attention_multiplier": 0.4, "residual_multiplier": 0.3, "logits_scaling": 6.0, "embedding_multiplier": 12.0}
@@ -129,7 +163,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
             name, changes = CASES[case]
             config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
             torch.manual_seed(len(made))
-            model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
+            model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.1)
             folder = tmp_path_factory.mktemp("checkpoint")

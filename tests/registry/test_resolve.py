@@ -201,7 +201,7 @@ MISTAKES = {
         "name: small",
         "name: small\nsource: {layout: mistrl}",
         "2: source.layout: unknown weight layout; found 'mistrl'; expected one of auto, mistral, huggingface, "
-        "huggingface_postnorm, zoo. "
+        "huggingface_glm4, huggingface_postnorm, zoo. "
         "Did you mean 'mistral'?",
     ),
     "unknown chat": (

@@ -141,7 +141,7 @@ class Architecture:
 
     def windows(self) -> list[int | None]:
         """The window of every layer."""
-        layers, window = self.count("num_layers"), self.value("window")
+        layers, window, last = self.count("num_layers"), self.value("window"), self.value("full_every")
         first, kinds = self.value("window_from") or 0, self.value("layer_types")
         if keys_of(self.row, "window_switch") and not self.settings.flag(self.key("window_switch")):
             window = None
@@ -149,8 +149,7 @@ class Architecture:
             if not window or layers % len(window):
                 raise self.settings.wrong(self.key("window"), window, f"a list whose length divides {layers} layers")
             return [self.window(item) for item in window] * (layers // len(window))
-        if kinds is None and keys_of(self.row, "full_every"):
-            last = self.count("full_every")
+        if kinds is None and last:
             return [self.window(window) if (i + 1) % last else None for i in range(layers)]
         if kinds is None:
             return [self.window(window) if i >= first else None for i in range(layers)]

@@ -52,7 +52,7 @@ class RopeOfConfig:
         if self.settings.has(f"rope_parameters.{LOCAL}"):
             self.at = f"rope_parameters.{LOCAL}"
             return self.nodes()[0]
-        return {"theta": self.settings.number(theta)}
+        return {"theta": self.theta() if self.settings.get(theta) is None else self.settings.number(theta)}
 
     def get(self, key: str) -> Any:
         """A key of the mapping; the family's defaults hold only where the file has no such mapping."""
@@ -89,7 +89,8 @@ class RopeOfConfig:
         return rope, self.query_scaling(rope)
 
     def theta(self) -> float:
-        inside, outside = self.get("rope_theta"), self.settings.get("rope_theta")
+        inside = self.get("rope_theta") if self.settings.has(self.at) else None
+        outside = self.settings.get("rope_theta")
         if None not in (inside, outside) and inside != outside:
             raise self.settings.wrong("rope_theta", outside, f"{inside}, as {self.at}.rope_theta says")
         theta = outside if inside is None else inside
