@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+import zoo
 
 RANDOM = ("--weights", "random", "--device", "cpu", "--dtype", "float32", "--max-tokens", "12")
 
@@ -48,13 +52,13 @@ def test_seed_repeats_and_differs(zoo_command: Command) -> None:
 def test_the_prompt_may_be_piped(zoo_command: Command, arguments: tuple[str, ...]) -> None:
     piped = zoo_command("run", "tiny", "--json", *arguments, *RANDOM, stdin="Hello")
     typed = zoo_command("run", "tiny", "--json", "--prompt", "Hello", *RANDOM)
-    assert json.loads(piped.out)["prompt_tokens"] == json.loads(typed.out)["prompt_tokens"]
+    assert json.loads(piped.out)["prompt_ids"] == json.loads(typed.out)["prompt_ids"]
 
 
 def test_raw_and_system_change_the_prompt(zoo_command: Command) -> None:
     def ids(*flags: str) -> Any:
         return json.loads(zoo_command("run", "tiny", "--prompt", "Hello", "--json", *flags, *RANDOM).out)[
-            "prompt_tokens"
+            "prompt_ids"
         ]
 
     turn, raw, system = ids(), ids("--raw"), ids("--system", "Be short.")
@@ -183,3 +187,15 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         process.stdout.close()
         assert process.wait(timeout=20) == 0
         assert process.stderr.read() == b""
+
+
+def test_an_adapter_is_used_and_told(zoo_command: Command, tmp_path: Path) -> None:
+    outputs, inputs = zoo.inspect("tiny").plan.model.all_parameters()["layers.0.mixer.o.weight"].shape
+    factors = {"A": torch.randn(2, inputs), "B": torch.randn(outputs, 2)}
+    wo = {f"layers.0.attention.wo.lora_{factor}.weight": value for factor, value in factors.items()}
+    save_file(wo, tmp_path / "lora.safetensors")
+    plain = zoo_command("run", "tiny", "--prompt", "Hello", *RANDOM)
+    found = zoo_command("run", "tiny", "--prompt", "Hello", "--adapter", str(tmp_path), *RANDOM)
+    assert "adapter lora: matched 1/1, rank 2, scale 2 (Mistral's default)" in found.err
+    assert (found.code, plain.code) == (0, 0)
+    assert found.out != plain.out
