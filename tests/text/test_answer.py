@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mistral_common.experimental.tools import _decode_tool_calls, _split_content_and_tool_calls
 
-from zoo.registry.spec import Spec
 from zoo.text.answer import Answer, AnswerForm, AnswerReader, read_answer
-from zoo.text.spec import HuggingFaceTokenizerSpec, NoChatSpec
+from zoo.text.spec import HuggingFaceTokenizerSpec, NoChatSpec, TemplateChatSpec
 from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
 from zoo.text.tools import SHORT_ID, short_id
 
@@ -205,6 +204,20 @@ def test_calls_that_can_be_read(text: str, arguments: Any, rest: str, mistral: O
     assert (found.text, found.call_error) == (rest, None)
 
 
+def test_of_a_cut_list_only_the_rest_is_text(mistral: Open) -> None:
+    tokenizer = mistral("v7-tekken")
+    text = '[{"name": "f", "arguments": {}} , {"name": "g", "arg'
+    found = read_answer(tokenizer, ids_of(tokenizer, "[TOOL_CALLS]", text))
+    assert [made.name for made in found.tool_calls] == ["f"]
+    assert found.text == '[TOOL_CALLS]{"name": "g", "arg'
+
+
+def test_what_closes_nothing_is_left_out(mistral: Open) -> None:
+    tokenizer = mistral("v13")
+    found = read_answer(tokenizer, ids_of(tokenizer, "[TOOL_CALLS]", "f", "[ARGS]", '{"n"', "[/THINK]", ": 1}"))
+    assert ([made.arguments for made in found.tool_calls], found.text) == ([{"n": 1}], "")
+
+
 def test_ids_are_made_and_made_to_differ(mistral: Open) -> None:
     tokenizer = mistral("v11")
     same, none = ["[CALL_ID]", "call_0", "[ARGS]", "{}"], ["[ARGS]", "{}"]
@@ -299,11 +312,32 @@ def test_tags_in_text_at_every_cut(name: str, mistral: Open) -> None:
 
 def test_added_tokens_of_hugging_face(hugging_face: Callable[..., Path]) -> None:
     """`<tool_call>` is a token of its own there, and text none the less."""
-    tokenizer_spec: Spec = HuggingFaceTokenizerSpec()
-    tokenizer = open_tokenizer(tokenizer_spec, NoChatSpec(), hugging_face())
+    tokenizer = open_tokenizer(HuggingFaceTokenizerSpec(), NoChatSpec(), hugging_face())
     ids = tokenizer.encode('hello<tool_call>{"name": "f", "arguments": {}}</tool_call>', bos=False)
     found = read_answer(tokenizer, ids, AnswerForm(calls=True))
     assert (found.text, [made.name for made in found.tool_calls]) == ("hello", ["f"])
+
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("ending", "tools", "form"),
+    [
+        ("<|im_start|>", None, AnswerForm(thinking=True)),
+        ("<|im_start|>", [DEFINITION], AnswerForm(thinking=True, calls=True)),
+        ("<|im_start|><think>\n", None, AnswerForm(thinking=True, begun=True)),
+        ("<|im_start|><think>\n\n</think>\n\n", None, AnswerForm(thinking=True)),
+    ],
+)
+def test_templates_say_how_their_answers_begin(
+    ending: str, tools: Any, form: AnswerForm, hugging_face: Callable[..., Path]
+) -> None:
+    folder = hugging_face(chat_template=TURN + "{% if add_generation_prompt %}" + ending + "{% endif %}")
+    tokenizer = open_tokenizer(HuggingFaceTokenizerSpec(), TemplateChatSpec(), folder)
+    assert tokenizer.render([USER], tools=tools).form == form
+    begun = [USER, {"role": "assistant", "content": "hello"}]
+    assert tokenizer.render(begun, continue_final=True).form == AnswerForm()
 
 
 WORDS = [

@@ -167,6 +167,45 @@ CASES = {
         ],
         FROM_V3,
     ),
+    "tools among turns": Case(
+        [system("S"), user("U0"), assistant("A0"), *WEATHER],
+        [SystemMessage(content="S"), UserMessage(content="U0"), AssistantMessage(content="A0"), *MC_WEATHER],
+        WITH_TOOLS,
+        TOOLS,
+        MC_TOOLS,
+    ),
+    "two rounds of calls": Case(
+        [*WEATHER, assistant(None, tool_calls=[call("jklmnopqr", {"c": 2})]), tool("23", "jklmnopqr", name="get_w")],
+        [
+            *MC_WEATHER,
+            AssistantMessage(tool_calls=[mc_call("jklmnopqr", {"c": 2})]),
+            ToolMessage(content="23", tool_call_id="jklmnopqr", name="get_w"),
+        ],
+        WITH_TOOLS,
+        TOOLS,
+        MC_TOOLS,
+    ),
+    "result in other scripts": Case(
+        [*WEATHER[:2], tool('{"größe": "北京 🦒", "n": [1, null]}', "abcdefghi", name="get_w")],
+        [
+            *MC_WEATHER[:2],
+            ToolMessage(content='{"größe": "北京 🦒", "n": [1, null]}', tool_call_id="abcdefghi", name="get_w"),
+        ],
+        WITH_TOOLS,
+        TOOLS,
+        MC_TOOLS,
+    ),
+    "thinking and a call": Case(
+        [user("U1"), assistant(None, reasoning_content="hm", tool_calls=[call("abcdefghi", {})]), WEATHER[2]],
+        [
+            UserMessage(content="U1"),
+            AssistantMessage(content=[ThinkChunk(thinking="hm")], tool_calls=[mc_call("abcdefghi", {})]),
+            MC_WEATHER[2],
+        ],
+        THINKING,
+        TOOLS,
+        MC_TOOLS,
+    ),
     "text beside a call": Case(
         [user("U1"), assistant("Let me see.", tool_calls=[call("abcdefghi", {})]), tool("22", "abcdefghi")],
         [
