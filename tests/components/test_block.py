@@ -23,7 +23,8 @@ def by_formula(block: Any, mix: Callable[[torch.Tensor], torch.Tensor]) -> torch
     after = {"mixer": same, "ffn": same, **{n: getattr(block, f"{n}_post_norm") for n in AFTER[block.spec.kind]}}
     scale = KINDS[block.spec.kind].get("residual_scale", 1.0)
     x = X_TD + scale * after["mixer"](mix(before["mixer"](X_TD)))
-    return x + scale * after["ffn"](block.ffn(before["ffn"](x)))
+    expected: torch.Tensor = x + scale * after["ffn"](block.ffn(before["ffn"](x)))
+    return expected
 
 
 def same(x: torch.Tensor) -> torch.Tensor:

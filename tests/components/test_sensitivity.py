@@ -24,7 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_context": 16,
 }
-LONGROPE = {
+LONGROPE: dict[str, Any] = {
     "kind": "longrope",
     "theta": 50.0,
     "original_context": 64,
@@ -32,9 +32,17 @@ LONGROPE = {
     "long_factor": [2.0, 4.0, 8.0],
     "attention_factor": 1.2,
 }
+STRETCHES: dict[str, dict[str, Any]] = {
+    "theta": {"theta": 20.0},
+    "rotary_dim": {"rotary_dim": 4, "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]},
+    "original_context": {"original_context": 200},
+    "long_factor": {"long_factor": [2.0, 4.0, 9.0]},
+    "attention_factor": {"attention_factor": 1.5},
+}
 LINEAR = {"kind": "linear", "theta": 50.0, "factor": 4.0}
 ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": ROPE}
 EXPERT = {"kind": "gated", "hidden_dim": 24}
+SCALED: dict[str, Any] = {"kind": "scaled", "residual_scale": 0.3, "mixer": ATTENTION, "ffn": EXPERT}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": EXPERT}
 SCALING = {"beta": 0.5, "original_context": 4}
 MAMBA2 = {
@@ -139,7 +147,9 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     },
     ("router", "softmax_topk"): {},
     ("norm", "rms"): {"eps": ({}, {"norm": {"kind": "rms", "eps": 0.01}})},
-    ("norm", "rms_plus_one"): {"eps": tuple({"norm": {"kind": "rms_plus_one", "eps": eps}} for eps in (1e-5, 0.01))},
+    ("norm", "rms_plus_one"): {
+        "eps": ({"norm": {"kind": "rms_plus_one", "eps": 1e-5}}, {"norm": {"kind": "rms_plus_one", "eps": 0.01}})
+    },
     ("rope", "default"): {
         "theta": ({}, {"mixer": {"rope": {"theta": 100.0}}}),
         "rotary_dim": ({}, {"mixer": {"rope": ROPE | {"rotary_dim": 4}}}),
@@ -174,13 +184,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     },
     ("rope", "longrope"): {
         name: ({"mixer": {"rope": LONGROPE}}, {"mixer": {"rope": LONGROPE | change}})
-        for name, change in {
-            "theta": {"theta": 20.0},
-            "rotary_dim": {"rotary_dim": 4, "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]},
-            "original_context": {"original_context": 200},
-            "long_factor": {"long_factor": [2.0, 4.0, 9.0]},
-            "attention_factor": {"attention_factor": 1.5},
-        }.items()
+        for name, change in STRETCHES.items()
     }
     | {
         "short_factor": (
@@ -194,10 +198,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     ("block", "postnorm"): {},
     ("block", "sandwich"): {},
     ("block", "scaled"): {
-        "residual_scale": tuple(
-            {"layers": [{"kind": "scaled", "residual_scale": scale, "mixer": ATTENTION, "ffn": EXPERT}]}
-            for scale in (0.3, 0.5)
-        )
+        "residual_scale": ({"layers": [SCALED]}, {"layers": [SCALED | {"residual_scale": 0.5}]}),
     },
     ("block", "prenorm"): {},
 }
