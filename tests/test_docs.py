@@ -280,7 +280,7 @@ def test_fields_of_the_answer_are_documented() -> None:
     from zoo.engine.request import Completion, Timings, Usage
 
     text = section(RUNNING, "Output for programs")
-    assert set(first_cells(text)) == {field.name for field in dataclasses.fields(Completion)}
+    assert set(first_cells(text)) == {field.name for field in dataclasses.fields(Completion)} | {"prompt_tokens"}
     for kind in (Usage, Timings):
         assert all(f"`{field.name}`" in text for field in dataclasses.fields(kind))
 

@@ -477,7 +477,7 @@ def test_filling_in(name: str, desk: Desk) -> None:
     desk.become("v3")
     with desk.load(overrides={"text.features": ["fim"]}) as model:
         assert model.tokenizer is not None
-        ids = model.fill(prefix, suffix, max_tokens=0).prompt_tokens
+        ids = model.fill(prefix, suffix, max_tokens=0).prompt_ids
         shown = model.tokenizer.decode(ids, special=True)
         space = " " if prefix else ""  # SentencePiece puts one before a text
         assert shown == f"<s>[SUFFIX]{suffix}[PREFIX]{space}{prefix}"

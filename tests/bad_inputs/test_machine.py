@@ -258,7 +258,7 @@ def test_standard_input_is_the_prompt(desk: Desk, parrot: Callable[[str], Path])
     text, flags = "Zürich 🦒", ("--json", *CPU, "--max-tokens", "1")
     _, piped, _ = run(desk, "run", str(parrot(SAID)), *flags, stdin=text.encode())
     _, typed, _ = run(desk, "run", str(parrot(SAID)), *flags, "--prompt", text)
-    assert json.loads(piped)["prompt_tokens"] == json.loads(typed)["prompt_tokens"]
+    assert json.loads(piped)["prompt_ids"] == json.loads(typed)["prompt_ids"]
 
 
 def test_half_a_character_on_the_command_line(desk: Desk, parrot: Callable[[str], Path]) -> None:

@@ -216,7 +216,7 @@ def test_conversation_right(name: str, opened: Open) -> None:
     version, messages, options, shown = PROMPTS[name]
     model = opened(version)
     assert model.tokenizer is not None
-    ids = model.chat(messages, max_tokens=0, **options).prompt_tokens
+    ids = model.chat(messages, max_tokens=0, **options).prompt_ids
     text = model.tokenizer.decode(ids, special=True)
     assert text == shown if shown.startswith("<s>") else shown in text
     assert ids[0] == 1
@@ -227,7 +227,7 @@ def test_call_ids_of_other_signs_agree_with_their_results(opened: Open) -> None:
     """v3 knows nine letters and digits only: a call and its result get the same nine."""
     model = opened("v3")
     assert model.tokenizer is not None
-    text = model.tokenizer.decode(model.chat(asked("{}"), max_tokens=0).prompt_tokens, special=True)
+    text = model.tokenizer.decode(model.chat(asked("{}"), max_tokens=0).prompt_ids, special=True)
     made = text.partition('"id": "')[2][:9]
     assert made.isalnum()
     assert text.count(made) == 2
@@ -416,7 +416,7 @@ def test_tokenizer_file_right(name: str, desk: Desk) -> None:
         assert model.tokenizer.version == version
         assert note in model.notes or not note, model.notes
         [answer] = model.generate("Hello", max_tokens=0)
-        assert "Hello" in model.tokenizer.decode(answer.prompt_tokens, special=True)
+        assert "Hello" in model.tokenizer.decode(answer.prompt_ids, special=True)
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}" + CHATML, "{{ bos_token }}{{ bos_token }}" + CHATML, CHATML])
@@ -424,7 +424,7 @@ def test_a_template_that_writes_the_first_token_itself(desk: Desk, template: str
     """However often template and tokenizer add it, the beginning-of-sequence id stands there at most once."""
     hugging_face(template)(desk)
     with desk.load() as model:
-        ids = model.generate("Hello", max_tokens=0)[0].prompt_tokens
+        ids = model.generate("Hello", max_tokens=0)[0].prompt_ids
         assert ids.count(1) == min(template.count("bos_token"), 1)
         assert ids[0] == 1 or template == CHATML
 

@@ -57,9 +57,7 @@ def test_the_prompt_may_be_piped(zoo_command: Command, arguments: tuple[str, ...
 
 def test_raw_and_system_change_the_prompt(zoo_command: Command) -> None:
     def ids(*flags: str) -> Any:
-        return json.loads(zoo_command("run", "tiny", "--prompt", "Hello", "--json", *flags, *RANDOM).out)[
-            "prompt_ids"
-        ]
+        return json.loads(zoo_command("run", "tiny", "--prompt", "Hello", "--json", *flags, *RANDOM).out)["prompt_ids"]
 
     turn, raw, system = ids(), ids("--raw"), ids("--system", "Be short.")
     assert len(raw) < len(turn) < len(system)

@@ -72,7 +72,7 @@ def test_definitions_are_in_the_prompt(
     say("Hi")
     flags = ("--tools", tools, "--system", "Be short.", "--json")
     found = json.loads(zoo_command("run", "tiny", "--prompt", "Hello", *flags, *RANDOM).out)
-    prompt = tokenizer.decode(found["prompt_tokens"], special=True)
+    prompt = tokenizer.decode(found["prompt_ids"], special=True)
     assert prompt.startswith("<s>[SYSTEM_PROMPT]Be short.[/SYSTEM_PROMPT][AVAILABLE_TOOLS][{")
     assert '"name": "get_w"' in prompt
 
@@ -159,7 +159,7 @@ def test_fim(
     say(" s):\n    ")
     whole = json.loads(zoo_command("fim", "tiny", *flags, "--json", *RANDOM, *FILLS).out)
     assert whole["text"] == " s):\n    "
-    assert tokenizer.decode(whole["prompt_tokens"], special=True) == asked
+    assert tokenizer.decode(whole["prompt_ids"], special=True) == asked
 
 
 @pytest.mark.parametrize(

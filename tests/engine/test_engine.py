@@ -56,7 +56,7 @@ def test_a_cache_too_small_for_all_preempts_and_changes_nothing(make_engine: Mak
 def test_usage_seed_and_timings(make_engine: Make, ask: Make) -> None:
     done = alone(make_engine, ask([1, 2, 3], max_tokens=5, temperature=1.0))
     assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.cached_tokens) == (3, 5, 0)
-    assert done.prompt_tokens == [1, 2, 3]
+    assert done.prompt_ids == [1, 2, 3]
     assert done.finish_reason == "length"
     timings = done.timings
     assert min(timings.queue_s, timings.prefill_s, timings.decode_s) > 0

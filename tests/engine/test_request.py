@@ -128,7 +128,7 @@ def test_completions_and_chunks_are_json(ask: Callable[..., Request]) -> None:
         request_id="a",
         text="hé",
         tokens=[4],
-        prompt_tokens=[1, 2],
+        prompt_ids=[1, 2],
         finish_reason="stop",
         seed=7,
         usage=Usage(2, 1, 0),
@@ -140,10 +140,11 @@ def test_completions_and_chunks_are_json(ask: Callable[..., Request]) -> None:
     found = json.loads(json.dumps(completion.to_dict(), allow_nan=False))
     assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 0}
     assert found["top_logprobs"] == [[{"id": 4, "logprob": -0.5}, {"id": 9, "logprob": -1.0}]]
-    assert {k: found[k] for k in ("text", "tokens", "prompt_tokens", "finish_reason", "seed")} == {
+    assert {k: found[k] for k in ("text", "tokens", "prompt_ids", "prompt_tokens", "finish_reason", "seed")} == {
         "text": "hé",
         "tokens": [4],
-        "prompt_tokens": [1, 2],
+        "prompt_ids": [1, 2],
+        "prompt_tokens": 2,
         "finish_reason": "stop",
         "seed": 7,
     }

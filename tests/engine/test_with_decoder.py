@@ -167,14 +167,14 @@ def test_logprobs_are_those_of_one_full_prefill(engine: Callable[..., Engine], d
         ask(prompt(n), max_tokens=9, logprobs=4, prompt_logprobs=True, temperature=n % 3, seed=n) for n in LENGTHS
     ]
     for done in engine(chunk_tokens=7).generate(requests):
-        tokens = done.prompt_tokens + done.tokens
+        tokens = done.prompt_ids + done.tokens
         logprobs_TV = prefill(decoder, tokens).log_softmax(-1)
         following = logprobs_TV[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
         assert done.prompt_logprobs is not None
         assert done.prompt_logprobs[0] is None
         found = torch.tensor([*done.prompt_logprobs[1:], *(done.logprobs or [])])
         torch.testing.assert_close(found, following, rtol=1e-4, atol=1e-5)
-        for row, top in zip(logprobs_TV[len(done.prompt_tokens) - 1 :], done.top_logprobs or [], strict=False):
+        for row, top in zip(logprobs_TV[len(done.prompt_ids) - 1 :], done.top_logprobs or [], strict=False):
             torch.testing.assert_close(torch.tensor([*top.values()]), row.topk(4).values, rtol=1e-4, atol=1e-5)
             assert [*top] == row.topk(4).indices.tolist()
 

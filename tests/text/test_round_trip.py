@@ -78,7 +78,7 @@ def test_definitions_call_result(version: str, say: Say, mistral_common: Callabl
     with say(version) as (model, said):
         said += named(model.tokenizer, *written(version))
         asked = model.chat([QUESTION], [TOOL])
-        assert asked.prompt_tokens == expected([QUESTION])
+        assert asked.prompt_ids == expected([QUESTION])
         assert (asked.text, asked.finish_reason, asked.call_error) == ("", "stop", None)
         (call,) = asked.tool_calls
         assert (call.name, call.arguments) == ("get_w", ARGUMENTS)
@@ -89,8 +89,8 @@ def test_definitions_call_result(version: str, say: Say, mistral_common: Callabl
         messages = [QUESTION, asked.message, result]
         said += named(model.tokenizer, "It is 22.", "</s>")
         answer = model.chat(messages, [TOOL])
-        assert answer.prompt_tokens == expected(messages)
-        assert answer.prompt_tokens[: len(asked.prompt_tokens)] == asked.prompt_tokens
+        assert answer.prompt_ids == expected(messages)
+        assert answer.prompt_ids[: len(asked.prompt_ids)] == asked.prompt_ids
         assert (answer.text, answer.tool_calls) == ("It is 22.", [])
         assert answer.message == {"role": "assistant", "content": "It is 22."}
 

@@ -191,7 +191,7 @@ class Completion:
     """A finished answer.
 
     tokens: the generated ids. A stop id is in neither `tokens` nor `text`; ids that spelled a stop text are in
-    `tokens` while `text` ends before it. prompt_tokens: the prompt's ids. seed: the one that was used.
+    `tokens` while `text` ends before it. prompt_ids: the prompt as it was sent. seed: the one that was used.
     logprobs, top_logprobs (best first): one entry per token of `tokens` when asked for, else None.
     prompt_logprobs: one entry per prompt token when asked for, the first None because nothing precedes it.
     thinking: what a reasoning model wrote before its answer; not part of `text`.
@@ -201,7 +201,7 @@ class Completion:
     request_id: str
     text: str
     tokens: list[int]
-    prompt_tokens: list[int]
+    prompt_ids: list[int]
     finish_reason: FinishReason
     seed: int
     usage: Usage
@@ -224,8 +224,14 @@ class Completion:
         return message
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; top_logprobs as lists of {id, logprob}, tool_calls in OpenAI's form."""
-        return {**asdict(self), "top_logprobs": _listed(self.top_logprobs), "tool_calls": _calls(self.tool_calls)}
+        """Plain data for JSON; prompt_tokens as a count, top_logprobs as lists of {id, logprob}, tool_calls in
+        OpenAI's form."""
+        return {
+            **asdict(self),
+            "prompt_tokens": self.usage.prompt_tokens,
+            "top_logprobs": _listed(self.top_logprobs),
+            "tool_calls": _calls(self.tool_calls),
+        }
 
 
 @dataclass(frozen=True, slots=True)

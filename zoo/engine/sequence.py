@@ -140,7 +140,7 @@ class Sequence:
             tool_calls=self.output.tool_calls,
             call_error=self.output.call_error,
             tokens=self.tokens[self.prompt_length :],
-            prompt_tokens=self.tokens[: self.prompt_length],
+            prompt_ids=self.tokens[: self.prompt_length],
             finish_reason=reason,
             seed=self.seed,
             usage=Usage(self.prompt_length, self.generated, cached_tokens=0),
