@@ -48,7 +48,7 @@ ANSWERS = {
     "Write a poem about my dog.": "I do not know",
     "How many layers does Llama 3 70B have?": "no card of that name",
 }
-CARD_FIGURES = {
+CARD_FIGURES: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {"context": 32768, "experts": 8, "experts_per_token": 2, "license": "apache-2.0"},
     "mistral-nemo-instruct": {"context": 131072, "windows": ()},
     "mixtral-8x22b": {"context": 65536},
