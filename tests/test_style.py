@@ -298,6 +298,14 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert used == declared(extras["test"]) - {"pytest_timeout", "setuptools", "simple_parsing"}
 
 
+def test_every_dependency_is_justified() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for extra in project["optional-dependencies"].values() for line in extra]
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Dependencies")[2]
+    words = {word.lower().replace("-", "_") for word in re.findall(r"[\w-]+", guide)}
+    assert declared([*project["dependencies"], *extras]) - words == set()
+
+
 def modules_after(code: str) -> set[str]:
     """Top-level modules loaded in a fresh interpreter that ran `code`."""
     report = "\nimport sys; print('\\n' + ' '.join({name.split('.')[0] for name in sys.modules}))"
