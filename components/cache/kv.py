@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.components.attention.kernels import Memo, Scores, attention, attention_rows
 from zoo.components.cache.fresh import FreshKV
-from zoo.components.cache.pages import Pages
+from zoo.components.cache.pages import PAGE, PageRows, Pages
 from zoo.components.cache.slab import Slabs
 from zoo.components.cache.spec import FullCacheSpec, WindowCacheSpec
 
@@ -92,18 +92,46 @@ class KVStore:
         plan = StepPlan(list(seqs), list(rows), list(past))
         return [KVView(self.storage, layer, self.ring, plan) for layer in range(self.num_layers)]
 
+    def hold(self, batch: int, tokens: int) -> HeldRows | None:
+        """A step of single rows of sequences of up to `tokens` tokens, run many times; None without pages."""
+        return HeldRows(self, self.storage, batch, tokens) if isinstance(self.storage, Pages) else None
+
     def _slots(self, tokens: int) -> int:
         return tokens if self.ring is None else min(tokens, self.ring)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which sequences a step works on, and what its layers share."""
+    """Which sequences a step works on, and what its layers share.
+
+    page_rows: where the rows go, if the step is one of single rows and its places were prepared.
+    """
 
     seqs: list[int]
     rows: list[int]
     past: list[int]
     memo: Memo = field(default_factory=dict)
+    page_rows: PageRows | None = None
+
+
+class HeldRows:
+    """A step of one row for each of `batch` sequences that is run again and again: its places are written anew."""
+
+    def __init__(self, store: KVStore, pages: Pages, batch: int, slots: int) -> None:
+        self._store, self._ring, self._pages, self._batch = store, store.ring, pages, batch
+        self._count = -(-(slots if self._ring is None else min(slots, self._ring)) // PAGE)
+        self._numbers_N = torch.zeros(batch * (3 + self._count), dtype=torch.int64, device=pages.device)
+
+    def views(self) -> list[KVView]:
+        """One state per layer for one run; what follows from the places is computed anew in each."""
+        plan = StepPlan([], [], [], page_rows=PageRows(self._numbers_N, self._batch))
+        return [KVView(self._pages, layer, self._ring, plan) for layer in range(self._store.num_layers)]
+
+    def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
+        """The step's next run is one row of each of these sequences, at most `batch`, after `past` cached tokens."""
+        slots, filled = _row_slots(past, self._ring)
+        numbers = self._pages.row_numbers(seqs, slots, filled, batch=self._batch, pages=self._count)
+        self._numbers_N.copy_(torch.tensor(numbers), non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -130,7 +158,8 @@ class KVView:
         how: Scores = {"scale": scale, "window": window, "softcap": softcap}
         if len(plan.seqs) == 1:
             return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, how)
-        if isinstance(self.storage, Pages) and q_THd.shape[0] == len(plan.seqs):
+        single = plan.page_rows is not None or q_THd.shape[0] == len(plan.seqs)
+        if single and isinstance(self.storage, Pages):
             return self._attend_rows(self.storage, q_THd, k_TGd, v_TGd, how)
         parts = zip(*(torch.split(x, plan.rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         return torch.cat(
@@ -142,24 +171,35 @@ class KVView:
 
     def _attend_rows(self, pages: Pages, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores) -> Tensor:
         """One new row of every sequence: all in one product, over pages gathered to equal lengths."""
-        plan, ring = self.plan, self.ring
-        filled = [past + 1 if ring is None else min(past + 1, ring) for past in plan.past]
-        slots = [past if ring is None else past % ring for past in plan.past]
-        pages.write_rows(self.layer, plan.seqs, slots, k_BGd, v_BGd, plan.memo)
-        k_BGSd, v_BGSd = pages.read_rows(self.layer, plan.seqs, max(filled), plan.memo)
-        window = how["window"]
+        rows = self._page_rows(pages)
+        pages.write_rows(self.layer, rows, k_BGd, v_BGd)
+        k_BGSd, v_BGSd = pages.read_rows(self.layer, rows)
+        memo, window = self.plan.memo, None if self.ring is not None else how["window"]
         key = ("seen", window)
-        if key not in plan.memo:
-            plan.memo[key] = _seen(filled, None if ring is not None else window, pages.device)
+        if key not in memo:
+            memo[key] = _seen(rows.filled_B, k_BGSd.shape[2], window)
         return attention_rows(
             q_BHd,
             k_BGSd,
             v_BGSd,
             scale=how["scale"],
             softcap=how["softcap"],
-            seen_BS=plan.memo[key],
-            memo=plan.memo,
+            seen_BS=memo[key],
+            memo=memo,
         )
+
+    def _page_rows(self, pages: Pages) -> PageRows:
+        """Where this step's rows go, made once for all layers."""
+        plan = self.plan
+        if plan.page_rows is not None:
+            return plan.page_rows
+        if "page rows" not in plan.memo:
+            slots, filled = _row_slots(plan.past, self.ring)
+            batch, count = len(plan.seqs), -(-max(filled) // PAGE)
+            numbers = pages.row_numbers(plan.seqs, slots, filled, batch=batch, pages=count)
+            plan.memo["page rows"] = PageRows(torch.tensor(numbers).to(pages.device, non_blocking=True), batch)
+        rows: PageRows = plan.memo["page rows"]
+        return rows
 
     def _attend_one(self, seq: int, past: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, how: Scores) -> Tensor:
         rows, memo = q_THd.shape[0], self.plan.memo
@@ -195,10 +235,17 @@ class KVView:
         return k_GSd, v_GSd, past - first
 
 
-def _seen(filled: list[int], window: int | None, device: torch.device) -> Tensor:
-    """Which of the slots 0 .. max(filled) - 1 each sequence's last token sees, (B, S) bool."""
-    slots_S = torch.arange(max(filled), device=device)
-    filled_B1 = torch.tensor(filled, device=device).unsqueeze(1)
+def _row_slots(past: Sequence[int], ring: int | None) -> tuple[list[int], list[int]]:
+    """The slot that each sequence's next row takes, and how many are filled with it."""
+    if ring is None:
+        return list(past), [count + 1 for count in past]
+    return [count % ring for count in past], [min(count + 1, ring) for count in past]
+
+
+def _seen(filled_B: Tensor, slots: int, window: int | None) -> Tensor:
+    """Which of the slots 0 .. `slots` - 1 each sequence's last token sees, (B, S) bool."""
+    slots_S = torch.arange(slots, device=filled_B.device)
+    filled_B1 = filled_B.unsqueeze(1)
     seen_BS = slots_S < filled_B1
     return seen_BS if window is None else seen_BS & (slots_S >= filled_B1 - window)
 

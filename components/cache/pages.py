@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,35 @@ from zoo.registry.errors import CapacityError
 
 PAGE = 16
 """Slots of a page."""
+
+SPARE = 0
+"""The page that no sequence holds: rows that only fill a batch up are written to it and read from it."""
+
+
+@dataclass(frozen=True)
+class PageRows:
+    """One new row of each of B sequences: where it goes, and the P pages from which its keys and values are read.
+
+    numbers_N: int64, B pages to write, B offsets in them, B counts of filled slots, then tables of P pages each.
+    """
+
+    numbers_N: Tensor
+    batch: int
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Page and offset of every row, (B,) each."""
+        return self.numbers_N[: self.batch], self.numbers_N[self.batch : 2 * self.batch]
+
+    @property
+    def filled_B(self) -> Tensor:
+        """Slots of every sequence that hold something, this row's included."""
+        return self.numbers_N[2 * self.batch : 3 * self.batch]
+
+    @property
+    def tables_BP(self) -> Tensor:
+        """The first P pages of every sequence."""
+        return self.numbers_N[3 * self.batch :].view(self.batch, -1)
 
 
 class Pages:
@@ -29,8 +61,8 @@ class Pages:
         self.page_bytes = 2 * self.layers * PAGE * self.heads * self.width * dtype.itemsize
         self.budget_bytes = budget_bytes
         count = 0 if budget_bytes is None else budget_bytes // self.page_bytes
-        self._pool = self._empty(count)
-        self._unused = list(range(count))
+        self._pool = self._empty(1 + count)
+        self._unused = [page for page in range(1 + count) if page != SPARE]
         self._tables: dict[int, list[int]] = {}
 
     @property
@@ -70,29 +102,31 @@ class Pages:
         k_SGd, v_SGd = pool[:, 0][pages_S, offsets_S], pool[:, 1][pages_S, offsets_S]
         return k_SGd.transpose(0, 1), v_SGd.transpose(0, 1)
 
-    def write_rows(
-        self, layer: int, seqs: list[int], slots: list[int], k_BGd: Tensor, v_BGd: Tensor, memo: Memo
-    ) -> None:
-        """Fills one slot of each sequence."""
-        if "row places" not in memo:
-            pages = [self._tables[seq][slot // PAGE] for seq, slot in zip(seqs, slots, strict=True)]
-            offsets = [slot % PAGE for slot in slots]
-            memo["row places"] = torch.tensor([pages, offsets], device=self.device).unbind()
-        pages_B, offsets_B = memo["row places"]
-        pool = self._pool[layer]
-        pool[:, 0][pages_B, offsets_B] = k_BGd
-        pool[:, 1][pages_B, offsets_B] = v_BGd
+    def row_numbers(
+        self, seqs: Sequence[int], slots: Sequence[int], filled: Sequence[int], *, batch: int, pages: int
+    ) -> list[int]:
+        """The numbers of `PageRows` for sequences of which each fills one slot; spare rows fill the batch up."""
+        spare = batch - len(seqs)
+        tables = [self._tables[seq] for seq in seqs]
+        written = [table[slot // PAGE] for table, slot in zip(tables, slots, strict=True)]
+        numbers = [*written, *[SPARE] * spare, *(slot % PAGE for slot in slots), *[0] * spare, *filled, *[1] * spare]
+        for table in tables:
+            numbers += table[:pages]
+            numbers += [SPARE] * (pages - len(table))
+        return numbers + [SPARE] * (spare * pages)
 
-    def read_rows(self, layer: int, seqs: list[int], slots: int, memo: Memo) -> tuple[Tensor, Tensor]:
-        """The first `slots` slots of each sequence, (B, G, S, d) each; beyond a sequence's own, other numbers."""
-        count = -(-slots // PAGE)
-        if "row tables" not in memo:
-            tables = [(self._tables[seq] + [0] * count)[:count] for seq in seqs]
-            memo["row tables"] = torch.tensor(tables, device=self.device)
-        pages_BP = self._pool[layer][memo["row tables"]]
-        kv_2BGSd = pages_BP.permute(2, 0, 4, 1, 3, 5).flatten(3, 4)
-        k_BGSd, v_BGSd = kv_2BGSd[:, :, :, :slots].unbind()
-        return k_BGSd, v_BGSd
+    def write_rows(self, layer: int, rows: PageRows, k_BGd: Tensor, v_BGd: Tensor) -> None:
+        """Fills one slot of each sequence."""
+        places = rows.places
+        pool = self._pool[layer]
+        pool[:, 0][places] = k_BGd
+        pool[:, 1][places] = v_BGd
+
+    def read_rows(self, layer: int, rows: PageRows) -> tuple[Tensor, Tensor]:
+        """The slots of each sequence's pages, (B, G, S, d) each; beyond a sequence's own, other numbers."""
+        pool, tables_BP = self._pool[layer], rows.tables_BP
+        k_BSGd, v_BSGd = (pool[:, i][tables_BP].flatten(1, 2) for i in range(2))
+        return k_BSGd.transpose(1, 2), v_BSGd.transpose(1, 2)
 
     def _places(self, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
         """Page and offset of each slot of a range, made once per step."""

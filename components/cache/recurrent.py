@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -48,7 +49,8 @@ def spans(rows: Sequence[int], past: Sequence[int]) -> list[Span]:
 class RecurrentStore:
     """The states of all sequences for a group of layers: one piece of memory for each sequence.
 
-    It is the same under every storage: a state never grows, so pages would have nothing to share.
+    A state never grows, so pages would have nothing to share. Where sequences share pages, states stand in one pool
+    instead, at places that steps which are run many times can refer to; place 0 belongs to no sequence.
     """
 
     def __init__(
@@ -68,6 +70,18 @@ class RecurrentStore:
         self.bytes = num_layers * spec.nbytes(1, dtype.itemsize)
         self._held: dict[int, dict[Piece, Tensor]] = {}
         self._seen: dict[int, int] = {}
+        pages = storage == "pages" or (storage == "auto" and device.type != "cpu")
+        self._places = 1 + budget_bytes // self.bytes if pages and budget_bytes is not None else 0
+        self._unused = [*range(1, self._places)]
+        self._place: dict[int, int] = {}
+
+    @cached_property
+    def pool(self) -> dict[Piece, Tensor]:
+        """The states of all places, (layers, places, ...) each, made on first use."""
+        return {
+            piece: torch.zeros((shape[0], self._places, *shape[1:]), dtype=dtype, device=self.device)
+            for piece, (shape, dtype) in self.kinds.items()
+        }
 
     @staticmethod
     def fresh(rows: Sequence[int]) -> FreshRecurrent:
@@ -93,14 +107,37 @@ class RecurrentStore:
                 found=f"{self.nbytes + self.bytes} bytes for the state of one more sequence",
                 expected=f"at most {self.budget_bytes} bytes",
             )
-        self._held[seq] = {
-            piece: torch.empty(shape, dtype=dtype, device=self.device) for piece, (shape, dtype) in self.kinds.items()
-        }
+        self._held[seq] = (
+            self._room(seq)
+            if self._places
+            else {
+                piece: torch.empty(shape, dtype=dtype, device=self.device)
+                for piece, (shape, dtype) in self.kinds.items()
+            }
+        )
+
+    def _room(self, seq: int) -> dict[Piece, Tensor]:
+        """A place of the pool, as if nothing had come before."""
+        self._place[seq] = self._unused.pop()
+        return {piece: pool[:, self._place[seq]].zero_() for piece, pool in self.pool.items()}
 
     def free(self, seq: int) -> None:
         """Gives a sequence's memory back; a sequence without any is no fault."""
         self._held.pop(seq, None)
         self._seen.pop(seq, None)
+        if seq in self._place:
+            self._unused.append(self._place.pop(seq))
+
+    def hold(self, batch: int, tokens: int) -> HeldStates | None:
+        """A step of single rows that is run many times; None without a pool."""
+        return HeldStates(self, batch) if self._places else None
+
+    def places(self, seqs: Sequence[int], past: Sequence[int]) -> list[int]:
+        """The places in the pool of the sequences of a step of single rows."""
+        for seq, before in zip(seqs, past, strict=True):
+            assert before == self._seen.get(seq, 0), "a state goes on where it stands"
+            self._seen[seq] = before + 1
+        return [self._place[seq] for seq in seqs]
 
     def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[RecurrentView]:
         """One state per layer for a step of `rows` new tokens after `past` cached ones each."""
@@ -109,6 +146,40 @@ class RecurrentStore:
             self._seen[seq] = before + count
         held, batches = [self._held[seq] for seq in seqs], spans(rows, past)
         return [RecurrentView(layer, held, batches) for layer in range(self.num_layers)]
+
+
+class HeldStates:
+    """A step of one row for each of `batch` sequences that is run again and again: its places are written anew."""
+
+    def __init__(self, store: RecurrentStore, batch: int) -> None:
+        self._store = store
+        self._places_B = torch.zeros(batch, dtype=torch.int64, device=store.device)
+
+    def views(self) -> list[PooledView]:
+        """One state per layer for one run."""
+        return [PooledView(self._store.pool, layer, self._places_B) for layer in range(self._store.num_layers)]
+
+    def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
+        """The step's next run is one row of each of these sequences, at most `batch`, after `past` cached tokens."""
+        places = self._store.places(seqs, past)
+        spare = len(self._places_B) - len(places)
+        self._places_B.copy_(torch.tensor(places + [0] * spare), non_blocking=True)
+
+
+@dataclass(frozen=True)
+class PooledView:
+    """One layer's states at some places of the pool, each for one row."""
+
+    pool: dict[Piece, Tensor]
+    layer: int
+    places_B: Tensor
+
+    def advance(self, piece: Piece, function: Advance, *rows: Tensor) -> Tensor:
+        """Runs `function` over one row of every place, from what is kept, and keeps what it leaves."""
+        kept = self.pool[piece][self.layer]
+        output, left = function(kept[self.places_B], *(value.unsqueeze(1) for value in rows))
+        kept[self.places_B] = left.to(kept.dtype)
+        return output.flatten(0, 1)
 
 
 @dataclass(frozen=True)

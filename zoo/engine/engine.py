@@ -19,6 +19,7 @@ from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.engine.adapters import Adapters
 from zoo.engine.admission import Admission, check_sizes
+from zoo.engine.capture import Captured, captures
 from zoo.engine.memory import Memory
 from zoo.engine.outcome import Outcome, read
 from zoo.engine.pack import pack
@@ -77,7 +78,8 @@ class Engine:
         )
         self._admission = Admission(model.vocab_size, context, self._memory)
         self._scheduler = Scheduler(self._memory, chunk_tokens=chunk, max_batch_size=max_batch_size)
-        self._runner: Runner | None = Runner(decoder, self._memory, device)
+        captured = Captured(decoder, self._memory, device, record=device.type == "cuda") if captures(device) else None
+        self._runner: Runner | None = Runner(decoder, self._memory, device, captured)
         self._lock = threading.Lock()
         self._numbers = count()
         self._live: dict[str, Running] = {}
@@ -172,7 +174,10 @@ class Engine:
     def between_steps(self) -> Iterator[tuple[Adapters, list[str | None]]]:
         """A block in which no step runs: the adapters, and what each unfinished request chose of them."""
         with self._locked():
-            yield self._open().adapters, [seq.params.adapter for seq in self._live.values()]
+            runner = self._open()
+            yield runner.adapters, [seq.params.adapter for seq in self._live.values()]
+            if runner.captured is not None:
+                runner.captured.clear()
 
     @property
     def memory(self) -> dict[str, int]:

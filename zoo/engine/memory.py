@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from zoo.components.cache.store import Store
 from zoo.registry.spec import StateSpec
@@ -23,6 +23,36 @@ class Group:
     store: Store
     layers: list[int]
     budget: int
+
+
+class Held(Protocol):
+    """A store's part of a step of single rows that is run many times: what a store's `hold(batch, tokens)` returns."""
+
+    def views(self) -> list[Any]:
+        """One state per layer of the store's group, for one run."""
+        ...
+
+    def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
+        """The next run is one row of each of these sequences, after `past` cached tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HeldStep:
+    """A step of single rows that is run many times: the parts of all groups."""
+
+    parts: list[Held]
+    layers: list[list[int]]
+    num_layers: int
+
+    def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
+        """As of each part."""
+        for part in self.parts:
+            part.fill(seqs, past)
+
+    def states(self) -> list[Any]:
+        """One state per layer of the model, for one run."""
+        return _by_layer(self.num_layers, zip(self.layers, (part.views() for part in self.parts), strict=True))
 
 
 class Memory:
@@ -99,11 +129,18 @@ class Memory:
 
     def states(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         """One state per layer of the model for a step of these sequences."""
-        found: list[Any] = [None] * self.num_layers
+        views = ((group.layers, group.store.views(seqs, rows, past)) for group in self._groups)
+        return _by_layer(self.num_layers, views)
+
+    def hold(self, batch: int, tokens: int) -> HeldStep | None:
+        """A step of single rows that is run many times; None where a store keeps nothing at a fixed place."""
+        parts: list[Held] = []
         for group in self._groups:
-            for layer, state in zip(group.layers, group.store.views(seqs, rows, past), strict=True):
-                found[layer] = state
-        return found
+            part: Held | None = getattr(group.store, "hold", _nothing)(batch, tokens)
+            if part is None:
+                return None
+            parts.append(part)
+        return HeldStep(parts, [group.layers for group in self._groups], self.num_layers)
 
     def close(self) -> None:
         """Let go of all memory."""
@@ -127,6 +164,19 @@ class Memory:
     def _count(self, taken: list[int]) -> None:
         self._taken, self.used = taken, sum(taken)
         self.peak = max(self.peak, self.used)
+
+
+def _by_layer(num_layers: int, groups: Iterable[tuple[list[int], list[Any]]]) -> list[Any]:
+    """The states of all groups in the order of the model's layers."""
+    found: list[Any] = [None] * num_layers
+    for layers, states in groups:
+        for layer, state in zip(layers, states, strict=True):
+            found[layer] = state
+    return found
+
+
+def _nothing(batch: int, tokens: int) -> None:
+    """The answer of a store without fixed places."""
 
 
 def _rounded(tokens: int) -> int:

@@ -11,15 +11,18 @@ from zoo.components.cache.store import fresh_step
 from zoo.components.decoder.model import Decoder
 from zoo.components.step import Step
 from zoo.engine.adapters import Adapters
+from zoo.engine.capture import Captured
 from zoo.engine.memory import Memory
 from zoo.engine.pack import Batch
 
 
 class Runner:
-    """Runs the decoder, with the cache or without."""
+    """Runs the decoder, with the cache or without. captured: the decode steps that are replayed, where any are."""
 
-    def __init__(self, decoder: Decoder, memory: Memory, device: torch.device) -> None:
-        self.decoder, self.memory, self.device = decoder, memory, device
+    def __init__(
+        self, decoder: Decoder, memory: Memory, device: torch.device, captured: Captured | None = None
+    ) -> None:
+        self.decoder, self.memory, self.device, self.captured = decoder, memory, device, captured
         self.adapters = Adapters(decoder)
 
     @property
@@ -32,6 +35,10 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits (R, V) float32 of the batch's wanted rows; its tokens are in the cache afterwards."""
+        if self.captured is not None and not any(map(self.adapters.resolve, batch.adapters)):
+            replayed_RV = self.captured.run(batch)
+            if replayed_RV is not None:
+                return replayed_RV
         states = self.memory.states(batch.seqs, batch.rows, batch.past)
         step = Step(batch.positions_T, batch.rows, batch.past, states)
         with self.adapters.applied(batch.adapters, batch.rows, self.device):

@@ -1,0 +1,139 @@
+"""Recorded decode steps against steps that are planned anew: the same tokens, in any batch, through crowded caches.
+
+On a CPU the record's steps are run, not replayed: what is tested here is that fixed tensors say all there is to say.
+tests/gpu has the replays.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Literal
+
+import pytest
+import torch
+
+import zoo
+from zoo.engine.capture import Captured, Recorded, captures, row_bucket, token_bucket
+from zoo.registry.errors import ZooError
+
+VOCABULARY, CONTEXT = 67, 600
+ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": {"theta": 50.0}}
+GATED = {"kind": "gated", "hidden_dim": 20}
+MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": GATED}
+SSM = {"num_heads": 6, "head_dim": 4, "num_groups": 2, "state_size": 5, "conv_size": 4, "norm_eps": 1e-5}
+LAYERS: dict[str, list[dict[str, Any]]] = {
+    "full": [{"mixer": ATTENTION, "ffn": GATED}, {"mixer": ATTENTION, "ffn": MOE}],
+    "window": [{"mixer": ATTENTION | {"window": 8}, "ffn": GATED}, {"mixer": ATTENTION, "ffn": GATED}],
+    "window in a full cache": [{"mixer": ATTENTION | {"window": 8, "cache": {"kind": "full"}}, "ffn": GATED}],
+    "softcap": [{"mixer": ATTENTION | {"softcap": 3.0}, "ffn": GATED}],
+    "mamba2": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": None}],
+    "hybrid": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": GATED}, {"mixer": ATTENTION, "ffn": None}],
+}
+
+
+def card(kind: str) -> dict[str, Any]:
+    model = {"dim": 24, "vocab_size": VOCABULARY, "norm": {"kind": "rms", "eps": 1e-5}, "layers": LAYERS[kind]}
+    return {"name": "captured", "context_length": CONTEXT, "model": model}
+
+
+def prompts() -> list[list[int]]:
+    return [random.Random(n).choices(range(VOCABULARY), k=n) for n in (1, 7, 9, 40, 250, 300)]
+
+
+def load(kind: str, monkeypatch: pytest.MonkeyPatch, storage: Literal["slab", "pages"], **options: Any) -> zoo.Model:
+    from zoo.engine.engine import Engine
+
+    make = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *args, **sizes: make(self, *args, storage=storage, **sizes))
+    model = zoo.load(card(kind), weights="random", device="cpu", dtype="float32", **options)
+    for name, parameter in model.module.named_parameters():
+        generator = torch.Generator().manual_seed(len(name))
+        if parameter.ndim > 1:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return model
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_recorded_steps_give_the_same_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask: dict[str, Any] = {"max_tokens": 20, "temperature": 0.9, "seed": 3, "ignore_eos": True, "logprobs": 2}
+    with load(kind, monkeypatch, "slab") as plain:
+        expected = plain.generate(prompts(), **ask)
+    runs: list[int] = []
+    run = Captured.run
+
+    def counted(self: Captured, batch: Any) -> Any:
+        found = run(self, batch)
+        runs.append(0 if found is None else len(found))
+        return found
+
+    for batch in (1, 3, 6):
+        monkeypatch.undo()
+        monkeypatch.setattr(Captured, "run", counted)
+        monkeypatch.setenv("ZOO_CAPTURE", "on")
+        runs.clear()
+        with load(kind, monkeypatch, "pages", max_batch_size=batch) as model:
+            found = model.generate(prompts(), **ask)
+        assert [c.tokens for c in found] == [c.tokens for c in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert max(runs) == batch, "most steps must have been recorded ones"
+        assert sum(map(bool, runs)) > len(runs) // 2
+
+
+@pytest.mark.parametrize("kind", ["window", "hybrid"])
+def test_recording_moves_no_state(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record is made by running the step, more than once, before its first true run."""
+
+    def run_it(self: Captured, step: Recorded) -> bool:
+        step.held.fill([], [])
+        step.run()
+        step.run()
+        return True
+
+    ask: dict[str, Any] = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True}
+    with load(kind, monkeypatch, "slab") as plain:
+        expected = plain.generate(prompts(), **ask)
+    monkeypatch.undo()
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    monkeypatch.setattr(Captured, "_record", run_it)
+    with load(kind, monkeypatch, "pages") as model:
+        captured = model.engine._runner.captured  # type: ignore[union-attr]
+        assert captured is not None
+        captured.record = True
+        assert [c.tokens for c in model.generate(prompts(), **ask)] == [c.tokens for c in expected]
+
+
+def test_a_batch_of_prompts_is_no_recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    with load("full", monkeypatch, "slab") as model:
+        captured = model.engine._runner.captured  # type: ignore[union-attr]
+        assert captured is not None
+        model.generate([[1, 2, 3]], max_tokens=3, ignore_eos=True)
+        assert not captured._steps, "slabs have no fixed places"
+
+
+def test_records_are_forgotten_when_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    with load("full", monkeypatch, "pages") as model:
+        captured = model.engine._runner.captured  # type: ignore[union-attr]
+        assert captured is not None
+        model.generate([[1, 2, 3]], max_tokens=3, ignore_eos=True)
+        assert captured._steps
+        with model.engine.between_steps():
+            pass
+        assert not captured._steps
+
+
+def test_buckets_hold_what_they_are_for() -> None:
+    for n in range(1, 300):
+        assert row_bucket(n) >= n
+        assert row_bucket(row_bucket(n)) == row_bucket(n)
+    for n in range(1, 40_000, 7):
+        assert n <= token_bucket(n) <= max(n + 255, 1.125 * n)
+        assert token_bucket(token_bucket(n)) == token_bucket(n)
+
+
+def test_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CAPTURE", "of")
+    with pytest.raises(ZooError, match=r"ZOO_CAPTURE.*'of'.*'off'"):
+        captures(torch.device("cpu"))
