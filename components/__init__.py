@@ -16,6 +16,7 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("block", "sandwich", "zoo.components.block.spec:SandwichSpec")
     register("block", "scaled", "zoo.components.block.spec:ScaledSpec")
     register("mixer", "attention", "zoo.components.attention.spec:AttentionSpec")
+    register("mixer", "latent_attention", "zoo.components.attention.spec:LatentAttentionSpec")
     register("mixer", "mamba1", "zoo.components.mamba.spec:Mamba1Spec")
     register("mixer", "mamba2", "zoo.components.mamba.spec:Mamba2Spec")
     register("ffn", "gated", "zoo.components.ffn.spec:GatedSpec")
@@ -30,4 +31,5 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("rope", "longrope", "zoo.components.rope.spec:LongRopeSpec")
     register("cache", "full", "zoo.components.cache.spec:FullCacheSpec")
     register("cache", "window", "zoo.components.cache.spec:WindowCacheSpec")
+    register("cache", "latent", "zoo.components.cache.spec:LatentCacheSpec")
     register("cache", "recurrent", "zoo.components.cache.spec:RecurrentCacheSpec")

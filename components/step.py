@@ -39,6 +39,32 @@ class KVState(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Cached:
+    """What is kept of sequences whose new rows are worked on together.
+
+    kept_BSm: one row for each token, those of this step last.
+    rows: how many new rows each of the B sequences has.
+    seen_BS: which keys the one new row of each sequence sees; None: B is 1, and each row sees those before it.
+    """
+
+    kept_BSm: Tensor
+    rows: int
+    seen_BS: Tensor | None = None
+
+
+class LatentState(Protocol):
+    """One layer's view of a cache that keeps one row per token, of which the mixer makes keys and values itself."""
+
+    def append(self, new_Tm: Tensor) -> None:
+        """Keeps this step's rows."""
+        ...
+
+    def read(self) -> Sequence[Cached]:
+        """All rows of the step's sequences, in the order of the step."""
+        ...
+
+
 class RecurrentState(Protocol):
     """One recurrent layer's view of the cache for this step: what it keeps is of constant size."""
 

@@ -45,10 +45,11 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Rows of a projection that rope turns: heads of `head_dim` rows whose first `rotary_dim` are rotated."""
+    """Rows of a projection that rope turns: of each head of `head_dim` rows, `rotary_dim` from `offset` on."""
 
     head_dim: int
     rotary_dim: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zoo.components.attention.spec import AttentionSpec, QueryScaling
+from zoo.components.attention.scaling import scaled
+from zoo.components.attention.spec import AttentionSpec
 from zoo.components.build import make
 from zoo.components.linear import Linear
 from zoo.components.step import KVState, Step
@@ -38,7 +39,7 @@ class Attention(nn.Module):
             qk_TAd = self.rope(qk_TAd, step)
         q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)
         if spec.query_scaling is not None:
-            q_THd = (q_THd * _query_scale(spec.query_scaling, step)).to(x_TD.dtype)
+            q_THd = scaled(q_THd, spec.query_scaling, step)
         o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=self.scale, window=spec.window, softcap=spec.softcap)
         o_TD: Tensor = self.o(o_THd.flatten(1))
         return o_TD
@@ -47,13 +48,3 @@ class Attention(nn.Module):
         whole = self.spec.qk_norm_span == "projection"
         normed_THd: Tensor = norm(x_THd.flatten(1)).view(x_THd.shape) if whole else norm(x_THd)
         return normed_THd
-
-
-def _query_scale(scaling: QueryScaling, step: Step) -> Tensor:
-    """1 + beta ln(1 + floor(position / original_context)) of every row, (T, 1, 1) float32."""
-
-    def make_scale() -> Tensor:
-        passed_T = torch.floor(step.positions_T / scaling.original_context)
-        return (1 + scaling.beta * torch.log1p(passed_T)).view(-1, 1, 1)
-
-    return step.once(("query_scaling", scaling), make_scale)

@@ -1,12 +1,13 @@
-"""Settings of grouped-query attention."""
+"""Settings of attention: grouped-query, and latent."""
 
 from collections.abc import Mapping
+from math import log
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zoo.components.fields import Count, Flag, Positive
-from zoo.components.rope.spec import RopeSpec
+from zoo.components.rope.spec import RopeSpec, YarnRopeSpec
 from zoo.registry.spec import Inherited, Param, Part, Rotary, Slot, Spec, StateSpec
 
 
@@ -109,3 +110,85 @@ class AttentionSpec(Spec):
     def flops(self, context: int) -> float:
         seen = context if self.window is None else min(context, self.window)
         return super().flops(context) + 4.0 * self.num_heads * self.head_dim * seen
+
+
+class LatentAttentionSpec(Spec):
+    """Attention whose keys and values are products of one cached latent per token (DeepSeek-V2, arXiv 2405.04434)."""
+
+    module: ClassVar[str] = "zoo.components.attention.latent:LatentAttention"
+
+    kind: Literal["latent_attention"] = "latent_attention"
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
+    num_heads: Count = Field(description="Heads.")
+    q_lora_rank: Count | None = Field(description="Size of the queries' own latent; null projects them at once.")
+    kv_lora_rank: Count = Field(description="Size of the latent of keys and values.")
+    nope_head_dim: Count = Field(description="Lanes of a query and key head that know no positions.")
+    rope_head_dim: Count = Field(
+        description="Lanes of a query and key head that rope turns; all heads share the key's."
+    )
+    v_head_dim: Count = Field(description="Size of a value head.")
+    norm: Annotated[Spec, Slot("norm", absent="inherit", bind={"dim": "kv_lora_rank"})] = Field(
+        description="Norm of both latents; by default the model's."
+    )
+    rope: Annotated[RopeSpec, Slot("rope", default="default", bind={"head_dim": "rope_head_dim"})] = Field(
+        description="Rotary positions of the turned lanes."
+    )
+    mscale: Positive | None = Field(
+        default=None,
+        description="Multiplies scores with (0.1 mscale ln(factor) + 1)^2, factor of the yarn rope; null does not.",
+    )
+    query_scaling: QueryScaling | None = Field(
+        default=None, description="Scaling of queries far into a long context; null for none."
+    )
+    cache: Annotated[StateSpec, Slot("cache", default="latent", absent="build")] = Field(
+        description="What is kept of earlier tokens."
+    )
+
+    @model_validator(mode="after")
+    def _check_mscale(self) -> Self:
+        if self.mscale is not None and not isinstance(self.rope, YarnRopeSpec):
+            raise ValueError(f"mscale needs a rope of kind 'yarn'; found mscale {self.mscale:g} and '{self.rope.kind}'")
+        if self.rope.rotary_dim is not None:
+            raise ValueError("rope_head_dim says which lanes rope turns; remove rotary_dim from the rope")
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Size of a query and key head."""
+        return self.nope_head_dim + self.rope_head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied with."""
+        scale = float(self.qk_head_dim**-0.5)
+        if self.mscale is None or not isinstance(self.rope, YarnRopeSpec):
+            return scale
+        return scale * (0.1 * self.mscale * log(self.rope.factor) + 1) ** 2
+
+    def parameters(self) -> dict[str, Param]:
+        width, kept = self.num_heads * self.qk_head_dim, self.kv_lora_rank + self.rope_head_dim
+        turned = Rotary(self.qk_head_dim, self.rope_head_dim, self.nope_head_dim)
+        if self.q_lora_rank is None:
+            found = {"q.weight": Param((width, self.dim), shard=0, rotary=turned)}
+        else:
+            found = {"q_a.weight": Param((self.q_lora_rank, self.dim))}
+            found["q_b.weight"] = Param((width, self.q_lora_rank), shard=0, rotary=turned)
+        found["kv_a.weight"] = Param((kept, self.dim), rotary=Rotary(kept, self.rope_head_dim, self.kv_lora_rank))
+        up = self.num_heads * (self.nope_head_dim + self.v_head_dim)
+        found["kv_b.weight"] = Param((up, self.kv_lora_rank), shard=0)
+        found["o.weight"] = Param((self.dim, self.num_heads * self.v_head_dim), shard=1)
+        return found
+
+    def children(self) -> dict[str, Spec]:
+        found: dict[str, Spec] = {"kv_norm": self.norm, "rope": self.rope}
+        if self.q_lora_rank is not None:
+            found["q_norm"] = self.norm.model_copy(update={"dim": self.q_lora_rank})
+        return found
+
+    def state(self) -> StateSpec:
+        return self.cache
+
+    def flops(self, context: int) -> float:
+        """With queries in the latent's space, as single tokens are decoded."""
+        row = self.kv_lora_rank + self.rope_head_dim
+        return super().flops(context) + 4.0 * self.num_heads * row * context

@@ -1,10 +1,10 @@
-"""Keys and values of attention layers: a policy (all tokens, or a ring of the last ones) over a storage."""
+"""What attention layers keep: a policy (all tokens, or a ring of the last ones) over a storage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from zoo.components.attention.kernels import Memo, Scores, attention, attention_rows
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.pages import PAGE, PageRows, Pages
-from zoo.components.cache.slab import Slabs
-from zoo.components.cache.spec import FullCacheSpec, WindowCacheSpec
+from zoo.components.cache.slab import Planes, Slabs
+from zoo.components.cache.spec import FullCacheSpec, LatentCacheSpec, WindowCacheSpec
 
 
 class Storage(Protocol):
@@ -36,12 +36,12 @@ class Storage(Protocol):
         """Gives the room back."""
         ...
 
-    def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
+    def write(self, layer: int, seq: int, start: int, planes_TGd: Planes, memo: Memo) -> None:
         """Fills the slots from `start` on."""
         ...
 
-    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
-        """Keys and values of a range of slots, (G, S, d) each."""
+    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> Planes:
+        """The planes of a range of slots, (G, S, d) each."""
         ...
 
 
@@ -50,7 +50,7 @@ class KVStore:
 
     def __init__(
         self,
-        spec: FullCacheSpec | WindowCacheSpec,
+        spec: FullCacheSpec | WindowCacheSpec | LatentCacheSpec,
         num_layers: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -62,13 +62,13 @@ class KVStore:
         if storage == "auto":
             storage = "slab" if device.type == "cpu" else "pages"
         kinds: dict[str, type[Slabs] | type[Pages]] = {"slab": Slabs, "pages": Pages}
-        shape = (num_layers, spec.num_kv_heads, spec.head_dim)
+        shape = (num_layers, *spec.kept)
         self.storage: Storage = kinds[storage](shape, dtype, device, budget_bytes, self.ring)
 
     @staticmethod
-    def fresh(rows: Sequence[int]) -> FreshKV:
-        """The state of a layer in a step of whole sequences."""
-        return FreshKV(rows)
+    def fresh(rows: Sequence[int], num_layers: int) -> Sequence[Any]:
+        """The states of layers in a step of whole sequences."""
+        return [FreshKV(rows)] * num_layers
 
     @property
     def nbytes(self) -> int:
@@ -87,10 +87,14 @@ class KVStore:
         """Gives a sequence's memory back."""
         self.storage.free(seq)
 
-    def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[KVView]:
+    def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         """One state per layer for a step of `rows` new tokens after `past` cached ones each."""
-        plan = StepPlan(list(seqs), list(rows), list(past))
-        return [KVView(self.storage, layer, self.ring, plan) for layer in range(self.num_layers)]
+        plan = StepPlan(self.ring, list(seqs), list(rows), list(past))
+        return [self.view(layer, plan) for layer in range(self.num_layers)]
+
+    def view(self, layer: int, plan: StepPlan) -> Any:
+        """One layer's state in a step."""
+        return KVView(self.storage, layer, plan)
 
     def hold(self, batch: int, tokens: int) -> HeldRows | None:
         """A step of single rows of sequences of up to `tokens` tokens, run many times; None without pages."""
@@ -104,14 +108,38 @@ class KVStore:
 class StepPlan:
     """Which sequences a step works on, and what its layers share.
 
-    page_rows: where the rows go, if the step is one of single rows and its places were prepared.
+    ring: slots after which positions begin anew. page_rows: where the rows go, if the step is one of single rows and
+    its places were prepared.
     """
 
+    ring: int | None
     seqs: list[int]
     rows: list[int]
     past: list[int]
     memo: Memo = field(default_factory=dict)
     page_rows: PageRows | None = None
+
+    def together(self, storage: Storage) -> tuple[Pages, PageRows] | None:
+        """Where single rows of several sequences go that share pages, made once for all layers; else None."""
+        single = self.page_rows is not None or (len(self.seqs) > 1 and max(self.rows) == 1)
+        if not (single and isinstance(storage, Pages)):
+            return None
+        if self.page_rows is not None:
+            return storage, self.page_rows
+        if "page rows" not in self.memo:
+            slots, filled = _row_slots(self.past, self.ring)
+            batch, count = len(self.seqs), -(-max(filled) // PAGE)
+            numbers = storage.row_numbers(self.seqs, slots, filled, batch=batch, pages=count)
+            self.memo["page rows"] = PageRows(torch.tensor(numbers).to(storage.device, non_blocking=True), batch)
+        return storage, self.memo["page rows"]
+
+    def seen(self, rows: PageRows, slots: int, window: int | None) -> Tensor:
+        """Which of the slots 0 .. `slots` - 1 each sequence's one row sees, (B, S) bool, made once for all layers."""
+        key = ("seen", window)
+        if key not in self.memo:
+            self.memo[key] = _seen(rows.filled_B, slots, None if self.ring is not None else window)
+        mask: Tensor = self.memo[key]
+        return mask
 
 
 class HeldRows:
@@ -122,10 +150,10 @@ class HeldRows:
         self._count = -(-(slots if self._ring is None else min(slots, self._ring)) // PAGE)
         self._numbers_N = torch.zeros(batch * (3 + self._count), dtype=torch.int64, device=pages.device)
 
-    def views(self) -> list[KVView]:
+    def views(self) -> list[Any]:
         """One state per layer for one run; what follows from the places is computed anew in each."""
-        plan = StepPlan([], [], [], page_rows=PageRows(self._numbers_N, self._batch))
-        return [KVView(self._pages, layer, self._ring, plan) for layer in range(self._store.num_layers)]
+        plan = StepPlan(self._ring, [], [], [], page_rows=PageRows(self._numbers_N, self._batch))
+        return [self._store.view(layer, plan) for layer in range(self._store.num_layers)]
 
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """The step's next run is one row of each of these sequences, at most `batch`, after `past` cached tokens."""
@@ -140,7 +168,6 @@ class KVView:
 
     storage: Storage
     layer: int
-    ring: int | None
     plan: StepPlan
 
     def attend(
@@ -158,9 +185,9 @@ class KVView:
         how: Scores = {"scale": scale, "window": window, "softcap": softcap}
         if len(plan.seqs) == 1:
             return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, how)
-        single = plan.page_rows is not None or q_THd.shape[0] == len(plan.seqs)
-        if single and isinstance(self.storage, Pages):
-            return self._attend_rows(self.storage, q_THd, k_TGd, v_TGd, how)
+        together = plan.together(self.storage)
+        if together is not None:
+            return self._attend_rows(*together, q_THd, k_TGd, v_TGd, how)
         parts = zip(*(torch.split(x, plan.rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         return torch.cat(
             [
@@ -169,44 +196,29 @@ class KVView:
             ]
         )
 
-    def _attend_rows(self, pages: Pages, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores) -> Tensor:
+    def _attend_rows(
+        self, pages: Pages, rows: PageRows, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores
+    ) -> Tensor:
         """One new row of every sequence: all in one product, over pages gathered to equal lengths."""
-        rows = self._page_rows(pages)
-        pages.write_rows(self.layer, rows, k_BGd, v_BGd)
+        pages.write_rows(self.layer, rows, (k_BGd, v_BGd))
         k_BGSd, v_BGSd = pages.read_rows(self.layer, rows)
-        memo, window = self.plan.memo, None if self.ring is not None else how["window"]
-        key = ("seen", window)
-        if key not in memo:
-            memo[key] = _seen(rows.filled_B, k_BGSd.shape[2], window)
         return attention_rows(
             q_BHd,
             k_BGSd,
             v_BGSd,
             scale=how["scale"],
             softcap=how["softcap"],
-            seen_BS=memo[key],
-            memo=memo,
+            seen_BS=self.plan.seen(rows, k_BGSd.shape[2], how["window"]),
+            memo=self.plan.memo,
         )
-
-    def _page_rows(self, pages: Pages) -> PageRows:
-        """Where this step's rows go, made once for all layers."""
-        plan = self.plan
-        if plan.page_rows is not None:
-            return plan.page_rows
-        if "page rows" not in plan.memo:
-            slots, filled = _row_slots(plan.past, self.ring)
-            batch, count = len(plan.seqs), -(-max(filled) // PAGE)
-            numbers = pages.row_numbers(plan.seqs, slots, filled, batch=batch, pages=count)
-            plan.memo["page rows"] = PageRows(torch.tensor(numbers).to(pages.device, non_blocking=True), batch)
-        rows: PageRows = plan.memo["page rows"]
-        return rows
 
     def _attend_one(self, seq: int, past: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, how: Scores) -> Tensor:
         rows, memo = q_THd.shape[0], self.plan.memo
-        if self.ring is not None and past + rows > self.ring:
-            k_GSd, v_GSd, seen = self._turn(self.ring, seq, past, k_TGd, v_TGd)
+        ring = self.plan.ring
+        if ring is not None and past + rows > ring:
+            k_GSd, v_GSd, seen = self._turn(ring, seq, past, k_TGd, v_TGd)
         else:
-            self.storage.write(self.layer, seq, past, k_TGd, v_TGd, memo)
+            self.storage.write(self.layer, seq, past, (k_TGd, v_TGd), memo)
             k_GSd, v_GSd = self.storage.read(self.layer, seq, 0, past + rows, memo)
             seen = past
         return attention(q_THd, k_GSd, v_GSd, past=seen, memo=memo, **how)
@@ -220,8 +232,9 @@ class KVView:
         """
         rows, memo = len(k_TGd), self.plan.memo
         if rows == 1:
-            self.storage.write(self.layer, seq, past % ring, k_TGd, v_TGd, memo)
-            return (*self.storage.read(self.layer, seq, 0, ring, memo), ring - 1)
+            self.storage.write(self.layer, seq, past % ring, (k_TGd, v_TGd), memo)
+            k_GSd, v_GSd = self.storage.read(self.layer, seq, 0, ring, memo)
+            return k_GSd, v_GSd, ring - 1
         first = max(0, past - ring + 1)
         old = [self.storage.read(self.layer, seq, a, b, memo) for a, b in _spans(first, past, ring)]
         k_GSd = torch.cat([k for k, _ in old] + [k_TGd.transpose(0, 1)], dim=1)
@@ -230,7 +243,8 @@ class KVView:
         done = rows - kept
         for start, stop in _spans(past + rows - kept, past + rows, ring):
             count = stop - start
-            self.storage.write(self.layer, seq, start, k_TGd[done : done + count], v_TGd[done : done + count], memo)
+            last = (k_TGd[done : done + count], v_TGd[done : done + count])
+            self.storage.write(self.layer, seq, start, last, memo)
             done += count
         return k_GSd, v_GSd, past - first
 

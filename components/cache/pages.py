@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.attention.kernels import Memo
+from zoo.components.cache.slab import Planes
 from zoo.registry.errors import CapacityError
 
 PAGE = 16
@@ -45,20 +46,20 @@ class PageRows:
 
 
 class Pages:
-    """Slots in a pool (layers, pages, 2, page, G, d); each sequence has a table of its pages in order."""
+    """Slots in a pool (layers, pages, planes, page, G, d); each sequence has a table of its pages in order."""
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device,
         budget_bytes: int | None,
         limit: int | None,
     ) -> None:
-        """shape: layers, key and value heads, head size. limit: slots that no sequence exceeds (a ring's size)."""
-        self.layers, self.heads, self.width = shape
+        """shape: layers, planes, heads, head size. limit: slots that no sequence exceeds (a ring's size)."""
+        self.layers, self.planes, self.heads, self.width = shape
         self.dtype, self.device = dtype, device
-        self.page_bytes = 2 * self.layers * PAGE * self.heads * self.width * dtype.itemsize
+        self.page_bytes = self.layers * self.planes * PAGE * self.heads * self.width * dtype.itemsize
         self.budget_bytes = budget_bytes
         count = 0 if budget_bytes is None else budget_bytes // self.page_bytes
         self._pool = self._empty(1 + count)
@@ -88,19 +89,16 @@ class Pages:
         """Gives the pages back to the pool; a sequence without pages is no fault."""
         self._unused.extend(self._tables.pop(seq, ()))
 
-    def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
+    def write(self, layer: int, seq: int, start: int, planes_TGd: Planes, memo: Memo) -> None:
         """Fills the slots from `start` on."""
-        pages_T, offsets_T = self._places(seq, start, start + len(k_TGd), memo)
-        pool = self._pool[layer]
-        pool[:, 0][pages_T, offsets_T] = k_TGd
-        pool[:, 1][pages_T, offsets_T] = v_TGd
+        places = self._places(seq, start, start + len(planes_TGd[0]), memo)
+        for plane, new_TGd in enumerate(planes_TGd):
+            self._pool[layer, :, plane][places] = new_TGd
 
-    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
-        """Keys and values of a range of slots, (G, S, d) each, gathered."""
-        pages_S, offsets_S = self._places(seq, start, stop, memo)
-        pool = self._pool[layer]
-        k_SGd, v_SGd = pool[:, 0][pages_S, offsets_S], pool[:, 1][pages_S, offsets_S]
-        return k_SGd.transpose(0, 1), v_SGd.transpose(0, 1)
+    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> Planes:
+        """The planes of a range of slots, (G, S, d) each, gathered."""
+        places = self._places(seq, start, stop, memo)
+        return tuple(pool[places].transpose(0, 1) for pool in self._pool[layer].unbind(1))
 
     def row_numbers(
         self, seqs: Sequence[int], slots: Sequence[int], filled: Sequence[int], *, batch: int, pages: int
@@ -115,18 +113,15 @@ class Pages:
             numbers += [SPARE] * (pages - len(table))
         return numbers + [SPARE] * (spare * pages)
 
-    def write_rows(self, layer: int, rows: PageRows, k_BGd: Tensor, v_BGd: Tensor) -> None:
+    def write_rows(self, layer: int, rows: PageRows, planes_BGd: Planes) -> None:
         """Fills one slot of each sequence."""
-        places = rows.places
-        pool = self._pool[layer]
-        pool[:, 0][places] = k_BGd
-        pool[:, 1][places] = v_BGd
+        for plane, new_BGd in enumerate(planes_BGd):
+            self._pool[layer, :, plane][rows.places] = new_BGd
 
-    def read_rows(self, layer: int, rows: PageRows) -> tuple[Tensor, Tensor]:
-        """The slots of each sequence's pages, (B, G, S, d) each; beyond a sequence's own, other numbers."""
-        pool, tables_BP = self._pool[layer], rows.tables_BP
-        k_BSGd, v_BSGd = (pool[:, i][tables_BP].flatten(1, 2) for i in range(2))
-        return k_BSGd.transpose(1, 2), v_BSGd.transpose(1, 2)
+    def read_rows(self, layer: int, rows: PageRows) -> Planes:
+        """The planes of the slots of each sequence's pages, (B, G, S, d) each; beyond its own, other numbers."""
+        pools = self._pool[layer].unbind(1)
+        return tuple(pool[rows.tables_BP].flatten(1, 2).transpose(1, 2) for pool in pools)
 
     def _places(self, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
         """Page and offset of each slot of a range, made once per step."""
@@ -140,7 +135,7 @@ class Pages:
 
     def _empty(self, pages: int) -> Tensor:
         """Zeros: unused slots of a gathered batch are masked, but a mask does not silence what is not a number."""
-        shape = (self.layers, pages, 2, PAGE, self.heads, self.width)
+        shape = (self.layers, pages, self.planes, PAGE, self.heads, self.width)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _enlarge(self, missing: int) -> None:

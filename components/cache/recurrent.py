@@ -84,9 +84,9 @@ class RecurrentStore:
         }
 
     @staticmethod
-    def fresh(rows: Sequence[int]) -> FreshRecurrent:
-        """The state of a layer in a step of whole sequences."""
-        return FreshRecurrent(spans(rows, [0] * len(rows)))
+    def fresh(rows: Sequence[int], num_layers: int) -> list[FreshRecurrent]:
+        """The states of layers in a step of whole sequences."""
+        return [FreshRecurrent(spans(rows, [0] * len(rows)))] * num_layers
 
     @property
     def nbytes(self) -> int:

@@ -8,23 +8,26 @@ from torch import Tensor
 from zoo.components.attention.kernels import Memo
 from zoo.registry.errors import CapacityError
 
+Planes = tuple[Tensor, ...]
+"""What a layer keeps of some tokens: keys and values, or one tensor that serves as both."""
+
 STEP = 256
 """Slots by which a slab grows."""
 
 
 class Slabs:
-    """Slots of every sequence as (2, G, slots, d) per layer: keys, then values."""
+    """Slots of every sequence as (planes, G, slots, d) per layer: keys, then values."""
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device,
         budget_bytes: int | None,
         limit: int | None,
     ) -> None:
-        """shape: layers, key and value heads, head size. limit: slots that no sequence exceeds."""
-        self.layers, self.heads, self.width = shape
+        """shape: layers, planes, heads, head size. limit: slots that no sequence exceeds."""
+        self.layers, self.planes, self.heads, self.width = shape
         self.dtype, self.device = dtype, device
         self.budget_bytes, self.limit = budget_bytes, limit
         self._slabs: dict[int, list[Tensor]] = {}
@@ -36,7 +39,8 @@ class Slabs:
 
     def cost(self, slots: int) -> int:
         """Bytes of a sequence with room for `slots` slots: whole steps, at most `limit`."""
-        return 2 * self.layers * self.heads * self.width * self.dtype.itemsize * self._rounded(slots)
+        per_slot = self.layers * self.planes * self.heads * self.width * self.dtype.itemsize
+        return per_slot * self._rounded(slots)
 
     def grow(self, seq: int, slots: int) -> None:
         """Makes room for `slots` slots in all. Raises CapacityError beyond the budget."""
@@ -53,8 +57,9 @@ class Slabs:
                 expected=f"at most {self.budget_bytes} bytes",
             )
         slabs = self._slabs.setdefault(seq, [])
+        shape = (self.planes, self.heads, rounded, self.width)
         for layer in range(self.layers):
-            slab = torch.empty(2, self.heads, rounded, self.width, dtype=self.dtype, device=self.device)
+            slab = torch.empty(shape, dtype=self.dtype, device=self.device)
             if held:
                 slab[:, :, :held] = slabs[layer]
                 slabs[layer] = slab
@@ -65,16 +70,15 @@ class Slabs:
         """Gives the room back, also after an interrupted `grow`; a sequence without room is no fault."""
         self._slabs.pop(seq, None)
 
-    def write(self, layer: int, seq: int, start: int, k_TGd: Tensor, v_TGd: Tensor, memo: Memo) -> None:
+    def write(self, layer: int, seq: int, start: int, planes_TGd: Planes, memo: Memo) -> None:
         """Fills the slots from `start` on."""
-        k_GSd, v_GSd = self._slabs[seq][layer].narrow(2, start, k_TGd.shape[0]).unbind()
-        k_GSd.copy_(k_TGd.transpose(0, 1))
-        v_GSd.copy_(v_TGd.transpose(0, 1))
+        slots = self._slabs[seq][layer].narrow(2, start, planes_TGd[0].shape[0])
+        for slots_GSd, new_TGd in zip(slots.unbind(), planes_TGd, strict=True):
+            slots_GSd.copy_(new_TGd.transpose(0, 1))
 
-    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
-        """Keys and values of a range of slots, (G, S, d) each, without a copy."""
-        k_GSd, v_GSd = self._slabs[seq][layer].narrow(2, start, stop - start).unbind()
-        return k_GSd, v_GSd
+    def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> Planes:
+        """The planes of a range of slots, (G, S, d) each, without a copy."""
+        return self._slabs[seq][layer].narrow(2, start, stop - start).unbind()
 
     def _rounded(self, slots: int) -> int:
         rounded = -(-slots // STEP) * STEP

@@ -1,11 +1,15 @@
-"""What attention layers keep of a sequence: every token, or the last `window` ones."""
+"""What layers keep of a sequence: every token, the last `window` ones, or a state."""
 
+from math import prod
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from zoo.components.fields import Count
 from zoo.registry.spec import Inherited, StateSpec
+
+Kept = tuple[int, int, int]
+"""Planes, heads and head size of what a layer keeps of a token."""
 
 
 class FullCacheSpec(StateSpec):
@@ -17,8 +21,13 @@ class FullCacheSpec(StateSpec):
     num_kv_heads: Annotated[Count, Inherited()] = Field(description="Key and value heads.")
     head_dim: Annotated[Count, Inherited()] = Field(description="Size of a head.")
 
+    @property
+    def kept(self) -> Kept:
+        """Keys and values."""
+        return 2, self.num_kv_heads, self.head_dim
+
     def elements(self, tokens: int) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * tokens
+        return prod(self.kept) * tokens
 
 
 class WindowCacheSpec(StateSpec):
@@ -43,8 +52,34 @@ class WindowCacheSpec(StateSpec):
         assert self.window is not None
         return self.window
 
+    @property
+    def kept(self) -> Kept:
+        """Keys and values."""
+        return 2, self.num_kv_heads, self.head_dim
+
     def elements(self, tokens: int) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * min(tokens, self.slots)
+        return prod(self.kept) * min(tokens, self.slots)
+
+
+class LatentCacheSpec(StateSpec):
+    """The latent of every token's keys and values, normed, and the key lanes that all heads share, turned by rope.
+
+    Keys of one head are both together, values the latent: nothing is stored twice (DeepSeek-V2, arXiv 2405.04434).
+    """
+
+    module: ClassVar[str] = "zoo.components.cache.latent:LatentStore"
+
+    kind: Literal["latent"] = "latent"
+    kv_lora_rank: Annotated[Count, Inherited()] = Field(description="Size of a latent.")
+    rope_head_dim: Annotated[int, Inherited()] = Field(description="Lanes of a key that rope turns.")
+
+    @property
+    def kept(self) -> Kept:
+        """One row."""
+        return 1, 1, self.kv_lora_rank + self.rope_head_dim
+
+    def elements(self, tokens: int) -> int:
+        return prod(self.kept) * tokens
 
 
 class RecurrentCacheSpec(StateSpec):

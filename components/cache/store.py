@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ class Store(Protocol):
     """The state of every sequence for one group of layers. A Spec of the cache slot names its class.
 
     The class is called with (spec, num_layers, dtype, device, storage, budget_bytes), and has a static method
-    `fresh(rows)` for the state of a layer in a step that starts and ends with whole sequences.
+    `fresh(rows, num_layers)` for the states of layers in a step that starts and ends with whole sequences.
     """
 
     @property
@@ -61,8 +62,10 @@ def make_store(
 
 def fresh_states(spec: DecoderSpec, rows: Sequence[int]) -> list[Any]:
     """One state per layer for a step of whole sequences with `rows` tokens each; nothing is kept after it."""
-    kinds = {state: load(state.module).fresh(rows) for state in spec.states() if state is not None}
-    return [None if state is None else kinds[state] for state in spec.states()]
+    states = spec.states()
+    counts = Counter(state for state in states if state is not None)
+    kinds = {state: iter(load(state.module).fresh(rows, count)) for state, count in counts.items()}
+    return [None if state is None else next(kinds[state]) for state in states]
 
 
 def fresh_step(spec: DecoderSpec, rows: Sequence[int], device: str | torch.device = "cpu") -> Step:

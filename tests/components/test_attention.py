@@ -215,10 +215,10 @@ def test_mixer_equals_transformers(
 def test_query_scaling_equals_transformers(oracle: ModuleType) -> None:
     from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
-    from zoo.components.attention.gqa import _query_scale
+    from zoo.components.attention.scaling import query_scale
     from zoo.components.attention.spec import QueryScaling
     from zoo.components.step import Step
 
     positions = torch.tensor([0, 15, 16, 17, 47, 48, 100_000])
-    found = _query_scale(QueryScaling(beta=0.1, original_context=16), Step(positions, [7], [0], []))
+    found = query_scale(QueryScaling(beta=0.1, original_context=16), Step(positions, [7], [0], []))
     torch.testing.assert_close(found.flatten(), get_llama_4_attn_scale(positions[None], 0.1, 16).flatten())

@@ -206,7 +206,7 @@ def test_state_goes_on_where_it_stands_or_begins_anew() -> None:
 
 
 def test_fresh_state_keeps_nothing() -> None:
-    fresh = RecurrentStore.fresh([2, 1])
+    [fresh] = RecurrentStore.fresh([2, 1], 1)
     assert isinstance(fresh, FreshRecurrent)
     seen: list[Any] = []
 

@@ -45,6 +45,16 @@ EXPERT = {"kind": "gated", "hidden_dim": 24}
 SCALED: dict[str, Any] = {"kind": "scaled", "residual_scale": 0.3, "mixer": ATTENTION, "ffn": EXPERT}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": EXPERT}
 SCALING = {"beta": 0.5, "original_context": 4}
+LATENT: dict[str, Any] = {
+    "kind": "latent_attention",
+    "num_heads": 3,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 14,
+    "nope_head_dim": 6,
+    "rope_head_dim": 4,
+    "v_head_dim": 5,
+    "rope": YARN,
+}
 MAMBA2 = {
     "kind": "mamba2",
     "num_heads": 4,
@@ -111,6 +121,21 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
             {"mixer": {"query_scaling": SCALING | {"original_context": 6}}},
         ),
         "cache": ({"mixer": {"window": 5}}, {"mixer": {"window": 5, "cache": {"kind": "full"}}}),
+    },
+    ("mixer", "latent_attention"): {
+        name: (of(LATENT), of(LATENT, **{name: value}))
+        for name, value in {
+            "num_heads": 2,
+            "q_lora_rank": None,
+            "kv_lora_rank": 12,
+            "nope_head_dim": 8,
+            "rope_head_dim": 6,
+            "v_head_dim": 6,
+            "norm": {"kind": "rms", "eps": 0.1},
+            "rope": {"theta": 20.0},
+            "mscale": 1.0,
+            "query_scaling": SCALING,
+        }.items()
     },
     ("mixer", "mamba2"): {
         name: (of(MAMBA2), of(MAMBA2, **{name: value}))
@@ -194,6 +219,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     },
     ("cache", "full"): {},
     ("cache", "window"): {},
+    ("cache", "latent"): {},
     ("cache", "recurrent"): {},
     ("block", "postnorm"): {},
     ("block", "sandwich"): {},
@@ -202,7 +228,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     },
     ("block", "prenorm"): {},
 }
-ONLY_KIND = {("moe", "router")}
+ONLY_KIND = {("moe", "router"), ("latent_attention", "cache")}
 """Fields of a slot that has one built-in kind, the default: there is no other value."""
 
 

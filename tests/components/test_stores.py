@@ -97,7 +97,7 @@ def test_growth_keeps_what_was_written(storage: str) -> None:
     store = _store(FULL, storage)
     k, v = torch.randn(2, 5, 2, 6).unbind()
     store.grow(1, 5)
-    store.storage.write(2, 1, 0, k, v, {})
+    store.storage.write(2, 1, 0, (k, v), {})
     for tokens in (40, 300, 1000):
         store.grow(1, tokens)
         store.grow(2, tokens)

@@ -22,7 +22,8 @@ def logits(spec: Any, tensors: Tensors, tokens: list[int]) -> Tensor:
     x = weights["embed.weight"][tokens]
     for index, layer in enumerate(spec.layers):
         part = _below(weights, f"layers.{index}.")
-        x = x + attention(layer.mixer, _below(part, "mixer."), norm(layer.norm, part["mixer_norm.weight"], x))
+        mixer = latent_attention if layer.mixer.kind == "latent_attention" else attention
+        x = x + mixer(layer.mixer, _below(part, "mixer."), norm(layer.norm, part["mixer_norm.weight"], x))
         feed_forward = moe if layer.ffn.kind == "moe" else gated
         x = x + feed_forward(layer.ffn, _below(part, "ffn."), norm(layer.norm, part["ffn_norm.weight"], x))
     head = weights["embed.weight" if spec.tied_embeddings else "head.weight"]
@@ -91,6 +92,37 @@ def _row(spec: Any, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
         powers = [math.exp(score - max(scores)) for score in scores]
         heads.append(sum(p / sum(powers) * value[h // shared] for p, value in zip(powers, v, strict=True)))
     return torch.cat(heads)
+
+
+def latent_attention(spec: Any, weights: Tensors, x: Tensor) -> Tensor:
+    """Keys and values of every head from the latents; the turned lanes of a key are the same for all heads."""
+    plain, turned = spec.nope_head_dim, spec.rope_head_dim
+    queries = x @ weights["q.weight"].T if spec.q_lora_rank is None else _query_latents(spec, weights, x)
+    q = queries.view(len(x), spec.num_heads, plain + turned)
+    q = torch.cat((q[..., :plain], rope(spec.rope, q[..., plain:])), -1)
+    below = x @ weights["kv_a.weight"].T
+    latents = norm(spec.norm, weights["kv_norm.weight"], below[:, : spec.kv_lora_rank])
+    shared = rope(spec.rope, below[:, None, spec.kv_lora_rank :])
+    kv = (latents @ weights["kv_b.weight"].T).view(len(x), spec.num_heads, plain + spec.v_head_dim)
+    scale = (plain + turned) ** -0.5
+    if spec.mscale is not None:
+        scale *= (0.1 * spec.mscale * math.log(spec.rope.factor) + 1) ** 2
+    rows = []
+    for t in range(len(x)):
+        for h in range(spec.num_heads):
+            query = q[t, h] * query_scale(spec.query_scaling, t) * scale
+            scores = [float(query @ torch.cat((kv[s, h, :plain], shared[s, 0]))) for s in range(t + 1)]
+            total = sum(math.exp(score) for score in scores)
+            rows.append(
+                torch.stack([math.exp(s) / total * v for s, v in zip(scores, kv[: t + 1, h, plain:], strict=True)]).sum(
+                    0
+                )
+            )
+    return torch.stack(rows).view(len(x), -1) @ weights["o.weight"].T
+
+
+def _query_latents(spec: Any, weights: Tensors, x: Tensor) -> Tensor:
+    return norm(spec.norm, weights["q_norm.weight"], x @ weights["q_a.weight"].T) @ weights["q_b.weight"].T
 
 
 def query_scale(scaling: Any, position: int) -> float:

@@ -253,9 +253,10 @@ def _put(view: torch.Tensor, rows: torch.Tensor, placement: Placement) -> None:
 
 
 def _from_interleaved(view: torch.Tensor, rows: torch.Tensor, rotary: Rotary) -> None:
-    """Rows 2i and 2i + 1 of each head become rows i and i + rotary_dim / 2; rows that rope leaves alone stay."""
+    """Of the rows that rope turns in each head, 2i and 2i + 1 become i and i + rotary_dim / 2; the others stay."""
     heads, source = (t.unflatten(0, (-1, rotary.head_dim)) for t in (view, rows))
-    turned = rotary.rotary_dim
-    heads[:, : turned // 2] = source[:, 0:turned:2]
-    heads[:, turned // 2 : turned] = source[:, 1:turned:2]
-    heads[:, turned:] = source[:, turned:]
+    start, middle, stop = (rotary.offset + lanes for lanes in (0, rotary.rotary_dim // 2, rotary.rotary_dim))
+    heads[:, :start] = source[:, :start]
+    heads[:, start:middle] = source[:, start:stop:2]
+    heads[:, middle:stop] = source[:, start + 1 : stop : 2]
+    heads[:, stop:] = source[:, stop:]
