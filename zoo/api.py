@@ -16,6 +16,7 @@ from zoo.registry.resolve import Plan, resolve
 if TYPE_CHECKING:
     from zoo.components.decoder.model import Decoder
     from zoo.device import Placement
+    from zoo.loading.files import WeightSet
     from zoo.loading.reader import Progress
     from zoo.model import Model
     from zoo.text.tokenizer import Tokenizer
@@ -262,7 +263,18 @@ def _filled(
     files = locate_files(folder, plan.card.source.layout)
     module = assemble(plan, placement.dtype)
     load_weights(module, plan, files, device=placement.device, progress=progress)
-    return module, folder if folder.is_dir() else folder.parent, [*notes, files.note]
+    notes += [files.note, *_decoding(files, plan, placement)]
+    return module, folder if folder.is_dir() else folder.parent, notes
+
+
+def _decoding(files: "WeightSet", plan: Plan, placement: "Placement") -> "builtins.list[str]":
+    """What quantised weights have become, in a sentence."""
+    if not files.schemes:
+        return []
+    from zoo.loading.hub.types import human_bytes
+
+    taken = human_bytes(Inspection(plan.card, plan, placement.dtype_name, None, {}).weight_bytes)
+    return [f"quantised weights ({', '.join(files.schemes)}) take {taken} in {placement.dtype_name}"]
 
 
 def _weights_folder(

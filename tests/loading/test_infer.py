@@ -401,8 +401,20 @@ def test_mistral_params_over_tensors_named_by_hugging_face(tmp_path: Path, saved
             "not supported yet: an image encoder; found the key 'vision_encoder'",
         ),
         (
-            {"quantization": {"qformat_weight": "fp8_e4m3"}},
-            "not supported yet: quantised weights; found the key 'quant",
+            {"quantization": {"qformat_weight": "int8"}},
+            "weights quantised by 'int8' are not read yet; found the key 'quantization'; expected one of fp8_e4m3, fp8",
+        ),
+        (
+            {"quantization": {"bits": 4, "group_size": 64}},
+            "weights quantised by an unnamed method are not read yet; found the key 'quantization'",
+        ),
+        (
+            {"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "CHANNEL"}},
+            'quantization.qscheme_act has a value that zoo does not read; found "CHANNEL"; expected "TENSOR" or "NO_SC',
+        ),
+        (
+            {"quantization": {"qformat_weight": "fp8_e4m3", "rotation": "hadamard"}},
+            "1 key that zoo does not know; found quantization.rotation",
         ),
         ({"kv_lora_rank": 512}, "not supported yet: multi-head latent attention; found the key 'kv_lora_rank'"),
         ({"model_type": "rwkv"}, "architecture 'rwkv' is not supported yet; expected model_type transformer"),
@@ -423,8 +435,16 @@ def test_params_that_are_refused(tmp_path: Path, change: dict[str, Any], message
         ({"hidden_act": "relu"}, 'hidden_act has a value that zoo does not read; found "relu"'),
         ({"layer_types": ["full_attention"] * 4}, "1 key that zoo does not know; found layer_types: ["),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            "not supported yet: quantised weights; found the key 'quant",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "weights quantised by 'gptq' are not read yet; found the key 'quantization_config'; expected one of",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+            "quantization_config.weight_block_size has a value that zoo does not read; found [64, 64]; expected [128",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+            'quantization_config.format has a value that zoo does not read; found "pack-quantized"; expected "float',
         ),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -574,3 +594,37 @@ def test_torch_is_not_imported(tmp_path: Path, save: Write, plan_of: Plans, nati
     code = f"import sys; from zoo.loading.infer import infer_card; infer_card({str(tmp_path)!r})"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+STATIC = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False}
+GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "config_groups": GROUPS,
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+    "version": "0.12",
+}
+
+
+@pytest.mark.parametrize(
+    ("write", "change"),
+    [
+        ("params", {"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}}),
+        ("params", {"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "NO_SCALES"}}),
+        ("params", {"quantization": COMPRESSED}),
+        ("params", {"quantization_config": {**COMPRESSED, "format": "nvfp4-pack-quantized"}}),
+        ("config", {"quantization_config": {**STATIC, "modules_to_not_convert": ["lm_head"]}}),
+        ("config", {"quantization_config": COMPRESSED}),
+        ("config", {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}),
+    ],
+)
+def test_quantised_settings_change_nothing_but_the_files(tmp_path: Path, write: str, change: dict[str, Any]) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "coded").mkdir()
+    writer = {"params": params, "config": config}[write]
+    plain, coded = (writer(tmp_path / name, **extra) for name, extra in (("plain", {}), ("coded", change)))
+    assert {**coded, "name": "plain"} == plain
+    assert coded["source"]["dtype"] == "bfloat16"

@@ -361,8 +361,10 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-def native_checkpoint(folder: Path, dim: int, hidden: int, vocab: int) -> Path:
-    """Of the embedding's and the head's size 2 vocab dim, and five layers of about 2.5 dim dim + 3 hidden dim."""
+def native_checkpoint(folder: Path, dim: int, hidden: int, vocab: int, *, coded: bool = False) -> Path:
+    """In bfloat16, or the projections in FP8 by blocks.
+
+    Of the embedding's and the head's size 2 vocab dim, and five layers of about 2.5 dim dim + 3 hidden dim."""
     layers = 5
     mixer = {"kind": "attention", "num_heads": 16, "num_kv_heads": 4, "head_dim": dim // 16, "rope": {"theta": 1e4}}
     run = {"repeat": layers, "mixer": mixer, "ffn": {"kind": "gated", "hidden_dim": hidden}}
@@ -375,7 +377,11 @@ def native_checkpoint(folder: Path, dim: int, hidden: int, vocab: int) -> Path:
         shapes |= {f"{layer}attention.w{n}.weight": (dim if n in "qo" else dim // 4, dim) for n in "qkvo"}
         shapes |= {f"{layer}feed_forward.w{n}.weight": (hidden, dim) for n in (1, 3)}
         shapes[f"{layer}feed_forward.w2.weight"] = (dim, hidden)
-    save_file({name: torch.full(shape, 0.01).bfloat16() for name, shape in shapes.items()}, folder / "w.safetensors")
+    tensors = {name: torch.full(shape, 0.01).bfloat16() for name, shape in shapes.items()}
+    for name in [name for name in tensors if coded and ".w" in name.removesuffix(".weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.ones([-(-size // 128) for size in tensors[name].shape])
+    save_file(tensors, folder / "w.safetensors")
     return folder
 
 
@@ -391,8 +397,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's peak of resident memory")
-def test_peak_memory_is_the_weights(large: Path, small: Path) -> None:
-    """Read in place from bfloat16 to bfloat16, and converted to float32."""
+@pytest.mark.parametrize("coded", [False, True])
+def test_peak_memory_is_the_weights(large: Path, small: Path, coded: bool, tmp_path: Path) -> None:
+    """Read in place from bfloat16 to bfloat16, and converted to float32; decoded from FP8 to both."""
+    if coded:
+        large = native_checkpoint(tmp_path, 1024, 4096, 8192, coded=True)
     command = [sys.executable, "-c", MEASURE, str(large), str(small)]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     (kept, kept_weights), (converted, converted_weights) = (

@@ -38,6 +38,7 @@ def test_a_checkpoint_that_fits(tmp_path: Path, plan_of: Plans, native_names: Na
         "layout": "mistral",
         "files": ["consolidated.safetensors"],
         "note": report.note,
+        "schemes": [],
         "tensors": len(shapes),
         "bytes": report.bytes,
         "placed": len(shapes),

@@ -69,7 +69,8 @@ def verify(ref: str, weights: Path | None, as_json: bool) -> int:
     if as_json:
         emit(report.to_dict())
     elif report.ok:
-        click.echo(f"{found.card.name}: ok, {report.tensors} tensors, {size(report.bytes)}, layout {report.layout}")
+        parts = [f"{report.tensors} tensors", size(report.bytes), *report.schemes, f"layout {report.layout}"]
+        click.echo(f"{found.card.name}: ok, {', '.join(parts)}")
     else:
         click.echo(f"zoo: {report.summary}", err=True)
     return 0 if report.ok else 2

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from zoo.loading.hub.types import human_bytes
 from zoo.loading.layouts import detect, layout_named, layouts
+from zoo.loading.quantised import folded
 from zoo.loading.reader import TensorInfo, read_headers
 from zoo.registry.errors import WeightsError, nearest
 
@@ -28,7 +29,10 @@ _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|scaler).
 
 @dataclass(frozen=True)
 class WeightSet:
-    """The chosen files and every tensor in them. `note` is one sentence on the choice."""
+    """The chosen files and every tensor in them. `note` is one sentence on the choice.
+
+    A quantised tensor and its companions are one entry of `headers`, of the full shape and under the plain name.
+    """
 
     layout: str
     files: tuple[Path, ...]
@@ -44,6 +48,11 @@ class WeightSet:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.headers.values())
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Names of the ways in which tensors are quantised, if any are."""
+        return tuple(sorted({info.coding.scheme for info in self.headers.values() if info.coding}))
 
 
 class Folder(Protocol):
@@ -271,6 +280,7 @@ def _open(folder: Folder, taken: _Set, others: Sequence[_Set]) -> WeightSet:
     if taken.weight_map is not None:
         _check_index(folder.path / str(taken.index), taken, headers)
     where = str(folder.path / taken.files[0] if len(taken.files) == 1 else folder.path)
+    headers = folded(headers, where)
     layout = detect(headers, layouts().values(), where).name
     total = human_bytes(sum(info.nbytes for info in headers.values()))
     note = f"weights: {taken} ({total}, layout {layout})"

@@ -175,7 +175,9 @@ def _layout(name: str, nodes: Mapping[str, Node], above: tuple[str, ...]) -> Lay
             if any(_HOLE.sub("{}", other.pattern) == _HOLE.sub("{}", row.pattern) for other in others):
                 raise PluginError(f"{row.pattern!r} is named twice", where=value.where)
             rows[skeleton(row.pattern)] = (*others, row)
-    ignored = {skeleton(pattern): reason for pattern, reason in parts.get("ignore", {}).items()}
+    ignored = {
+        skeleton(name): reason for pattern, reason in parts.get("ignore", {}).items() for name in _chosen(pattern)
+    }
     parent = _parent(name, nodes, above)
     if parent is not None:
         own = {key: (*value, *parent.rows.get(key, ())) for key, value in rows.items()}
@@ -215,6 +217,12 @@ def _rows(pattern: str, value: Node) -> Iterator[Row]:
     for word in choice[1].split("|") if choice else [""]:
         chosen = [text.replace(choice[0], word) if choice else text for text in (pattern, *targets)]
         yield _row(chosen[0], tuple(chosen[1:]), transforms, value.where)
+
+
+def _chosen(pattern: str) -> list[str]:
+    """The names that `{weight|bias}` stands for."""
+    choice = _WORDS.search(pattern)
+    return [pattern.replace(choice[0], word) for word in choice[1].split("|")] if choice else [pattern]
 
 
 def _tuple(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:

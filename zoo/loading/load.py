@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from zoo.loading.decode import decoded
 from zoo.loading.files import WeightSet
 from zoo.loading.layouts import layout_named
 from zoo.loading.mapping import Placement, plan_mapping
@@ -29,6 +31,9 @@ from zoo.registry.spec import Rotary, Tensor
 
 BUFFER = 32 << 20
 """Bytes that pass through the buffer at a time, unless one row of a tensor is larger."""
+
+DECODED = 12
+"""Bytes that a quantised element takes while it is decoded: an index, a float and what it is multiplied with."""
 
 DRAW = 1 << 20
 """Elements that are drawn at a time; part of what a seed means."""
@@ -192,7 +197,7 @@ class _Reader:
             raise WeightsError(f"cannot read tensor {info.name!r}", where=str(info.file), found=found) from None
 
     def rows(self, placement: Placement, first: int, last: int) -> torch.Tensor:
-        """Those rows of a source, in its own type on the CPU; good until the next call."""
+        """Those rows of a source, in its own type on the CPU, of a quantised one as bytes; good until the next call."""
         info, shape = placement.source, (last - first, *placement.row_shape)
         if info.pickled:
             self._turn_to(info)
@@ -202,7 +207,13 @@ class _Reader:
             self.buffer = torch.empty(max(size, min(BUFFER, info.nbytes)), dtype=torch.uint8, pin_memory=self.pinned)
         piece = self.buffer[:size]
         self.into(piece, info, info.start + first * placement.row_bytes)
-        return piece.view(DTYPES[info.dtype]).view(shape)
+        return piece if info.coding else piece.view(DTYPES[info.dtype]).view(shape)
+
+    def raw(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Bytes of a small tensor, from `start` to `stop` within it."""
+        piece = torch.empty(stop - start, dtype=torch.uint8)
+        self.into(piece, info, info.start + start)
+        return piece
 
 
 def _fill(place: torch.Tensor, placement: Placement, reader: _Reader) -> None:
@@ -215,19 +226,23 @@ def _fill(place: torch.Tensor, placement: Placement, reader: _Reader) -> None:
     view = place.transpose(-2, -1) if placement.transpose else place
     start = placement.rows[0]
     for first, last in _pieces(placement):
-        _put(view[first - start : last - start], reader.rows(placement, first, last), placement)
+        rows = reader.rows(placement, first, last)
+        if placement.source.coding:
+            rows = decoded(rows.to(place.device), placement, (first, last), reader.raw)
+        _put(view[first - start : last - start], rows, placement)
 
 
 def _arrives_as_it_stays(place: torch.Tensor, placement: Placement) -> bool:
     info = placement.source
-    moved = info.pickled or placement.columns or placement.transpose or placement.interleaved
+    moved = info.pickled or info.coding or placement.columns or placement.transpose or placement.interleaved
     return not moved and place.device.type == "cpu" and place.dtype == DTYPES[info.dtype] and place.is_contiguous()
 
 
 def _pieces(placement: Placement) -> Iterator[tuple[int, int]]:
     """Ranges of rows that fit the buffer; whole heads where heads are permuted."""
     unit = placement.interleaved.head_dim if placement.interleaved else 1
-    step = max(1, BUFFER // max(1, unit * placement.row_bytes)) * unit
+    row_bytes = DECODED * prod(placement.row_shape) if placement.source.coding else placement.row_bytes
+    step = max(1, BUFFER // max(1, unit * row_bytes)) * unit
     for first in range(*placement.rows, step):
         yield first, min(first + step, placement.rows[1])
 

@@ -12,6 +12,7 @@ from zoo.registry.errors import WeightsError, nearest
 from zoo.registry.spec import Rotary, Spec, Tensor
 
 FLOATS = ("BF16", "F16", "F32", "F64")
+SCALED = ("F8_E4M3", "F8_E5M2", "F4")
 SHOWN = 5
 
 _KINDS = {
@@ -152,8 +153,8 @@ def _claim(found: Comparison, spoken: set[str], info: TensorInfo, row: Row, grou
     tensors = [tensor for group in groups for tensor in group]
     spoken.update(tensor.name for tensor in tensors)
     name = tensors[0].name
-    if info.dtype not in FLOATS:
-        text = f"{name} ({info.name} is {info.dtype})"
+    if info.dtype not in FLOATS and info.coding is None:
+        text = f"{name} ({info.name} is {info.dtype}{' without scales' if info.dtype in SCALED else ''})"
         found.problems.append(Problem("type", name, text))
         return
     expected = file_shapes(row, groups)

@@ -41,6 +41,7 @@ class TensorInfo:
     """A tensor of a checkpoint: where its bytes are, from `start` to `stop` in `file`.
 
     pickled: it lies in an archive of torch.save, where offsets only give the order.
+    coding: how its numbers come from its bytes, if it is quantised: then `dtype` is the type of the codes.
     """
 
     name: str
@@ -50,10 +51,33 @@ class TensorInfo:
     start: int
     stop: int
     pickled: bool = False
+    coding: Coding | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.stop - self.start
+        """Bytes in the files, companions included."""
+        companions = self.coding.companions if self.coding else ()
+        return self.stop - self.start + sum(info.nbytes for info in companions)
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """A quantised tensor: each number is a code times the scale of its block.
+
+    scheme: its name for people. scale: the tensor of scales. blocks: how many elements share one, along each axis.
+    divisor: one number that all scales are divided by. unread: companions that the weights do not need.
+    """
+
+    scheme: str
+    scale: TensorInfo
+    blocks: tuple[int, ...]
+    divisor: TensorInfo | None = None
+    unread: tuple[TensorInfo, ...] = ()
+
+    @property
+    def companions(self) -> tuple[TensorInfo, ...]:
+        """All tensors of the files that belong to this one."""
+        return (self.scale, *((self.divisor,) if self.divisor else ()), *self.unread)
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:

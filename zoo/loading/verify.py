@@ -24,6 +24,7 @@ class Report:
     `summary` is the one message of loading, with the first few of each kind ("" without problems).
 
     tensors, bytes: of the files, all in all. placed: how many of the model's tensors they fill.
+    schemes: how tensors are quantised, where they are.
     """
 
     card: str
@@ -31,6 +32,7 @@ class Report:
     layout: str
     files: tuple[str, ...]
     note: str
+    schemes: tuple[str, ...]
     tensors: int
     bytes: int
     placed: int
@@ -44,7 +46,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain, JSON-able values."""
-        return {"ok": self.ok, **vars(self), "files": [*self.files], "problems": [*self.problems]}
+        return {
+            "ok": self.ok,
+            **vars(self),
+            "files": [*self.files],
+            "schemes": [*self.schemes],
+            "problems": [*self.problems],
+        }
 
 
 def verify_files(plan: Plan, path: str | Path) -> Report:
@@ -109,7 +117,8 @@ def _report(plan: Plan, files: WeightSet) -> Report:
         layout=files.layout,
         files=tuple(file.name for file in files.files),
         note=files.note,
-        tensors=len(files.headers),
+        schemes=files.schemes,
+        tensors=sum(1 + len(info.coding.companions if info.coding else ()) for info in files.headers.values()),
         bytes=files.nbytes,
         placed=len(found.placements),
         counts=counts,

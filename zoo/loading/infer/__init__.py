@@ -11,6 +11,7 @@ from pathlib import Path
 from zoo.loading.files import WeightSet, existing, holds_weights, locate
 from zoo.loading.infer.architecture import Architecture
 from zoo.loading.infer.families import Node, families, keys_of
+from zoo.loading.infer.quantised import check_quantised
 from zoo.loading.infer.recurrent import Recurrent
 from zoo.loading.infer.settings import Settings, read_object
 from zoo.loading.layouts import layout_named
@@ -71,6 +72,7 @@ def _settings(folder: Path) -> tuple[Settings, Node]:
     settings = Settings(values, str(file), rows[architecture]["defaults"])
     settings.check_later(families()["later"])
     settings.check_only(rows[architecture]["only"])
+    check_quantised(settings)
     return settings, rows[architecture]
 
 

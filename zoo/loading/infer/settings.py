@@ -79,6 +79,11 @@ class Settings:
             if value is not None and value not in allowed:
                 raise self.wrong(key, value, " or ".join(map(json.dumps, allowed)))
 
+    def pass_over(self, prefixes: Iterable[str]) -> None:
+        """Takes keys, and all inside of them, as read: known to change nothing here."""
+        prefixes = list(prefixes)
+        self.read |= {key for key in self.values if any(_within(key, prefix) for prefix in prefixes)}
+
     def check_later(self, later: Mapping[str, str]) -> None:
         """Raises CardError for keys of what is not supported yet."""
         for key, what in later.items():
