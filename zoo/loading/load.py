@@ -32,8 +32,8 @@ from zoo.registry.spec import Rotary, Tensor
 BUFFER = 32 << 20
 """Bytes that pass through the buffer at a time, unless one row of a tensor is larger."""
 
-DECODED = 12
-"""Bytes that a quantised element takes while it is decoded: an index, a float and what it is multiplied with."""
+DECODED = 32
+"""Bytes to allow for each quantised element: its code, index, float and scale, and as much again."""
 
 DRAW = 1 << 20
 """Elements that are drawn at a time; part of what a seed means."""
@@ -204,7 +204,8 @@ class _Reader:
             return self.archive[info.name].reshape(-1, *placement.row_shape)[first:last]
         size = (last - first) * placement.row_bytes
         if len(self.buffer) < size:
-            self.buffer = torch.empty(max(size, min(BUFFER, info.nbytes)), dtype=torch.uint8, pin_memory=self.pinned)
+            room = size if info.coding else max(size, min(BUFFER, info.nbytes))
+            self.buffer = torch.empty(room, dtype=torch.uint8, pin_memory=self.pinned)
         piece = self.buffer[:size]
         self.into(piece, info, info.start + first * placement.row_bytes)
         return piece if info.coding else piece.view(DTYPES[info.dtype]).view(shape)
