@@ -13,8 +13,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from zoo.components.attention.memory_efficient import memory_efficient
+from zoo.components.attention.paged import can_attend
 from zoo.registry.errors import ZooError, nearest
 
 BLOCK = 256
@@ -146,7 +148,7 @@ def sdpa(
         o_1GNd = F.scaled_dot_product_attention(q_1GNd, k_1GSd, v_1GSd, attn_mask=mask, scale=scale)
         return o_1GNd.view(heads, rows, width).transpose(0, 1)
     causal = past == 0 and window is None
-    mask = None if causal else _mask(q_THd, past, window, 1, memo)
+    mask = None if causal else _many_rows(q_THd, past, window, memo)
     o_1HTd = F.scaled_dot_product_attention(
         q_HTd.unsqueeze(0), k_1GSd, v_1GSd, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )
@@ -160,6 +162,13 @@ def visible(rows: int, past: int, window: int | None, device: torch.device) -> T
     return seen_TS if window is None else seen_TS.triu(past - window + 1)
 
 
+def _many_rows(q_THd: Tensor, past: int, window: int | None, memo: Memo) -> Tensor | None:
+    """The mask of a chunk of a prompt; on CUDA one that is never written out, where no window cuts it."""
+    if q_THd.is_cuda and window is None:
+        return causal_lower_right(len(q_THd), past + len(q_THd))
+    return _mask(q_THd, past, window, 1, memo)
+
+
 def _mask(q_THd: Tensor, past: int, window: int | None, copies: int, memo: Memo) -> Tensor:
     """`visible` as an addend in q's dtype, for `copies` heads one below the other."""
     key = ("mask", len(q_THd), past, window, copies)
@@ -171,12 +180,20 @@ def _mask(q_THd: Tensor, past: int, window: int | None, copies: int, memo: Memo)
     return mask
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "xformers": memory_efficient}
+KERNELS: dict[str, Kernel] = {"auto": sdpa, "reference": reference, "sdpa": sdpa, "xformers": memory_efficient}
+"""By name, as ZOO_ATTENTION says it. "auto" also reads single rows' keys straight from pages where it can."""
+
+
+def by_pages(q_BHd: Tensor, pool: Tensor, memo: Memo) -> bool:
+    """Whether single rows are attended to by the kernel of zoo.components.attention.paged."""
+    if "by pages" not in memo:
+        memo["by pages"] = os.environ.get("ZOO_ATTENTION", "auto") == "auto"
+    return bool(memo["by pages"]) and can_attend(q_BHd, pool)
 
 
 def _kernel(memo: Memo) -> Kernel:
     if "kernel" not in memo:
-        memo["kernel"] = _named(os.environ.get("ZOO_ATTENTION", "sdpa"))
+        memo["kernel"] = _named(os.environ.get("ZOO_ATTENTION", "auto"))
     kernel: Kernel = memo["kernel"]
     return kernel
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from zoo.components.attention.kernels import Memo, Scores, attention, attention_rows
+from zoo.components.attention.kernels import Memo, Scores, attention, attention_rows, by_pages
+from zoo.components.attention.paged import attention_pages
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.pages import PAGE, PageRows, Pages
 from zoo.components.cache.slab import Planes, Slabs
@@ -119,25 +121,37 @@ class StepPlan:
     memo: Memo = field(default_factory=dict)
     page_rows: PageRows | None = None
 
-    def together(self, storage: Storage) -> tuple[Pages, PageRows] | None:
-        """Where single rows of several sequences go that share pages, made once for all layers; else None."""
-        single = self.page_rows is not None or (len(self.seqs) > 1 and max(self.rows) == 1)
-        if not (single and isinstance(storage, Pages)):
-            return None
+    @cached_property
+    def single(self) -> int:
+        """How many sequences, from the first one on, have one row each: a scheduler puts those that decode first."""
         if self.page_rows is not None:
-            return storage, self.page_rows
+            return self.page_rows.batch
+        return next((i for i, count in enumerate(self.rows) if count > 1), len(self.rows))
+
+    def places(self, pages: Pages) -> PageRows:
+        """Where the rows of those sequences go, made once for all layers."""
+        if self.page_rows is not None:
+            return self.page_rows
         if "page rows" not in self.memo:
-            slots, filled = _row_slots(self.past, self.ring)
-            batch, count = len(self.seqs), -(-max(filled) // PAGE)
-            numbers = storage.row_numbers(self.seqs, slots, filled, batch=batch, pages=count)
-            self.memo["page rows"] = PageRows(torch.tensor(numbers).to(storage.device, non_blocking=True), batch)
-        return storage, self.memo["page rows"]
+            batch = self.single
+            slots, filled = _row_slots(self.past[:batch], self.ring)
+            count = -(-max(filled) // PAGE)
+            numbers = pages.row_numbers(self.seqs[:batch], slots, filled, batch=batch, pages=count)
+            self.memo["page rows"] = PageRows(torch.tensor(numbers).to(pages.device, non_blocking=True), batch)
+        rows: PageRows = self.memo["page rows"]
+        return rows
+
+    def together(self, storage: Storage) -> tuple[Pages, PageRows] | None:
+        """Where the rows go in a step of single rows of sequences that share pages; None for other steps."""
+        if not isinstance(storage, Pages) or (self.page_rows is None and self.single < len(self.seqs)):
+            return None
+        return storage, self.places(storage)
 
     def seen(self, rows: PageRows, slots: int, window: int | None) -> Tensor:
         """Which of the slots 0 .. `slots` - 1 each sequence's one row sees, (B, S) bool, made once for all layers."""
         key = ("seen", window)
         if key not in self.memo:
-            self.memo[key] = _seen(rows.filled_B, slots, None if self.ring is not None else window)
+            self.memo[key] = _seen(rows.filled_B, slots, window)
         mask: Tensor = self.memo[key]
         return mask
 
@@ -181,26 +195,34 @@ class KVView:
         softcap: float | None = None,
     ) -> Tensor:
         """Appends the step's keys and values, then attends causally within each sequence, (T, H, d)."""
-        plan = self.plan
+        plan, pages = self.plan, self.storage
         how: Scores = {"scale": scale, "window": window, "softcap": softcap}
-        if len(plan.seqs) == 1:
-            return self._attend_one(plan.seqs[0], plan.past[0], q_THd, k_TGd, v_TGd, how)
-        together = plan.together(self.storage)
-        if together is not None:
-            return self._attend_rows(*together, q_THd, k_TGd, v_TGd, how)
-        parts = zip(*(torch.split(x, plan.rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
-        return torch.cat(
-            [
-                self._attend_one(seq, past, q, k, v, how)
-                for seq, past, (q, k, v) in zip(plan.seqs, plan.past, parts, strict=True)
-            ]
-        )
+        if not isinstance(pages, Pages):
+            return self._attend_each(0, q_THd, k_TGd, v_TGd, how)
+        single = plan.single
+        if single == len(q_THd):
+            return self._attend_rows(pages, q_THd, k_TGd, v_TGd, how)
+        rows = [single, len(q_THd) - single]
+        (q_BHd, q_THd), (k_BGd, k_TGd), (v_BGd, v_TGd) = (x.split(rows) for x in (q_THd, k_TGd, v_TGd))
+        rest_THd = self._attend_each(single, q_THd, k_TGd, v_TGd, how)
+        return torch.cat((self._attend_rows(pages, q_BHd, k_BGd, v_BGd, how), rest_THd)) if single else rest_THd
 
-    def _attend_rows(
-        self, pages: Pages, rows: PageRows, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores
-    ) -> Tensor:
-        """One new row of every sequence: all in one product, over pages gathered to equal lengths."""
+    def _attend_each(self, first: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, how: Scores) -> Tensor:
+        """The sequences from number `first` on, one after the other."""
+        seqs, past, rows = (values[first:] for values in (self.plan.seqs, self.plan.past, self.plan.rows))
+        if len(seqs) == 1:
+            return self._attend_one(seqs[0], past[0], q_THd, k_TGd, v_TGd, how)
+        parts = zip(seqs, past, *(torch.split(x, rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
+        return torch.cat([self._attend_one(seq, before, q, k, v, how) for seq, before, q, k, v in parts])
+
+    def _attend_rows(self, pages: Pages, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores) -> Tensor:
+        """One new row of each of the first sequences, all at once: from the pages as they lie where a kernel can,
+        else over pages gathered to equal lengths."""
+        plan, rows = self.plan, self.plan.places(pages)
         pages.write_rows(self.layer, rows, (k_BGd, v_BGd))
+        pool, window = pages.pool(self.layer), None if plan.ring is not None else how["window"]
+        if by_pages(q_BHd, pool, plan.memo):
+            return attention_pages(q_BHd, pool, rows.tables_BP, rows.filled_B, **(how | {"window": window}))
         k_BGSd, v_BGSd = pages.read_rows(self.layer, rows)
         return attention_rows(
             q_BHd,
@@ -208,8 +230,8 @@ class KVView:
             v_BGSd,
             scale=how["scale"],
             softcap=how["softcap"],
-            seen_BS=self.plan.seen(rows, k_BGSd.shape[2], how["window"]),
-            memo=self.plan.memo,
+            seen_BS=plan.seen(rows, k_BGSd.shape[2], window),
+            memo=plan.memo,
         )
 
     def _attend_one(self, seq: int, past: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, how: Scores) -> Tensor:

@@ -100,6 +100,10 @@ class Pages:
         places = self._places(seq, start, stop, memo)
         return tuple(pool[places].transpose(0, 1) for pool in self._pool[layer].unbind(1))
 
+    def pool(self, layer: int) -> Tensor:
+        """A layer's pages, (pages, planes, page, G, d)."""
+        return self._pool[layer]
+
     def row_numbers(
         self, seqs: Sequence[int], slots: Sequence[int], filled: Sequence[int], *, batch: int, pages: int
     ) -> list[int]:

@@ -48,16 +48,20 @@ def prompts_of(batch: int, tokens: int, vocabulary: int) -> list[list[int]]:
 
 
 def rates(run: Run, prompts: list[list[int]], new_tokens: int, repeats: int) -> dict[str, float]:
-    """Seconds of a prefill with one new token, and of one decode step: medians."""
-    run(prompts, new_tokens + 1)
+    """Seconds of a prefill with one new token, and of one decode step: medians.
+
+    A step is the time of a run with more new tokens less that of one with fewer, both with enough of them for all
+    sequences to have been read when the first one ends.
+    """
+    base = 1 + sum(map(len, prompts)) // 2048
+    run(prompts, base + new_tokens)
     first = [run(prompts, 1) for _ in range(repeats)]
-    whole = [run(prompts, new_tokens + 1) for _ in range(repeats)]
-    step = (median(whole) - median(first)) / new_tokens
+    steps = [(run(prompts, base + new_tokens) - run(prompts, base)) / new_tokens for _ in range(repeats)]
     return {
         "prefill_s": median(first),
         "prefill_tokens_per_second": sum(map(len, prompts)) / median(first),
-        "step_s": step,
-        "decode_tokens_per_second": len(prompts) / step,
+        "step_s": median(steps),
+        "decode_tokens_per_second": len(prompts) / median(steps),
     }
 
 

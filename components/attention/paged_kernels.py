@@ -1,0 +1,98 @@
+"""The Triton programs behind zoo.components.attention.paged, apart so that Triton is imported on first use only."""
+
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split(
+    q,
+    pool,
+    tables,
+    filled,
+    parts,
+    peaks,
+    totals,
+    scale,
+    softcap,
+    window,
+    pages,
+    shared,
+    width,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """One split of one key head: the weighted values of its query heads, their largest score and their sum."""
+    groups, splits = tl.num_programs(1), tl.num_programs(2)
+    b, g, s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    count = tl.load(filled + b).to(tl.int32)
+    first = tl.maximum(count - window, 0)
+    start, stop = tl.maximum(s * SPLIT, first // BLOCK * BLOCK), tl.minimum((s + 1) * SPLIT, count)
+    row, lane, slot = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, BLOCK)
+    inside = (row < shared)[:, None] & (lane < width)[None, :]
+    head = (b * groups + g) * shared + row
+    q_tile = tl.load(q + head[:, None] * width + lane[None, :], mask=inside, other=0.0)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDE], tl.float32)
+    for at in range(start, stop, BLOCK):
+        slots = at + slot
+        live = (slots < stop) & (slots >= first)
+        page = tl.load(tables + b * pages + slots // PAGE, mask=slots < stop, other=0)
+        place = ((page * 2 * PAGE + slots % PAGE) * groups + g) * width
+        mask = live[:, None] & (lane < width)[None, :]
+        k = tl.load(pool + place[:, None] + lane[None, :], mask=mask, other=0.0)
+        v = tl.load(pool + place[:, None] + PAGE * groups * width + lane[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale
+        if CAPPED:
+            half = scores / softcap
+            # tanh, in a form that cannot overflow
+            small = tl.exp(-2.0 * tl.abs(half))
+            scores = softcap * tl.where(half < 0, -1.0, 1.0) * (1.0 - small) / (1.0 + small)
+        scores = tl.where(live[None, :], scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        # A block in which nothing is seen leaves all as it was.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp(scores - base[:, None])
+        shrink = tl.exp(peak - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        peak = higher
+    place = ((b * groups + g) * splits + s) * shared + row
+    tl.store(peaks + place, peak, mask=row < shared)
+    tl.store(totals + place, total, mask=row < shared)
+    tl.store(parts + place[:, None] * width + lane[None, :], acc, mask=inside)
+
+
+@triton.jit
+def add(
+    parts,
+    peaks,
+    totals,
+    o,
+    groups,
+    splits,
+    shared,
+    width,
+    WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One query head of one sequence: its splits together."""
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split_, lane = tl.arange(0, SPLITS), tl.arange(0, WIDE)
+    place = ((b * groups + h // shared) * splits + split_) * shared + h % shared
+    there = split_ < splits
+    peak = tl.load(peaks + place, mask=there, other=float("-inf"))
+    total = tl.load(totals + place, mask=there, other=0.0)
+    weight = tl.exp(peak - tl.max(peak, 0))
+    mask = there[:, None] & (lane < width)[None, :]
+    part = tl.load(parts + place[:, None] * width + lane[None, :], mask=mask, other=0.0)
+    value = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(o + (b * groups * shared + h) * width + lane, value.to(o.dtype.element_ty), mask=lane < width)
