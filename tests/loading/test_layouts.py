@@ -132,14 +132,30 @@ def test_extends_takes_over_and_overrides(tmp_path: Path) -> None:
     assert layout.score(["embed.w", "layers.0.mine", "junk"]) == 2
 
 
+def test_a_name_means_what_the_model_has(tmp_path: Path) -> None:
+    names = "to: 'layers.{i}.a.{weight|bias}', or: 'layers.{i}.b.{weight|bias}'"
+    text = f"tensors: {{'layers.{{i}}.norm.{{weight|bias}}': {{{names}}}}}"
+    layout = table(tmp_path, mine=text)["mine"]
+    meant = [(row.targets, holes) for row, holes in layout.meanings("layers.3.norm.bias")]
+    assert meant == [(("layers.{i}.a.bias",), {"i": "3"}), (("layers.{i}.b.bias",), {"i": "3"})]
+    found = layout.find("layers.3.norm.bias")
+    assert found is not None
+    assert found[0].targets == ("layers.{i}.a.bias",)
+    assert list(layout.file_names("layers.3.b.weight")) == ["layers.3.norm.weight"]
+    child = "extends: mine\ntensors: {'layers.{j}.norm.weight': 'layers.{j}.c.weight'}"
+    changed = table(tmp_path, mine=text, other=child)["other"]
+    assert [row.targets for row, _ in changed.meanings("layers.0.norm.weight")] == [("layers.{j}.c.weight",)]
+    assert len(changed.meanings("layers.0.norm.bias")) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a", "a table of weight names is a mapping"),
         ("tensor: {a: b}", "unknown key 'tensor'; expected one of summary, extends, tensors"),
         ("summary: nothing", "without rows"),
-        ("tensors: {a: 3}", "row 'a'; expected a name, or `to` and `transform`"),
-        ("tensors: {a: {to: b, transfrom: split}}", "row 'a'; expected a name, or `to` and `transform`"),
+        ("tensors: {a: 3}", "row 'a'; expected a name, or `to`, `or` and `transform`"),
+        ("tensors: {a: {to: b, transfrom: split}}", "row 'a'; expected a name, or `to`, `or` and `transform`"),
         (
             "tensors: {a: {to: b, transform: transposed}}",
             "unknown transform 'transposed' of 'a'; expected one of stack, split, transpose, interleaved_rope",

@@ -59,12 +59,13 @@ def plain(name: str) -> dict[str, Any]:
 def shrunk(name: str) -> dict[str, Any]:
     """The card with small sizes, and each of its patterns once, or twice where it is one layer."""
     card = plain(name)
-    stateful = layers_of(card)[0]["mixer"]["kind"] in RECURRENT  # whose files state no context
-    card["context_length"] = families()["assumed_context"] if stateful else 64
+    row = families()["config.json"][reference(name)]
+    card["context_length"] = 64 if keys_of(row, "context_length") else families()["assumed_context"]
     for run in card["model"]["layers"]:
         run["repeat"] = 1 if len(run["pattern"]) > 1 else 2
         run["pattern"] = [_layer(node) for node in run["pattern"]]
-    whole = lcm(layers_of(card)[0]["mixer"].get("num_heads", 1), 4)  # what some classes of transformers ask for
+    heads = [mixer["num_heads"] for mixer in mixers_of(card) if "num_heads" in mixer]
+    whole = lcm(*heads, 4)  # what some classes of transformers ask for
     dim = whole * ceil(40 / whole)
     if card["model"].get("embedding_scale") == card["model"]["dim"] ** 0.5:
         card["model"]["embedding_scale"] = dim**0.5
@@ -73,21 +74,29 @@ def shrunk(name: str) -> dict[str, Any]:
 
 
 def _layer(node: dict[str, Any]) -> dict[str, Any]:
-    if node["mixer"]["kind"] in RECURRENT:
-        sizes = RECURRENT[node["mixer"]["kind"]]
-        return node | {"mixer": {key: sizes.get(key, value) for key, value in node["mixer"].items()}}
-    mixer, ffn = dict(node["mixer"]), dict(node["ffn"])
+    mixer, ffn = (_shrunk(node[part]) if node[part] else None for part, _shrunk in (("mixer", _mixer), ("ffn", _ffn)))
+    return node | {"mixer": mixer, "ffn": ffn}
+
+
+def _mixer(mixer: dict[str, Any]) -> dict[str, Any]:
+    if mixer["kind"] in RECURRENT:
+        sizes = RECURRENT[mixer["kind"]]
+        return {key: sizes.get(key, value) for key, value in mixer.items()}
     groups = mixer["num_heads"] // mixer["num_kv_heads"]
-    mixer |= {"num_heads": 2 * groups, "num_kv_heads": 2, "head_dim": 6}
+    mixer = mixer | {"num_heads": 2 * groups, "num_kv_heads": 2, "head_dim": 6}
     if mixer.get("window"):
         mixer["window"] = WINDOW
     if mixer["rope"] and "rotary_dim" in mixer["rope"]:
         mixer |= {"head_dim": 8, "rope": mixer["rope"] | {"rotary_dim": 4}}
     if mixer["rope"] and "original_context" in mixer["rope"]:
         mixer["rope"] = mixer["rope"] | {"original_context": ORIGINAL}
+    return mixer
+
+
+def _ffn(ffn: dict[str, Any]) -> dict[str, Any]:
     if ffn["kind"] == "moe":
-        return node | {"mixer": mixer, "ffn": ffn | {"expert": ffn["expert"] | {"hidden_dim": 24}}}
-    return node | {"mixer": mixer, "ffn": ffn | {"hidden_dim": 24}}
+        return ffn | {"expert": ffn["expert"] | {"hidden_dim": 24}}
+    return ffn | {"hidden_dim": 24}
 
 
 def reference(name: str) -> str:
@@ -103,10 +112,12 @@ def transformers_model(card: dict[str, Any]) -> Any:
     keys = {word: keys_of(row, word) for word in row["names"]}
     settings: dict[str, Any] = {"pad_token_id": None}  # some defaults lie beyond a shrunk vocabulary
     settings |= {key: allowed[0] for key, allowed in row["only"].items()}
-    settings |= {keys[word][0]: value for word, value in words(card).items() if keys.get(word)}
+    settings |= {keys[word][0]: value for word, value in words(card, row).items() if keys.get(word)}
+    if "state_space" in row:
+        settings |= state_space_settings(card, row["state_space"])
     ropes = {
         "sliding_attention" if mixer.get("window") else "full_attention": rope_parameters(mixer["rope"])
-        for mixer in (layer["mixer"] for layer in layers_of(card))
+        for mixer in mixers_of(card)
         if mixer.get("rope")
     }
     if ropes:
@@ -118,38 +129,68 @@ def layers_of(card: dict[str, Any]) -> list[dict[str, Any]]:
     return [node for run in card["model"]["layers"] for node in run["pattern"] * run["repeat"]]
 
 
-def words(card: dict[str, Any]) -> dict[str, Any]:
-    """The card in the words of families.yaml."""
-    layers = layers_of(card)
-    recurrent = layers[0]["mixer"]["kind"] in RECURRENT
+def mixers_of(card: dict[str, Any]) -> list[dict[str, Any]]:
+    return [layer["mixer"] for layer in layers_of(card) if layer["mixer"]]
+
+
+def words(card: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The card in the words of a row of families.yaml."""
+    layers, mixers = layers_of(card), mixers_of(card)
+    attention = [mixer for mixer in mixers if mixer["kind"] == "attention"]
+    ffns = [layer["ffn"] for layer in layers if layer["ffn"]]
     return {
         "tied_embeddings": False,
         **card["model"],
         "eps": card["model"]["norm"]["eps"],
         "context_length": card["context_length"],
         "num_layers": len(layers),
-        **(recurrent_words(layers[0]["mixer"]) if recurrent else attention_words(layers)),
+        **layers[0],
+        **(recurrent_words(mixers[0]) if not attention else attention_words(attention)),
+        **(ffn_words(ffns) if ffns else {}),
+        **(layer_words(layers, row["layer_kinds"]) if "layer_kinds" in row else {}),
     }
 
 
-def attention_words(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    mixer, ffn = layers[0]["mixer"], layers[0]["ffn"]
-    windows = [layer["mixer"].get("window") for layer in layers]
+def attention_words(mixers: list[dict[str, Any]]) -> dict[str, Any]:
+    mixer, windows = mixers[0], [mixer.get("window") for mixer in mixers]
     return {
-        **layers[0],
         **mixer,
         "scale_dim": round(mixer["scale"] ** -2) if "scale" in mixer else mixer["head_dim"],
+        "window": max(window or 0 for window in windows) or None,
+        "positions": "rope" if mixer["rope"] else "nope",
+        "rope_layers": [int(mixer["rope"] is not None) for mixer in mixers],
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+    }
+
+
+def ffn_words(ffns: list[dict[str, Any]]) -> dict[str, Any]:
+    ffn = next((ffn for ffn in ffns if ffn["kind"] == "moe"), ffns[0])
+    return {
         "activation": next(k for k, v in families()["activations"].items() if v == ffn.get("activation", "silu")),
         **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
-        "window": max(window or 0 for window in windows) or None,
-        "rope_layers": [int(layer["mixer"]["rope"] is not None) for layer in layers],
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
-        **{name: ffn[name] for name in ("num_experts", "experts_per_token") if name in ffn},
+        **{name: ffn.get(name, 0) for name in ("num_experts", "experts_per_token")},
     }
+
+
+def layer_words(layers: list[dict[str, Any]], known: dict[str, list[str | None]]) -> dict[str, Any]:
+    """What each layer is called where they are of several kinds."""
+
+    def word(layer: dict[str, Any]) -> str:
+        mixer = layer["mixer"] and layer["mixer"]["kind"]
+        return [name for name, kinds in known.items() if kinds[0] == mixer and bool(kinds[1]) == bool(layer["ffn"])][-1]
+
+    return {"layer_types": [word(layer) for layer in layers]}
 
 
 def recurrent_words(mixer: dict[str, Any]) -> dict[str, Any]:
     return {**mixer, "bcdt_eps": mixer.get("bcdt_norm", {}).get("eps")}
+
+
+def state_space_settings(card: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of state-space mixers among other layers, and what fits where there are none."""
+    unused = {"num_heads": 1, "head_dim": 2 * card["model"]["dim"]}
+    mixer = next((mixer for mixer in mixers_of(card) if mixer["kind"] in RECURRENT), unused)
+    return {keys_of(row, word)[0]: value for word, value in recurrent_words(mixer).items() if keys_of(row, word)}
 
 
 def rope_parameters(rope: dict[str, Any]) -> dict[str, Any]:

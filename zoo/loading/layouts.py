@@ -6,11 +6,13 @@ A table is a YAML file that a plugin registers; the layout's name is the file's 
     extends: huggingface               # optional: a table whose rows hold here too
     tensors:                           # name in the file -> name in the model
       layers.{i}.attention.wq.{weight|bias}: {to: "layers.{i}.mixer.q.{weight|bias}", transform: interleaved_rope}
+      layers.{i}.norm.weight: {to: "layers.{i}.mixer_norm.weight", or: "layers.{i}.ffn_norm.weight"}
     ignore: {rope.freqs: why it is left out}
     identity: true                     # instead of `tensors`: names in the file are the model's
     signature: [embed.weight]          # with identity: names by which such a file is recognised
 
-`{i}` stands for a number, `{a|b}` for either word. Transforms, in the order in which the file's tensor is taken apart:
+`{i}` stands for a number, `{a|b}` for either word; `or` is what a name means where the model has not what `to` says.
+Transforms, in the order in which the file's tensor is taken apart:
 
     stack             it holds `{e}` tensors of the model, along a leading axis or as blocks of rows
     split             it holds the tensors of the list `to` one after the other along its first axis
@@ -58,14 +60,15 @@ class Layout:
     signature: frozenset[str] = frozenset()
 
     def find(self, name: str) -> tuple[Row, dict[str, str]] | None:
-        """The row for a tensor of a file and what fills its holes."""
+        """The row for a tensor of a file and what fills its holes; of several, the first."""
+        return next(iter(self.meanings(name)), None)
+
+    def meanings(self, name: str) -> list[tuple[Row, dict[str, str]]]:
+        """The rows for a tensor of a file and what fills their holes: a model has the tensors of one of them."""
         if self.identity:
-            return Row(name, (name,)), {}
-        for row in self.rows.get(skeleton(name), ()):
-            holes = match(row.pattern, name)
-            if holes is not None:
-                return row, holes
-        return None
+            return [(Row(name, (name,)), {})]
+        matches = ((row, match(row.pattern, name)) for row in self.rows.get(skeleton(name), ()))
+        return [(row, holes) for row, holes in matches if holes is not None]
 
     def ignores(self, name: str) -> bool:
         """Whether the table leaves this name out on purpose."""
@@ -170,9 +173,10 @@ def _layout(name: str, nodes: Mapping[str, Node], above: tuple[str, ...]) -> Lay
     rows: dict[str, tuple[Row, ...]] = {}
     tensors = node.child("tensors")
     for pattern, value in (tensors.value if tensors and tensors.is_map else {}).items():
-        for row in _rows(pattern, value):
+        line = list(_rows(pattern, value))
+        for row in line:
             others = rows.get(skeleton(row.pattern), ())
-            if any(_HOLE.sub("{}", other.pattern) == _HOLE.sub("{}", row.pattern) for other in others):
+            if any(_same(other, row) for other in others if other not in line):
                 raise PluginError(f"{row.pattern!r} is named twice", where=value.where)
             rows[skeleton(row.pattern)] = (*others, row)
     ignored = {
@@ -180,12 +184,21 @@ def _layout(name: str, nodes: Mapping[str, Node], above: tuple[str, ...]) -> Lay
     }
     parent = _parent(name, nodes, above)
     if parent is not None:
-        own = {key: (*value, *parent.rows.get(key, ())) for key, value in rows.items()}
+        own = {key: (*value, *_others(parent.rows.get(key, ()), value)) for key, value in rows.items()}
         rows, ignored = {**parent.rows, **own}, {**parent.ignored, **ignored}
     if not rows and not parts.get("identity"):
         raise PluginError("a table of weight names without rows", where=node.where, expected="`tensors:` with rows")
     signature = frozenset(skeleton(name) for name in parts.get("signature", ()))
     return Layout(name, rows, ignored, parts.get("identity", False), signature)
+
+
+def _same(one: Row, other: Row) -> bool:
+    return _HOLE.sub("{}", one.pattern) == _HOLE.sub("{}", other.pattern)
+
+
+def _others(inherited: Iterable[Row], own: Iterable[Row]) -> list[Row]:
+    """The inherited rows whose names the table does not give itself."""
+    return [row for row in inherited if not any(_same(row, mine) for mine in own)]
 
 
 def _parent(name: str, nodes: Mapping[str, Node], above: tuple[str, ...]) -> Layout | None:
@@ -206,17 +219,17 @@ def _parent(name: str, nodes: Mapping[str, Node], above: tuple[str, ...]) -> Lay
 
 
 def _rows(pattern: str, value: Node) -> Iterator[Row]:
-    """The row that a line of a table means, once for each word of `{weight|bias}`."""
+    """The rows that a line of a table means, once for each word of `{weight|bias}`."""
     given = value.plain()
     if isinstance(given, str):
         given = {"to": given}
-    if not isinstance(given, dict) or "to" not in given or not given.keys() <= {"to", "transform"}:
-        raise PluginError(f"row {pattern!r}", where=value.where, expected="a name, or `to` and `transform`")
-    targets, transforms = _tuple(given["to"]), _tuple(given.get("transform", ()))
-    choice = _WORDS.search(pattern)
+    if not isinstance(given, dict) or "to" not in given or not given.keys() <= {"to", "or", "transform"}:
+        raise PluginError(f"row {pattern!r}", where=value.where, expected="a name, or `to`, `or` and `transform`")
+    transforms, choice = _tuple(given.get("transform", ())), _WORDS.search(pattern)
     for word in choice[1].split("|") if choice else [""]:
-        chosen = [text.replace(choice[0], word) if choice else text for text in (pattern, *targets)]
-        yield _row(chosen[0], tuple(chosen[1:]), transforms, value.where)
+        for targets in (_tuple(given[key]) for key in ("to", "or") if key in given):
+            chosen = [text.replace(choice[0], word) if choice else text for text in (pattern, *targets)]
+            yield _row(chosen[0], tuple(chosen[1:]), transforms, value.where)
 
 
 def _chosen(pattern: str) -> list[str]:

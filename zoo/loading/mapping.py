@@ -117,18 +117,13 @@ def compare(spec: Spec, layout: Layout, headers: Mapping[str, TensorInfo]) -> Co
     found, spoken = Comparison(layout), set[str]()
     unused: list[tuple[TensorInfo, str | None]] = []
     for info in headers.values():
-        match = layout.find(info.name)
-        if match is None:
-            if not layout.ignores(info.name):
-                unused.append((info, None))
-            continue
-        row, holes = match
-        groups = _targets(row, holes, wanted)
-        unknown = [name for group in groups for name in group if name not in wanted]
-        if unknown:
-            unused.append((info, unknown[0]))
-            continue
-        _claim(found, spoken, info, row, [[wanted[name] for name in group] for group in groups])
+        meanings = [(row, _targets(row, holes, wanted)) for row, holes in layout.meanings(info.name)]
+        unknown = [[name for group in groups for name in group if name not in wanted] for _, groups in meanings]
+        if not all(unknown):
+            row, groups = meanings[unknown.index([])]
+            _claim(found, spoken, info, row, [[wanted[name] for name in group] for group in groups])
+        elif unknown or not layout.ignores(info.name):
+            unused.append((info, unknown[0][0] if unknown else None))
     missing = [tensor for name, tensor in wanted.items() if name not in spoken]
     found.problems += [*_missing(layout, missing, headers), *_unused(layout, unused, missing)]
     return found

@@ -137,21 +137,23 @@ class _Matching:
         return WeightsError(title, where=self.files.where, found="; ".join(self.problems[:SHOWN]) + more, hint=hint)
 
     def _find(self, name: str) -> tuple[Row, list[Tensor]] | None:
-        found = self.layout.find(name)
-        if found is None:
+        meanings = [self._meant(row, holes) for row, holes in self.layout.meanings(name)]
+        if not meanings:
             known = (file for tensor in self.tensors for file in self.layout.file_names(tensor))
             hint = nearest(name, list(known)[:400], count=1)
             self.problems.append(f"{name}, which is no tensor of this model{f', {hint[:-1]}' if hint else ''}")
             return None
-        row, holes = found
-        if row.stacked:
-            holes = {**holes, row.stacked: "0"}
-        names = [fill(target, holes) for target in row.targets]
-        lost = next((target for target in names if target not in self.tensors), None)
-        if lost is not None:
-            self.problems.append(f"{name}, which would be {lost}, a tensor that the card has not")
-            return None
-        return row, [self.tensors[target] for target in names]
+        for row, names in meanings:
+            if all(target in self.tensors for target in names):
+                return row, [self.tensors[target] for target in names]
+        lost = next(target for target in meanings[0][1] if target not in self.tensors)
+        self.problems.append(f"{name}, which would be {lost}, a tensor that the card has not")
+        return None
+
+    def _meant(self, row: Row, holes: dict[str, str]) -> tuple[Row, list[str]]:
+        """A row with the model's names; of a stack, the first."""
+        filled = {**holes, row.stacked: "0"} if row.stacked else holes
+        return row, [fill(target, filled) for target in row.targets]
 
     def _claimed(self, name: str, tensors: Sequence[Tensor]) -> bool:
         """Whether one of the tensors is changed already; they are from now on."""

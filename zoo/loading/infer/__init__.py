@@ -11,6 +11,7 @@ from pathlib import Path
 from zoo.loading.files import WeightSet, existing, holds_weights, locate
 from zoo.loading.infer.architecture import Architecture
 from zoo.loading.infer.families import Node, families, keys_of
+from zoo.loading.infer.hybrid import Hybrid
 from zoo.loading.infer.quantised import check_quantised
 from zoo.loading.infer.recurrent import Recurrent
 from zoo.loading.infer.settings import Settings, read_object
@@ -31,7 +32,7 @@ def infer_card(ref: str | Path) -> Node:
     folder = path if path.is_dir() else path.parent
     settings, row = _settings(folder)
     files = locate(path) if not path.is_dir() or holds_weights(path) else None
-    reader = Recurrent if "recurrent" in row else Architecture
+    reader = Recurrent if "recurrent" in row else Hybrid if "layer_kinds" in row else Architecture
     model, context = reader(settings, row).model(), _context(settings, row, folder)
     model["tied_embeddings"] = model["tied_embeddings"] and not _has_head(files)
     dtype = _dtype(settings, row, files)

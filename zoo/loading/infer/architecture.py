@@ -24,9 +24,6 @@ class Architecture:
         """The card's `model`."""
         norm = {"kind": self.row.get("norm", "rms"), "eps": self.settings.number(self.key("eps"))}
         block = {"kind": self.row["block"], **self.numbers(BLOCK_NUMBERS)} if "block" in self.row else {}
-        windows, mixer, ffn = self.windows(), self.mixer(norm), self.ffn()
-        ropes = self.ropes(mixer["rope"], windows)
-        mixers = [mixer | {"rope": rope} | ({"window": w} if w else {}) for rope, w in zip(ropes, windows, strict=True)]
         return {
             "dim": self.count("dim"),
             "vocab_size": self.count("vocab_size"),
@@ -34,8 +31,15 @@ class Architecture:
             **self.numbers(MODEL_NUMBERS),
             **({"embedding_scale": self.count("dim") ** 0.5} if self.row.get("embedding_scale") == "sqrt_dim" else {}),
             "norm": norm,
-            "layers": runs([block | {"mixer": one, "ffn": ffn} for one in mixers]),
+            "layers": runs([block | layer for layer in self.layers(norm)]),
         }
+
+    def layers(self, norm: Node) -> list[Node]:
+        """Mixer and feed-forward of every layer."""
+        windows, mixer, ffn = self.windows(), self.mixer(norm), self.ffn()
+        ropes = self.ropes(mixer["rope"], windows)
+        mixers = [mixer | {"rope": rope} | ({"window": w} if w else {}) for rope, w in zip(ropes, windows, strict=True)]
+        return [{"mixer": one, "ffn": ffn} for one in mixers]
 
     def numbers(self, words: Sequence[str]) -> Node:
         """Of these words, the ones that the architecture has and the file does not leave at null."""
@@ -88,7 +92,7 @@ class Architecture:
             raise self.settings.wrong(self.key("num_heads"), heads, f"a divisor of {self.key('dim')}, {dim}")
         return dim // heads
 
-    def rope(self, head_dim: int) -> tuple[Node, Node | None]:
+    def rope(self, head_dim: int) -> tuple[Node | None, Node | None]:
         if self.row["rope"] == "params":
             return rope_of_params(self.settings, windowed=self.value("window") is not None)
         return self.reader(head_dim).nodes()
@@ -97,7 +101,7 @@ class Architecture:
         by_type = bool(keys_of(self.row, "local_theta"))
         return RopeOfConfig(self.settings, head_dim, self.count("context_length"), by_type)
 
-    def ropes(self, rope: Node, windows: Sequence[int | None]) -> list[Node | None]:
+    def ropes(self, rope: Node | None, windows: Sequence[int | None]) -> list[Node | None]:
         """The rope of every layer: of those with a window by a key of their own, or of some layers none."""
         if keys_of(self.row, "local_theta"):
             local = self.reader(self.head_dim(self.count("num_heads"))).local(self.key("local_theta"))
@@ -137,7 +141,7 @@ class Architecture:
         """Mixtures by architecture, or by the presence of the mapping that describes them."""
         keys = keys_of(self.row, "num_experts")
         group = keys[0].rpartition(".")[0] if keys else ""
-        return bool(keys) and (not group or self.settings.has(group))
+        return bool(keys) and self.value("num_experts") != 0 and (not group or self.settings.has(group))
 
     def windows(self) -> list[int | None]:
         """The window of every layer."""

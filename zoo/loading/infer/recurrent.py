@@ -1,4 +1,4 @@
-"""The `model` section of a card for architectures of nothing but state-space mixers."""
+"""State-space mixers, and the `model` section of a card for architectures of nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import ceil, inf
 from zoo.loading.infer.families import Node, keys_of
 from zoo.loading.infer.settings import Settings
 
-SIZES = {"mamba2": ("head_dim", "num_groups", "state_size", "conv_size"), "mamba1": ("state_size", "conv_size")}
+SIZES = {"mamba2": ("num_groups", "state_size", "conv_size"), "mamba1": ("state_size", "conv_size")}
 
 
 class Recurrent:
@@ -19,22 +19,38 @@ class Recurrent:
     def model(self) -> Node:
         """The card's `model`."""
         eps = self.settings.number(self.key("eps"))
-        mixer = self.mamba2(eps) if self.row["recurrent"] == "mamba2" else self.mamba1()
         return {
             "dim": self.count("dim"),
             "vocab_size": self.vocab_size(),
             "tied_embeddings": self.settings.flag(self.key("tied_embeddings")),
             "norm": {"kind": "rms", "eps": eps},
-            "layers": [{"repeat": self.count("num_layers"), "mixer": mixer, "ffn": None}],
+            "layers": [{"repeat": self.count("num_layers"), "mixer": self.mixer(eps), "ffn": None}],
         }
 
-    def mamba2(self, eps: float) -> Node:
-        inner, size = self.inner_dim(), self.count("head_dim")
-        heads = self.settings.get(self.key("num_heads")) if keys_of(self.row, "num_heads") else inner // size
-        if heads * size != inner:
-            raise self.settings.wrong(self.key("head_dim"), size, f"heads that make up the inner size of {inner}")
+    def mixer(self, eps: float) -> Node:
+        """A layer's mixer, with `eps` for the norms inside it."""
+        if self.row["recurrent"] == "mamba1":
+            return self.mamba1(eps)
+        heads, size = self.heads()
         self.check_unlimited()
-        return {"kind": "mamba2", "num_heads": heads, **self.shared(), "norm_eps": eps}
+        return {"kind": "mamba2", "num_heads": heads, "head_dim": size, **self.shared(), "norm_eps": eps}
+
+    def heads(self) -> tuple[int, int]:
+        """Number and size of the heads: both as the file says, or one of them as the inner size leaves it."""
+        if not keys_of(self.row, "expand"):
+            return self.count("num_heads"), self.count("head_dim")
+        inner, stated = self.inner_dim(), [word for word in ("num_heads", "head_dim") if self.states(word)]
+        sizes = {word: self.count(word) for word in stated}
+        heads = sizes.get("num_heads") or inner // sizes["head_dim"]
+        size = sizes.get("head_dim") or inner // heads
+        if heads * size != inner:
+            expected = f"heads that make up the inner size of {inner}"
+            raise self.settings.wrong(self.key(stated[-1]), sizes[stated[-1]], expected)
+        return heads, size
+
+    def states(self, word: str) -> bool:
+        """Whether the file says a size in figures."""
+        return bool(keys_of(self.row, word)) and self.settings.get(self.key(word)) != "auto"
 
     def check_unlimited(self) -> None:
         """Refuses limits of the step; infinity is a mapping where transformers 5 wrote the file."""
@@ -42,12 +58,13 @@ class Recurrent:
         if limit is not None and limit not in ([0.0, inf], [0.0, {"__float__": "Infinity"}]):
             raise self.settings.wrong(self.key("dt_limit"), limit, "no limit: [0.0, Infinity]")
 
-    def mamba1(self) -> Node:
+    def mamba1(self, eps: float) -> Node:
         rank = self.settings.get(self.key("dt_rank"))
         mixer = {"kind": "mamba1", "inner_dim": self.inner_dim(), **self.shared()}
         mixer["dt_rank"] = ceil(self.count("dim") / 16) if rank == "auto" else self.count("dt_rank")
-        if keys_of(self.row, "bcdt_eps"):
-            mixer["bcdt_norm"] = {"eps": self.settings.number(self.key("bcdt_eps")), "weights": False}
+        if "bcdt_weights" in self.row:
+            eps = self.settings.number(self.key("bcdt_eps")) if keys_of(self.row, "bcdt_eps") else eps
+            mixer["bcdt_norm"] = {"eps": eps, "weights": self.row["bcdt_weights"]}
         return mixer
 
     def shared(self) -> Node:

@@ -1,0 +1,65 @@
+"""The `model` section of a card for architectures whose layers are of several kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zoo.loading.infer.architecture import Architecture
+from zoo.loading.infer.families import Node, keys_of
+from zoo.loading.infer.recurrent import Recurrent
+
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+ATTENTION_WORDS = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias", "o_bias", "scale", "positions")
+
+
+class Hybrid(Architecture):
+    """State-space mixers beside attention, and blocks without a mixer or without a feed-forward."""
+
+    def layers(self, norm: Node) -> list[Node]:
+        """Mixer and feed-forward of every layer, by the kinds that the row gives the file's words."""
+        pairs = self.pairs()
+        mixers, ffns = {mixer for mixer, _ in pairs}, {ffn for _, ffn in pairs}
+        made = {kind: self.mixer_of(kind, norm) for kind in mixers} | {kind: self.ffn_of(kind) for kind in ffns}
+        self.pass_over_unused(mixers)
+        return [{"mixer": made[mixer], "ffn": made[ffn]} for mixer, ffn in pairs]
+
+    def pairs(self) -> list[Sequence[str | None]]:
+        """The kinds of every layer's mixer and feed-forward."""
+        known, key = self.row["layer_kinds"], self.key("layer_types")
+        words = self.value("layer_types")
+        layers = self.value("num_layers")
+        if not isinstance(words, list | str) or len(words) != (layers or len(words)):
+            raise self.settings.wrong(key, words, f"one of {', '.join(known)} for each of {layers} layers")
+        unknown = [word for word in words if word not in known]
+        if unknown:
+            raise self.settings.wrong(key, unknown[0], f"one of {', '.join(known)}")
+        return [known[word] for word in words]
+
+    def mixer_of(self, kind: str | None, norm: Node) -> Node | None:
+        """A layer's mixer by its kind."""
+        if kind is None:
+            return None
+        if kind != "attention":
+            return Recurrent(self.settings, self.row["state_space"]).mixer(norm["eps"])
+        return self.mixer(norm)
+
+    def rope(self, head_dim: int) -> tuple[Node | None, Node | None]:
+        """None where the architecture has no positions, or the file does not ask for them."""
+        if keys_of(self.row, "positions") and self.value("positions") == "rope":
+            return super().rope(head_dim)
+        self.settings.pass_over(ROPE_KEYS)
+        return None, None
+
+    def ffn_of(self, kind: str | None) -> Node | None:
+        """A layer's feed-forward by its kind."""
+        if not self.is_mixture():
+            self.settings.pass_over(keys_of(self.row, "experts_per_token"))
+        return None if kind is None else self.ffn()
+
+    def pass_over_unused(self, mixers: set[str | None]) -> None:
+        """Takes the settings of a kind of mixer that no layer has as read."""
+        space = self.row["state_space"]
+        if space["recurrent"] not in mixers:
+            self.settings.pass_over(key for word in space["names"] for key in keys_of(space, word))
+        if "attention" not in mixers:
+            self.settings.pass_over([*ROPE_KEYS, *(key for word in ATTENTION_WORDS for key in keys_of(self.row, word))])
