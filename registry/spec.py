@@ -134,6 +134,10 @@ class Spec(BaseModel):
         """What a mixer, or a block around one, keeps of a sequence between steps; None keeps nothing."""
         return None
 
+    def borrows(self) -> Borrowed | None:
+        """What a mixer reads of an earlier layer's state, beside its own; None for nothing."""
+        return None
+
     def walk(self, path: str = "") -> Iterator[tuple[str, Spec]]:
         """This Spec and all below it, with their attribute paths."""
         yield path, self
@@ -165,12 +169,24 @@ def _part_tensor(prefix: str, name: str, param: Param, part_name: str, part: Par
     return Tensor(prefix + part_name, kept + param.shape[len(index) :], prefix + name, index, part.rotary)
 
 
+@dataclass(frozen=True, slots=True)
+class Borrowed:
+    """Another layer's state: which layer, counted from 0, and what it must keep."""
+
+    layer: int
+    kept: StateSpec
+
+
 class StateSpec(Spec):
     """What one layer keeps of a sequence between steps: the `cache` slot. Subclasses set both sizes."""
 
     def elements(self, tokens: int) -> int:
         """Cached elements of one layer for one sequence of `tokens` tokens."""
         raise NotImplementedError
+
+    def serves(self, other: StateSpec) -> bool:
+        """Whether a layer that needs `other` can read this state."""
+        return self == other
 
     def nbytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one layer for one sequence, with `itemsize` bytes for a number in the cache's dtype."""

@@ -92,6 +92,25 @@ def attention_rows(
     return (scores_BGJS.softmax(-1) @ v).view(q_BHd.shape).to(q_BHd.dtype)
 
 
+def attention_chosen(
+    q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, *, scale: float, seen_TS: Tensor, memo: Memo
+) -> Tensor:
+    """(T, H, d): attention in which each row sees the keys where `seen_TS` is true, and no others.
+
+    By SDPA, or by the formula in float32 where ZOO_ATTENTION says "reference".
+    """
+    rows, groups = len(q_THd), len(k_GSd)
+    if _kernel(memo) is reference:
+        q_GJTd = q_THd.float().view(rows, groups, -1, q_THd.shape[-1]).permute(1, 2, 0, 3)
+        scores_GJTS = q_GJTd @ k_GSd.float().unsqueeze(1).transpose(-1, -2) * scale
+        o_GJTd = scores_GJTS.masked_fill(~seen_TS, float("-inf")).softmax(-1) @ v_GSd.float().unsqueeze(1)
+        return o_GJTd.permute(2, 0, 1, 3).reshape(q_THd.shape).to(q_THd.dtype)
+    q_1HTd, k_1GSd, v_1GSd = q_THd.transpose(0, 1).unsqueeze(0), k_GSd.unsqueeze(0), v_GSd.unsqueeze(0)
+    shared = q_THd.shape[1] != groups
+    o_1HTd = F.scaled_dot_product_attention(q_1HTd, k_1GSd, v_1GSd, attn_mask=seen_TS, scale=scale, enable_gqa=shared)
+    return o_1HTd[0].transpose(0, 1)
+
+
 def _trimmed(k_GSd: Tensor, v_GSd: Tensor, past: int, window: int) -> tuple[Tensor, Tensor, int]:
     """Without the keys that even the first row does not see."""
     unseen = past - window + 1

@@ -10,12 +10,15 @@ key lanes that rope turns and that all heads share. Rows attend in one of two wa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.components.attention.kernels import Memo, attention, attention_rows
-from zoo.components.attention.scaling import scaled
+from zoo.components.attention.kernels import Memo, attention, attention_chosen, attention_rows
+from zoo.components.attention.scaling import SSMax, scaled
 from zoo.components.attention.spec import LatentAttentionSpec
 from zoo.components.build import make
 from zoo.components.linear import Linear
@@ -36,36 +39,57 @@ class LatentAttention(nn.Module):
             self.q_a = Linear(spec.dim, spec.q_lora_rank)
             self.q_norm = make(children["q_norm"])
             self.q_b = Linear(spec.q_lora_rank, width)
-        self.kv_a = Linear(spec.dim, spec.kv_lora_rank + spec.rope_head_dim)
-        self.kv_norm = make(children["kv_norm"])
+        if not spec.shares:
+            self.kv_a = Linear(spec.dim, spec.kv_lora_rank + spec.rope_head_dim)
+            self.kv_norm = make(children["kv_norm"])
         self.kv_b = Heads(spec)
         self.o = Linear(spec.num_heads * spec.v_head_dim, spec.dim)
-        self.rope = make(spec.rope)
+        self.ssmax = SSMax(spec.num_heads) if spec.ssmax else None
+        self.rope = None if spec.rope is None else make(spec.rope)
+        self.indexer: Any = None if spec.indexer is None else make(spec.indexer)
 
-    def forward(self, x_TD: Tensor, step: Step, state: LatentState) -> Tensor:
-        """(T, D) to (T, D); appends this step's latents to `state`."""
-        q_THd = self._queries(x_TD, step)
-        state.append(self._latents(x_TD, step))
+    def forward(self, x_TD: Tensor, step: Step, state: LatentState | None) -> Tensor:
+        """(T, D) to (T, D); appends this step's latents, and its indexer's keys, to `state`."""
+        q_THd, borrowed = self._queries(x_TD, step), self.spec.borrows()
+        own = self._kept(x_TD, step, state)
+        latents = step.states[borrowed.layer].read() if borrowed else own
+        chosen = [None] * len(latents) if self.indexer is None else self.indexer.choose(x_TD, own, step)
         parts, first = [], 0
-        for cached in state.read():
+        for cached, seen_TS in zip(latents, chosen, strict=True):
             last = first + cached.rows * len(cached.kept_BSm)
-            parts.append(self.kv_b(q_THd[first:last], cached, step.memo))
+            parts.append(self.kv_b(q_THd[first:last], cached, seen_TS, step.memo))
             first = last
         o_TD: Tensor = self.o(torch.cat(parts).flatten(1))
         return o_TD
+
+    def _kept(self, x_TD: Tensor, step: Step, state: LatentState | None) -> Sequence[Cached]:
+        """What this layer keeps of the step's sequences, this step's latents and index keys included."""
+        new = [] if self.spec.shares else [self._latents(x_TD, step)]
+        if self.indexer is not None and self.spec.index_dim:
+            new.append(self.indexer.keys(x_TD, step))
+        if state is None:
+            return ()
+        state.append(torch.cat(new, -1))
+        return state.read()
 
     def _queries(self, x_TD: Tensor, step: Step) -> Tensor:
         spec = self.spec
         q_TA = self.q(x_TD) if spec.q_lora_rank is None else self.q_b(self.q_norm(self.q_a(x_TD)))
         q_THd = q_TA.view(-1, spec.num_heads, spec.qk_head_dim)
-        plain_THd, turned_THr = q_THd.split_with_sizes((spec.nope_head_dim, spec.rope_head_dim), -1)
-        q_THd = torch.cat((plain_THd, self.rope(turned_THr, step)), -1)
+        if self.rope is not None:
+            plain_THd, turned_THr = q_THd.split_with_sizes((spec.nope_head_dim, spec.rope_head_dim), -1)
+            q_THd = torch.cat((plain_THd, self.rope(turned_THr, step)), -1)
+        if self.ssmax is not None:
+            q_THd = self.ssmax(q_THd, step)
         return q_THd if spec.query_scaling is None else scaled(q_THd, spec.query_scaling, step)
 
     def _latents(self, x_TD: Tensor, step: Step) -> Tensor:
         """The rows that are cached: the normed latent, then the turned lanes."""
         sizes = (self.spec.kv_lora_rank, self.spec.rope_head_dim)
         latent_Tc, turned_Tr = self.kv_a(x_TD).split_with_sizes(sizes, -1)
+        if self.rope is None:
+            normed_Tc: Tensor = self.kv_norm(latent_Tc)
+            return normed_Tc
         return torch.cat((self.kv_norm(latent_Tc), self.rope(turned_Tr.unsqueeze(1), step).squeeze(1)), -1)
 
 
@@ -75,16 +99,23 @@ class Heads(nn.Module):
     def __init__(self, spec: LatentAttentionSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.scale = spec.score_scale
+        self.scale, self.row = spec.score_scale, spec.kv_lora_rank + spec.rope_head_dim
         rows = spec.num_heads * (spec.nope_head_dim + spec.v_head_dim)
         self.weight = nn.Parameter(torch.empty(rows, spec.kv_lora_rank))
 
-    def forward(self, q_THd: Tensor, cached: Cached, memo: Memo) -> Tensor:
-        """(T, H, v) of queries over what is cached of their sequences, by the way that needs less work."""
+    def forward(self, q_THd: Tensor, cached: Cached, chosen_TS: Tensor | None, memo: Memo) -> Tensor:
+        """(T, H, v) of queries over what is cached of their sequences, by the way that needs less work.
+
+        chosen_TS: which of the keys each row sees, bool; None for all up to its own.
+        """
+        kept_BSm = cached.kept_BSm[..., : self.row]
         if cached.seen_BS is not None:
-            return self.absorbed(q_THd, cached, memo)
-        ways = self.expanded if self.expands(cached.rows, cached.kept_BSm.shape[1]) else self.absorbed
-        return ways(q_THd, cached, memo)
+            return self._rows(q_THd, kept_BSm, cached.seen_BS if chosen_TS is None else chosen_TS, memo)
+        [kept_Sm] = kept_BSm
+        if chosen_TS is not None and cached.rows == 1:
+            kept_Sm, chosen_TS = kept_Sm[chosen_TS[0]], None
+        ways = self.expanded if self.expands(cached.rows, len(kept_Sm)) else self.absorbed
+        return ways(q_THd, kept_Sm, chosen_TS, memo)
 
     def expands(self, rows: int, keys: int) -> bool:
         """Whether keys and values of every head take fewer operations than queries in the latent's space."""
@@ -93,31 +124,47 @@ class Heads(nn.Module):
         absorbed = rows * spec.kv_lora_rank * up + rows * keys * 2 * (spec.kv_lora_rank + spec.rope_head_dim)
         return expanded < absorbed
 
-    def expanded(self, q_THd: Tensor, cached: Cached, memo: Memo) -> Tensor:
+    def expanded(self, q_THd: Tensor, kept_Sm: Tensor, chosen_TS: Tensor | None, memo: Memo) -> Tensor:
         """Keys and values of every head, padded with zeros to one size where a kernel wants one."""
-        [kept_Sm], spec = cached.kept_BSm, self.spec
+        spec = self.spec
         latent_Sc, turned_Sr = kept_Sm.split_with_sizes((spec.kv_lora_rank, spec.rope_head_dim), -1)
         kv_SHd = F.linear(latent_Sc, self.weight).view(-1, spec.num_heads, spec.nope_head_dim + spec.v_head_dim)
         plain_SHd, v_SHd = kv_SHd.split_with_sizes((spec.nope_head_dim, spec.v_head_dim), -1)
         k_SHd = torch.cat((plain_SHd, turned_Sr.unsqueeze(1).expand(-1, spec.num_heads, -1)), -1)
         width = max(spec.qk_head_dim, spec.v_head_dim)
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q_THd, k_SHd, v_SHd))
-        past = len(kept_Sm) - cached.rows
-        o_THd = attention(q, k.transpose(0, 1), v.transpose(0, 1), scale=self.scale, past=past, window=None, memo=memo)
+        q_THd, k_SHd, v_SHd = (F.pad(x, (0, width - x.shape[-1])) for x in (q_THd, k_SHd, v_SHd))
+        o_THd = self._attend(q_THd, k_SHd.transpose(0, 1), v_SHd.transpose(0, 1), chosen_TS, memo)
         return o_THd[..., : spec.v_head_dim]
 
-    def absorbed(self, q_THd: Tensor, cached: Cached, memo: Memo) -> Tensor:
+    def absorbed(self, q_THd: Tensor, kept_Sm: Tensor, chosen_TS: Tensor | None, memo: Memo) -> Tensor:
         """Cached rows as keys and values of one head: of what comes out, the latent's lanes are taken."""
-        spec, kept_BSm = self.spec, cached.kept_BSm
-        up_HOc = self.weight.view(spec.num_heads, -1, spec.kv_lora_rank)
-        k_up_HOc, v_up_HOc = up_HOc.split_with_sizes((spec.nope_head_dim, spec.v_head_dim), 1)
-        plain_HTd = q_THd[..., : spec.nope_head_dim].transpose(0, 1)
-        q_THm = torch.cat(((plain_HTd @ k_up_HOc).transpose(0, 1), q_THd[..., spec.nope_head_dim :]), -1)
-        if cached.seen_BS is None:
-            past = kept_BSm.shape[1] - cached.rows
-            o_THm = attention(q_THm, kept_BSm, kept_BSm, scale=self.scale, past=past, window=None, memo=memo)
-        else:
-            kept_B1Sm = kept_BSm.unsqueeze(1)
-            o_THm = attention_rows(q_THm, kept_B1Sm, kept_B1Sm, scale=self.scale, seen_BS=cached.seen_BS, memo=memo)
-        latent_HTc = o_THm[..., : spec.kv_lora_rank].transpose(0, 1)
-        return (latent_HTc @ v_up_HOc.transpose(1, 2)).transpose(0, 1)
+        kept_1Sm = kept_Sm.unsqueeze(0)
+        return self._lifted(self._attend(self._lowered(q_THd), kept_1Sm, kept_1Sm, chosen_TS, memo))
+
+    def _rows(self, q_BHd: Tensor, kept_BSm: Tensor, seen_BS: Tensor, memo: Memo) -> Tensor:
+        """One row of each sequence, absorbed."""
+        kept_B1Sm, q_BHm = kept_BSm.unsqueeze(1), self._lowered(q_BHd)
+        return self._lifted(attention_rows(q_BHm, kept_B1Sm, kept_B1Sm, scale=self.scale, seen_BS=seen_BS, memo=memo))
+
+    def _attend(self, q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, chosen_TS: Tensor | None, memo: Memo) -> Tensor:
+        if chosen_TS is not None:
+            return attention_chosen(q_THd, k_GSd, v_GSd, scale=self.scale, seen_TS=chosen_TS, memo=memo)
+        past = k_GSd.shape[1] - len(q_THd)
+        return attention(q_THd, k_GSd, v_GSd, scale=self.scale, past=past, window=None, memo=memo)
+
+    def _lowered(self, q_THd: Tensor) -> Tensor:
+        """Queries in the space of cached rows, (T, H, m)."""
+        plain_HTd = q_THd[..., : self.spec.nope_head_dim].transpose(0, 1)
+        latent_HTc = plain_HTd @ self._up()[0]
+        return torch.cat((latent_HTc.transpose(0, 1), q_THd[..., self.spec.nope_head_dim :]), -1)
+
+    def _lifted(self, o_THm: Tensor) -> Tensor:
+        """Sums of cached rows as the heads' values, (T, H, v)."""
+        latent_HTc = o_THm[..., : self.spec.kv_lora_rank].transpose(0, 1)
+        return (latent_HTc @ self._up()[1].transpose(1, 2)).transpose(0, 1)
+
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """For each head what makes keys of latents, and what makes values."""
+        up_HOc = self.weight.view(self.spec.num_heads, -1, self.spec.kv_lora_rank)
+        k_HOc, v_HOc = up_HOc.split_with_sizes((self.spec.nope_head_dim, self.spec.v_head_dim), 1)
+        return k_HOc, v_HOc

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.components.attention.spec import QueryScaling
 from zoo.components.step import Step
@@ -22,3 +22,18 @@ def query_scale(scaling: QueryScaling, step: Step) -> Tensor:
         return (1 + scaling.beta * torch.log1p(passed_T)).view(-1, 1, 1)
 
     return step.once(("query_scaling", scaling), make_scale)
+
+
+class SSMax(nn.Module):
+    """Scalable softmax: queries times s ln(position + 1) + b, learned for each head (arXiv 2501.19399)."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(num_heads))
+        self.bias = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self, q_THd: Tensor, step: Step) -> Tensor:
+        """(T, H, d) in its own dtype; the arithmetic is float32."""
+        log_T1 = step.once("ssmax", lambda: torch.log1p(step.positions_T.float()).unsqueeze(1))
+        factor_TH = self.scale.float() * log_T1 + self.bias.float()
+        return (q_THd * factor_TH.unsqueeze(-1)).to(q_THd.dtype)

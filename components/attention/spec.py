@@ -6,9 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from zoo.components.cache.spec import LatentCacheSpec, SharedCacheSpec
 from zoo.components.fields import Count, Flag, Positive
+from zoo.components.indexer.spec import IndexerSpec, LightningIndexerSpec
 from zoo.components.rope.spec import RopeSpec, YarnRopeSpec
-from zoo.registry.spec import Inherited, Param, Part, Rotary, Slot, Spec, StateSpec
+from zoo.registry.spec import Borrowed, Inherited, Param, Part, Rotary, Slot, Spec, StateSpec
 
 
 def _cache_kind(fields: Mapping[str, Any]) -> str:
@@ -123,15 +125,15 @@ class LatentAttentionSpec(Spec):
     q_lora_rank: Count | None = Field(description="Size of the queries' own latent; null projects them at once.")
     kv_lora_rank: Count = Field(description="Size of the latent of keys and values.")
     nope_head_dim: Count = Field(description="Lanes of a query and key head that know no positions.")
-    rope_head_dim: Count = Field(
-        description="Lanes of a query and key head that rope turns; all heads share the key's."
+    rope_head_dim: int = Field(
+        ge=0, strict=True, description="Lanes of a query and key head that rope turns; all heads share the key's."
     )
     v_head_dim: Count = Field(description="Size of a value head.")
     norm: Annotated[Spec, Slot("norm", absent="inherit", bind={"dim": "kv_lora_rank"})] = Field(
         description="Norm of both latents; by default the model's."
     )
-    rope: Annotated[RopeSpec, Slot("rope", default="default", bind={"head_dim": "rope_head_dim"})] = Field(
-        description="Rotary positions of the turned lanes."
+    rope: Annotated[RopeSpec | None, Slot("rope", default="default", bind={"head_dim": "rope_head_dim"})] = Field(
+        description="Rotary positions of the turned lanes; null for none, where rope_head_dim is 0."
     )
     mscale: Positive | None = Field(
         default=None,
@@ -140,17 +142,36 @@ class LatentAttentionSpec(Spec):
     query_scaling: QueryScaling | None = Field(
         default=None, description="Scaling of queries far into a long context; null for none."
     )
+    ssmax: Flag = Field(default=False, description="Queries times s ln(position + 1) + b, learned for each head.")
+    indexer: Annotated[Spec | None, Slot("indexer")] = Field(
+        default=None, description="Chooses the keys that a query sees; null shows all."
+    )
     cache: Annotated[StateSpec, Slot("cache", default="latent", absent="build")] = Field(
-        description="What is kept of earlier tokens."
+        description="What is kept of earlier tokens: their latents; with `shared`, those of an earlier layer are read."
     )
 
     @model_validator(mode="after")
-    def _check_mscale(self) -> Self:
+    def _check_rope(self) -> Self:
+        if (self.rope is None) != (self.rope_head_dim == 0):
+            shown = "null" if self.rope is None else f"'{self.rope.kind}'"
+            raise ValueError(f"rope is null where rope_head_dim is 0; found {shown} and {self.rope_head_dim}")
         if self.mscale is not None and not isinstance(self.rope, YarnRopeSpec):
-            raise ValueError(f"mscale needs a rope of kind 'yarn'; found mscale {self.mscale:g} and '{self.rope.kind}'")
-        if self.rope.rotary_dim is not None:
+            raise ValueError(f"mscale needs a rope of kind 'yarn'; found mscale {self.mscale:g} without one")
+        if self.rope is not None and self.rope.rotary_dim is not None:
             raise ValueError("rope_head_dim says which lanes rope turns; remove rotary_dim from the rope")
+        if self.indexer is not None and not isinstance(self.indexer, IndexerSpec):
+            raise ValueError(f"an indexer's Spec derives from IndexerSpec; found {type(self.indexer).__name__}")
         return self
+
+    @property
+    def shares(self) -> bool:
+        """Whether latents are those of an earlier layer."""
+        return isinstance(self.cache, SharedCacheSpec)
+
+    @property
+    def index_dim(self) -> int:
+        """Size of the key that an indexer caches."""
+        return self.indexer.key_dim if isinstance(self.indexer, IndexerSpec) else 0
 
     @property
     def qk_head_dim(self) -> int:
@@ -167,28 +188,44 @@ class LatentAttentionSpec(Spec):
 
     def parameters(self) -> dict[str, Param]:
         width, kept = self.num_heads * self.qk_head_dim, self.kv_lora_rank + self.rope_head_dim
-        turned = Rotary(self.qk_head_dim, self.rope_head_dim, self.nope_head_dim)
+        turned = None if self.rope is None else Rotary(self.qk_head_dim, self.rope_head_dim, self.nope_head_dim)
         if self.q_lora_rank is None:
             found = {"q.weight": Param((width, self.dim), shard=0, rotary=turned)}
         else:
             found = {"q_a.weight": Param((self.q_lora_rank, self.dim))}
             found["q_b.weight"] = Param((width, self.q_lora_rank), shard=0, rotary=turned)
-        found["kv_a.weight"] = Param((kept, self.dim), rotary=Rotary(kept, self.rope_head_dim, self.kv_lora_rank))
+        if not self.shares:
+            rows = None if self.rope is None else Rotary(kept, self.rope_head_dim, self.kv_lora_rank)
+            found["kv_a.weight"] = Param((kept, self.dim), rotary=rows)
+        if self.ssmax:
+            found["ssmax.scale"] = Param((self.num_heads,), shard=0, init="zeros", product=False)
+            found["ssmax.bias"] = Param((self.num_heads,), shard=0, init="ones", product=False)
         up = self.num_heads * (self.nope_head_dim + self.v_head_dim)
         found["kv_b.weight"] = Param((up, self.kv_lora_rank), shard=0)
         found["o.weight"] = Param((self.dim, self.num_heads * self.v_head_dim), shard=1)
         return found
 
     def children(self) -> dict[str, Spec]:
-        found: dict[str, Spec] = {"kv_norm": self.norm, "rope": self.rope}
+        found: dict[str, Spec] = {} if self.shares else {"kv_norm": self.norm}
+        found |= {name: spec for name in ("rope", "indexer") if (spec := getattr(self, name)) is not None}
         if self.q_lora_rank is not None:
             found["q_norm"] = self.norm.model_copy(update={"dim": self.q_lora_rank})
         return found
 
-    def state(self) -> StateSpec:
-        return self.cache
+    def state(self) -> StateSpec | None:
+        """The cache with a place for the indexer's keys; None for a layer that keeps nothing of its own."""
+        if self.shares and not self.index_dim:
+            return None
+        return self.cache.model_copy(update={"index_dim": self.index_dim}) if self.index_dim else self.cache
+
+    def borrows(self) -> Borrowed | None:
+        if not isinstance(self.cache, SharedCacheSpec):
+            return None
+        kept = LatentCacheSpec(kv_lora_rank=self.kv_lora_rank, rope_head_dim=self.rope_head_dim)
+        return Borrowed(self.cache.layer, kept)
 
     def flops(self, context: int) -> float:
         """With queries in the latent's space, as single tokens are decoded."""
         row = self.kv_lora_rank + self.rope_head_dim
-        return super().flops(context) + 4.0 * self.num_heads * row * context
+        seen = min(context, self.indexer.top_k) if isinstance(self.indexer, LightningIndexerSpec) else context
+        return super().flops(context) + 4.0 * self.num_heads * row * seen

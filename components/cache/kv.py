@@ -15,7 +15,7 @@ from zoo.components.attention.paged import attention_pages
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.pages import PAGE, PageRows, Pages
 from zoo.components.cache.slab import Planes, Slabs
-from zoo.components.cache.spec import FullCacheSpec, LatentCacheSpec, WindowCacheSpec
+from zoo.components.cache.spec import FullCacheSpec, LatentCacheSpec, SharedCacheSpec, WindowCacheSpec
 
 
 class Storage(Protocol):
@@ -52,7 +52,7 @@ class KVStore:
 
     def __init__(
         self,
-        spec: FullCacheSpec | WindowCacheSpec | LatentCacheSpec,
+        spec: FullCacheSpec | WindowCacheSpec | LatentCacheSpec | SharedCacheSpec,
         num_layers: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -140,12 +140,6 @@ class StepPlan:
             self.memo["page rows"] = PageRows(torch.tensor(numbers).to(pages.device, non_blocking=True), batch)
         rows: PageRows = self.memo["page rows"]
         return rows
-
-    def together(self, storage: Storage) -> tuple[Pages, PageRows] | None:
-        """Where the rows go in a step of single rows of sequences that share pages; None for other steps."""
-        if not isinstance(storage, Pages) or (self.page_rows is None and self.single < len(self.seqs)):
-            return None
-        return storage, self.places(storage)
 
     def seen(self, rows: PageRows, slots: int, window: int | None) -> Tensor:
         """Which of the slots 0 .. `slots` - 1 each sequence's one row sees, (B, S) bool, made once for all layers."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.cache.kv import KVStore, StepPlan, Storage
+from zoo.components.cache.pages import Pages
 from zoo.components.step import Cached
 
 
@@ -35,26 +36,24 @@ class LatentView:
 
     def append(self, new_Tm: Tensor) -> None:
         """Keeps this step's rows behind those of their sequences."""
-        plan, new_T1m = self.plan, new_Tm.unsqueeze(1)
-        together = plan.together(self.storage)
-        if together is not None:
-            pages, places = together
-            pages.write_rows(self.layer, places, (new_T1m,))
-            return
-        for seq, past, rows_T1m in zip(plan.seqs, plan.past, torch.split(new_T1m, plan.rows), strict=True):
+        plan, first, new_T1m = self.plan, 0, new_Tm.unsqueeze(1)
+        if isinstance(self.storage, Pages) and plan.single:
+            first = plan.single
+            self.storage.write_rows(self.layer, plan.places(self.storage), (new_T1m[:first],))
+        parts = torch.split(new_T1m[first:], plan.rows[first:])
+        for seq, past, rows_T1m in zip(plan.seqs[first:], plan.past[first:], parts, strict=True):
             self.storage.write(self.layer, seq, past, (rows_T1m,), plan.memo)
 
     def read(self) -> Sequence[Cached]:
-        """Single rows of sequences that share pages all at once, gathered to equal lengths; else one by one."""
-        plan, memo = self.plan, self.plan.memo
-        together = plan.together(self.storage)
-        if together is not None:
-            pages, places = together
-            [kept_B1Sm] = pages.read_rows(self.layer, places)
-            return [Cached(kept_B1Sm[:, 0], 1, plan.seen(places, kept_B1Sm.shape[2], None))]
-        found = []
-        for seq, past, rows in zip(plan.seqs, plan.past, plan.rows, strict=True):
-            [kept_1Sm] = self.storage.read(self.layer, seq, 0, past + rows, memo)
+        """Single rows of sequences that share pages all at once, gathered to equal lengths; the others one by one."""
+        plan, first = self.plan, 0
+        found: list[Cached] = []
+        if isinstance(self.storage, Pages) and plan.single:
+            first, places = plan.single, plan.places(self.storage)
+            [kept_B1Sm] = self.storage.read_rows(self.layer, places)
+            found.append(Cached(kept_B1Sm[:, 0], 1, plan.seen(places, kept_B1Sm.shape[2], None)))
+        for seq, past, rows in zip(plan.seqs[first:], plan.past[first:], plan.rows[first:], strict=True):
+            [kept_1Sm] = self.storage.read(self.layer, seq, 0, past + rows, plan.memo)
             found.append(Cached(kept_1Sm, rows))
         return found
 

@@ -72,11 +72,33 @@ class LatentCacheSpec(StateSpec):
     kind: Literal["latent"] = "latent"
     kv_lora_rank: Annotated[Count, Inherited()] = Field(description="Size of a latent.")
     rope_head_dim: Annotated[int, Inherited()] = Field(description="Lanes of a key that rope turns.")
+    index_dim: Annotated[int, Inherited()] = Field(default=0, description="Size of the key of the layer's indexer.")
+
+    @property
+    def kept(self) -> Kept:
+        """One row: latent, turned lanes, index key."""
+        return 1, 1, self.kv_lora_rank + self.rope_head_dim + self.index_dim
+
+    def elements(self, tokens: int) -> int:
+        return prod(self.kept) * tokens
+
+    def serves(self, other: StateSpec) -> bool:
+        return self.model_copy(update={"index_dim": 0}) == other
+
+
+class SharedCacheSpec(StateSpec):
+    """Nothing but the key of the layer's indexer: latents are read where an earlier layer keeps its own."""
+
+    module: ClassVar[str] = "zoo.components.cache.latent:LatentStore"
+
+    kind: Literal["shared"] = "shared"
+    layer: int = Field(ge=0, strict=True, description="The layer whose latents are read, counted from 0.")
+    index_dim: Annotated[int, Inherited()] = Field(default=0, description="Size of the key of the layer's indexer.")
 
     @property
     def kept(self) -> Kept:
         """One row."""
-        return 1, 1, self.kv_lora_rank + self.rope_head_dim
+        return 1, 1, self.index_dim
 
     def elements(self, tokens: int) -> int:
         return prod(self.kept) * tokens

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoo.components.build import make
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.components.linear import Linear, product
+from zoo.components.rope.rotary import LeRoPE
 from zoo.components.step import Step
 
 
@@ -22,6 +23,7 @@ class Decoder(nn.Module):
         self.embed = Embedding(spec.vocab_size, spec.dim)
         self.layers = nn.ModuleList(make(layer) for layer in spec.layers)
         self.norm = make(spec.norm)
+        self.lerope = LeRoPE(spec.parameters()["lerope.alpha"].shape[0]) if spec.lerope else None
         self.head = None if spec.tied_embeddings else Linear(spec.dim, spec.vocab_size)
 
     def forward(self, tokens_T: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
@@ -34,6 +36,8 @@ class Decoder(nn.Module):
         x_TD = self.embed(tokens_T)
         if self.spec.embedding_scale is not None:
             x_TD = x_TD * _rounded(self.spec.embedding_scale, x_TD.dtype)
+        if self.lerope is not None:
+            self.lerope(step)
         for layer, state in zip(self.layers, step.states, strict=True):
             x_TD = layer(x_TD, step, state)
         normed_TD: Tensor = self.norm(x_TD)

@@ -5,6 +5,8 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from zoo.components.fields import Count, Flag, Positive
+from zoo.components.indexer.spec import IndexerSpec, SharedIndexerSpec
+from zoo.components.rope.spec import RopeSpec
 from zoo.registry.spec import Inherited, Param, Slot, Spec, StateSpec
 
 
@@ -57,6 +59,9 @@ class DecoderSpec(Spec):
     logits_softcap: Positive | None = Field(
         default=None, description="Bounds logits smoothly: softcap tanh(logit / softcap); null leaves them."
     )
+    lerope: Flag = Field(
+        default=False, description="Angles of rope times exp(alpha), learned for each lane pair, one for all layers."
+    )
     norm: Annotated[Spec, Slot("norm")] = Field(description="Norm before the head, and of blocks that name none.")
     layers: Annotated[tuple[Spec, ...], Slot("block", default="prenorm", runs=True)] = Field(
         description="Runs of blocks, first to last."
@@ -66,14 +71,47 @@ class DecoderSpec(Spec):
     def _check_layers(self) -> Self:
         if not self.layers:
             raise ValueError("layers must hold at least one block; found none")
+        self._check_earlier()
+        if self.lerope and len(self._rope_lanes()) != 1:
+            found = self._rope_lanes() or "none"
+            raise ValueError(f"lerope needs layers whose ropes turn equally many lanes; found {found}")
         return self
 
+    def _rope_lanes(self) -> list[int]:
+        """How many lanes the ropes of all layers turn."""
+        specs = (spec for layer in self.layers for _, spec in layer.walk())
+        return sorted({spec.lanes for spec in specs if isinstance(spec, RopeSpec)})
+
+    def _check_earlier(self) -> None:
+        """What layers take from earlier ones is there: latents, and the choices of indexers."""
+        indexed = False
+        for index, layer in enumerate(self.layers):
+            for _, spec in layer.walk():
+                self._check_borrowed(index, spec)
+                if isinstance(spec, SharedIndexerSpec) and not indexed:
+                    raise ValueError(f"layer {index} uses the choice of an earlier indexer; found none")
+                indexed = indexed or (isinstance(spec, IndexerSpec) and spec.key_dim > 0)
+
+    def _check_borrowed(self, index: int, spec: Spec) -> None:
+        borrowed = spec.borrows()
+        if borrowed is None:
+            return
+        lender = self.layers[borrowed.layer].state() if borrowed.layer < index else None
+        if lender is None or not lender.serves(borrowed.kept):
+            raise ValueError(
+                f"layer {index} reads the state of layer {borrowed.layer}, which must be an earlier one of the same "
+                f"sizes that keeps its own; found {'none' if lender is None else repr(lender)}"
+            )
+
     def parameters(self) -> dict[str, Param]:
-        shape = (self.vocab_size, self.dim)
+        shape, found = (self.vocab_size, self.dim), {}
+        if self.lerope:
+            pairs = self._rope_lanes()[0] // 2
+            found["lerope.alpha"] = Param((pairs,), init="zeros", product=False, dtype="float32")
         if self.tied_embeddings:
-            return {"embed.weight": Param(shape, shard=0)}
+            return {"embed.weight": Param(shape, shard=0), **found}
         looked_up = Param(shape, shard=0, active=1 / self.vocab_size, product=False)
-        return {"embed.weight": looked_up, "head.weight": Param(shape, shard=0)}
+        return {"embed.weight": looked_up, "head.weight": Param(shape, shard=0), **found}
 
     def states(self) -> tuple[StateSpec | None, ...]:
         """What each layer keeps of a sequence, first to last; None for a layer that keeps nothing."""

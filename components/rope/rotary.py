@@ -14,6 +14,9 @@ from zoo.components.step import Step
 Angles = tuple[Tensor, Tensor]
 """cos and signed sin of every row, (T, 1, r) float32 each; sin is negative in the first half."""
 
+GAINS = "rope gains"
+"""Where learned gains of rope's angles stand in a step's memo."""
+
 
 class Rope(nn.Module):
     """Turns queries and keys by their positions. The angles are computed once per step for all equal Specs."""
@@ -24,13 +27,28 @@ class Rope(nn.Module):
 
     def forward(self, x_THd: Tensor, step: Step) -> Tensor:
         """Turns the first r lanes of every head; the result has x's dtype, the arithmetic is float32."""
-        angles = step.once(("rope", self.spec), lambda: rope_angles(self.spec, step.positions_T))
+        gains_r: Tensor | None = step.memo.get(GAINS)
+        angles = step.once(("rope", self.spec), lambda: rope_angles(self.spec, step.positions_T, gains_r))
         return rotate(x_THd, angles)
 
 
-def rope_angles(spec: RopeSpec, positions_T: Tensor) -> Angles:
-    """cos and signed sin of position x frequency, times the kind's factor."""
+class LeRoPE(nn.Module):
+    """Learned gains of rope's angles, the same in all layers: exp(alpha) for each lane pair."""
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(pairs))
+
+    def forward(self, step: Step) -> None:
+        """Says them to every layer of the step."""
+        step.memo[GAINS] = self.alpha.float().exp()
+
+
+def rope_angles(spec: RopeSpec, positions_T: Tensor, gains_r: Tensor | None = None) -> Angles:
+    """cos and signed sin of position x frequency x gain, times the kind's factor."""
     frequencies_r, factor = _frequencies(spec, positions_T.device)
+    if gains_r is not None:
+        frequencies_r = frequencies_r * gains_r
     angles_Tr = torch.outer(positions_T.float(), frequencies_r)
     cos, sin = angles_Tr.cos() * factor, angles_Tr.sin() * factor
     return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)

@@ -79,12 +79,12 @@ def test_both_ways_agree(
     generator = torch.Generator().manual_seed(rows)
     q_THd = torch.randn(rows, 3, 10, generator=generator)
     cached = Cached(torch.randn(1, past + rows, 18, generator=generator), rows)
-    expected = heads.expanded(q_THd, cached, {})
-    close(heads.absorbed(q_THd, cached, {}), expected)
+    expected = heads.expanded(q_THd, cached.kept_BSm[0], None, {})
+    close(heads.absorbed(q_THd, cached.kept_BSm[0], None, {}), expected)
     if rows == 1:
         kept = torch.cat((cached.kept_BSm, torch.full((1, 3, 18), 7.0)), 1).repeat(2, 1, 1)
         seen = (torch.arange(kept.shape[1]) <= past).repeat(2, 1)
-        close(heads(q_THd.repeat(2, 1, 1), Cached(kept, 1, seen), {}), expected.repeat(2, 1, 1))
+        close(heads(q_THd.repeat(2, 1, 1), Cached(kept, 1, seen), None, {}), expected.repeat(2, 1, 1))
 
 
 def test_the_cheaper_way_is_taken(small: Callable[..., DecoderSpec], filled: Callable[..., Any]) -> None:
@@ -106,7 +106,7 @@ def test_a_token_costs_one_row(storage: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope": {"theta": 100.0}, "mscale": 1.0}, "mscale needs a rope of kind 'yarn'; found mscale 1 and 'default'"),
+        ({"rope": {"theta": 100.0}, "mscale": 1.0}, "mscale needs a rope of kind 'yarn'; found mscale 1 without one"),
         ({"rope": {"theta": 100.0, "rotary_dim": 2}}, "remove rotary_dim from the rope"),
         ({"rope_head_dim": 3}, "must be even; found 3"),
         ({"cache": {"kind": "full"}}, "this kind needs 'num_kv_heads' from the nodes around it"),

@@ -55,6 +55,7 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 5,
     "rope": YARN,
 }
+INDEXER = {"kind": "lightning", "num_heads": 16, "head_dim": 6, "top_k": 3, "norm_eps": 1e-6}
 MAMBA2 = {
     "kind": "mamba2",
     "num_heads": 4,
@@ -73,6 +74,12 @@ def of(mixer: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"layers": [{"repeat": 2, "mixer": mixer | changes, "ffn": None}]}
 
 
+def borrowing(layer: int) -> dict[str, Any]:
+    """Three layers, the last with the latents of an earlier one."""
+    last = {"mixer": LATENT | {"cache": {"kind": "shared", "layer": layer}}, "ffn": None}
+    return {"layers": [{"repeat": 2, "mixer": LATENT, "ffn": None}, last]}
+
+
 # (slot, kind) -> field -> arguments of `small` with one value, and with another.
 CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     ("model", "decoder"): {
@@ -82,6 +89,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "embedding_scale": ({}, {"embedding_scale": 3.0}),
         "logits_divisor": ({}, {"logits_divisor": 3.0}),
         "logits_softcap": ({}, {"logits_softcap": 3.0}),
+        "lerope": ({}, {"lerope": True}),
         "norm": ({}, {"norm": {"kind": "rms", "eps": 0.1}}),
         "layers": (
             {},
@@ -135,8 +143,25 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
             "rope": {"theta": 20.0},
             "mscale": 1.0,
             "query_scaling": SCALING,
+            "ssmax": True,
+            "indexer": INDEXER,
+        }.items()
+    }
+    | {
+        "cache": ({"layers": [{"repeat": 3, "mixer": LATENT, "ffn": None}]}, borrowing(0)),
+    },
+    ("indexer", "lightning"): {
+        name: (of(LATENT, indexer=INDEXER), of(LATENT, indexer=INDEXER | {name: value}))
+        for name, value in {
+            "num_heads": 3,
+            "head_dim": 8,
+            "top_k": 4,
+            "norm_eps": 3.0,
+            "ssmax": True,
+            "rope": {"theta": 20.0},
         }.items()
     },
+    ("indexer", "shared"): {},
     ("mixer", "mamba2"): {
         name: (of(MAMBA2), of(MAMBA2, **{name: value}))
         for name, value in {
@@ -220,6 +245,9 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     ("cache", "full"): {},
     ("cache", "window"): {},
     ("cache", "latent"): {},
+    ("cache", "shared"): {
+        "layer": (borrowing(0), borrowing(1)),
+    },
     ("cache", "recurrent"): {},
     ("block", "postnorm"): {},
     ("block", "sandwich"): {},
@@ -228,7 +256,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     },
     ("block", "prenorm"): {},
 }
-ONLY_KIND = {("moe", "router"), ("latent_attention", "cache")}
+ONLY_KIND = {("moe", "router")}
 """Fields of a slot that has one built-in kind, the default: there is no other value."""
 
 

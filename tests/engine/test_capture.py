@@ -20,6 +20,8 @@ VOCABULARY, CONTEXT = 67, 600
 ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": {"theta": 50.0}}
 LATENT = {"kind": "latent_attention", "num_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 14, "rope": {"theta": 50.0}}
 LATENT |= {"nope_head_dim": 6, "rope_head_dim": 4, "v_head_dim": 5}
+INDEXER = {"kind": "lightning", "num_heads": 16, "head_dim": 6, "top_k": 20, "norm_eps": 1e-6}
+READING = LATENT | {"indexer": INDEXER, "cache": {"kind": "shared", "layer": 0}}
 GATED = {"kind": "gated", "hidden_dim": 20}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": GATED}
 SSM = {"num_heads": 6, "head_dim": 4, "num_groups": 2, "state_size": 5, "conv_size": 4, "norm_eps": 1e-5}
@@ -29,6 +31,7 @@ LAYERS: dict[str, list[dict[str, Any]]] = {
     "window in a full cache": [{"mixer": ATTENTION | {"window": 8, "cache": {"kind": "full"}}, "ffn": GATED}],
     "softcap": [{"mixer": ATTENTION | {"softcap": 3.0}, "ffn": GATED}],
     "latent": [{"mixer": LATENT, "ffn": GATED}, {"mixer": ATTENTION, "ffn": GATED}],
+    "indexed": [{"mixer": LATENT | {"indexer": INDEXER}, "ffn": GATED}, {"mixer": READING, "ffn": GATED}],
     "mamba2": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": None}],
     "hybrid": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": GATED}, {"mixer": ATTENTION, "ffn": None}],
 }

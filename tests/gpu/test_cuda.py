@@ -26,6 +26,8 @@ ROPE = {"theta": 1e4}
 ATTENTION: dict[str, Any] = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "rope": ROPE}
 LATENT: dict[str, Any] = {"kind": "latent_attention", "num_heads": 4, "q_lora_rank": 40, "kv_lora_rank": 48}
 LATENT |= {"nope_head_dim": 16, "rope_head_dim": 8, "v_head_dim": 16, "rope": ROPE}
+INDEXER: dict[str, Any] = {"kind": "lightning", "num_heads": 32, "head_dim": 16, "top_k": 20, "norm_eps": 1e-6}
+READING = LATENT | {"indexer": INDEXER, "cache": {"kind": "shared", "layer": 0}}
 GATED: dict[str, Any] = {"kind": "gated", "hidden_dim": 80}
 MOE = {"kind": "moe", "num_experts": 8, "experts_per_token": 2, "expert": {"kind": "gated", "hidden_dim": 32}}
 MAMBA2 = {"kind": "mamba2", "num_heads": 8, "head_dim": 8, "num_groups": 2, "state_size": 16, "conv_size": 4}
@@ -37,6 +39,7 @@ LAYERS: dict[str, list[dict[str, Any]]] = {
     "norms": [{"mixer": ATTENTION | {"qk_norm": {"kind": "rms", "eps": 1e-6}, "qkv_bias": True}, "ffn": GATED}],
     "softcap": [{"mixer": ATTENTION | {"softcap": 30.0}, "ffn": GATED}],
     "latent": [{"repeat": 2, "mixer": LATENT, "ffn": MOE}],
+    "indexed": [{"mixer": LATENT | {"indexer": INDEXER}, "ffn": GATED}, {"mixer": READING, "ffn": GATED}],
     "mamba2": [{"repeat": 2, "mixer": MAMBA2 | {"norm_eps": 1e-5}, "ffn": None}],
     "mamba1": [{"repeat": 2, "mixer": MAMBA1, "ffn": None}],
     "hybrid": [{"mixer": MAMBA2 | {"norm_eps": 1e-5}, "ffn": GATED}, {"mixer": ATTENTION, "ffn": MOE}],
