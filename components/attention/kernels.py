@@ -165,7 +165,7 @@ def sdpa(
         q_1GNd = q_HTd.reshape(1, groups, -1, width)
         mask = None if rows == 1 else _mask(q_THd, past, window, heads // groups, memo)
         o_1GNd = F.scaled_dot_product_attention(q_1GNd, k_1GSd, v_1GSd, attn_mask=mask, scale=scale)
-        return o_1GNd.view(heads, rows, width).transpose(0, 1)
+        return o_1GNd.reshape(heads, rows, width).transpose(0, 1)
     causal = past == 0 and window is None
     mask = None if causal else _many_rows(q_THd, past, window, memo)
     o_1HTd = F.scaled_dot_product_attention(

@@ -21,7 +21,7 @@ CHUNK = 64
 
 BUSY = {"cpu": 1 << 14}
 OTHER_BUSY = 1 << 24
-"""Elements of a state that keep a device busy: with fewer, `selective` runs more pieces of a sequence at once."""
+"""Elements of a state that keep a device busy: with fewer, more pieces of a sequence run at once."""
 
 
 def ssd(
@@ -33,8 +33,9 @@ def ssd(
         y_BHd, state_BHdn = _ssd_step(a_H, state_BHdn, x_BTHd[:, 0], dt_BTH[:, 0], b_BTGn[:, 0], c_BTGn[:, 0])
         return y_BHd.unsqueeze(1), state_BHdn.flatten(1, 2)
     parts = []
-    for piece in zip(*(rows.split(CHUNK, dim=1) for rows in (x_BTHd, dt_BTH, b_BTGn, c_BTGn)), strict=True):
-        y_BTHd, state_BHdn = _ssd_chunk(a_H, state_BHdn, *piece)
+    length = CHUNK * max(1, _busy(state_BHdn) // state_BHdn.numel())
+    for piece in zip(*(rows.split(length, dim=1) for rows in (x_BTHd, dt_BTH, b_BTGn, c_BTGn)), strict=True):
+        y_BTHd, state_BHdn = _ssd_chunks(a_H, state_BHdn, *piece)
         parts.append(y_BTHd)
     return torch.cat(parts, dim=1), state_BHdn.flatten(1, 2)
 
@@ -122,30 +123,56 @@ def _ssd_step(
     return (state_BHdn @ c_BHn.unsqueeze(-1)).squeeze(-1), state_BHdn
 
 
-def _ssd_chunk(
+def _ssd_chunks(
     a_H: Tensor, state_BHdn: Tensor, x_BTHd: Tensor, dt_BTH: Tensor, b_BTGn: Tensor, c_BTGn: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A chunk's outputs: from its own tokens as masked attention, and from the state before it."""
-    groups, shared = b_BTGn.shape[2], x_BTHd.shape[2] // b_BTGn.shape[2]
-    a_BHT = (dt_BTH * a_H).transpose(1, 2)
-    decay_BHTT = torch.exp(segment_sums(a_BHT))
-    start_BHT1 = torch.exp(a_BHT.cumsum(-1)).unsqueeze(-1)
-    input_BHTd = (x_BTHd * dt_BTH.unsqueeze(-1)).transpose(1, 2)
-    b_BGTn, c_BGTn = b_BTGn.transpose(1, 2), c_BTGn.transpose(1, 2)
-    scores_BGTT = b_BGTn @ c_BGTn.transpose(2, 3)
-    weights_BHTT = (decay_BHTT.unflatten(1, (groups, shared)) * scores_BGTT.unsqueeze(2)).flatten(1, 2)
-    b_BHTn, c_BHTn = (value.repeat_interleave(shared, dim=1) for value in (b_BGTn, c_BGTn))
-    y_BHTd = weights_BHTT.transpose(2, 3) @ input_BHTd
-    y_BHTd = torch.addcmul(y_BHTd, start_BHT1, c_BHTn @ state_BHdn.transpose(2, 3))
-    kept_BHdn = state_BHdn * start_BHT1[:, :, -1:]
-    added_BHdn = (input_BHTd * decay_BHTT[..., -1:]).transpose(2, 3) @ b_BHTn
-    return y_BHTd.transpose(1, 2), kept_BHdn + added_BHdn
+    """Chunks side by side: each chunk's outputs from its own tokens as masked attention, and from the state before it.
+
+    The sequence is filled up to whole chunks: a step of size zero keeps the state.
+    """
+    batch, rows, groups = *x_BTHd.shape[:2], b_BTGn.shape[2]
+    shared, size = x_BTHd.shape[2] // groups, min(rows, CHUNK)
+    x_NTHd, dt_NTH, b_NTGn, c_NTGn = (_chunks(value, size) for value in (x_BTHd, dt_BTH, b_BTGn, c_BTGn))
+    a_NHT = (dt_NTH * a_H).transpose(1, 2)
+    decay_NHTT = torch.exp(segment_sums(a_NHT))
+    start_NHT1 = torch.exp(a_NHT.cumsum(-1)).unsqueeze(-1)
+    input_NHTd = (x_NTHd * dt_NTH.unsqueeze(-1)).transpose(1, 2)
+    b_NGTn, c_NGTn = b_NTGn.transpose(1, 2), c_NTGn.transpose(1, 2)
+    scores_NGTT = b_NGTn @ c_NGTn.transpose(2, 3)
+    weights_NHTT = (decay_NHTT.unflatten(1, (groups, shared)) * scores_NGTT.unsqueeze(2)).flatten(1, 2)
+    b_NHTn, c_NHTn = (value.repeat_interleave(shared, dim=1) for value in (b_NGTn, c_NGTn))
+    y_NHTd = weights_NHTT.transpose(2, 3) @ input_NHTd
+    added_NHdn = (input_NHTd * decay_NHTT[..., -1:]).transpose(2, 3) @ b_NHTn
+    before_NHdn, state_BHdn = _passed_on(state_BHdn, start_NHT1[:, :, -1:], added_NHdn)
+    y_NHTd = torch.addcmul(y_NHTd, start_NHT1, c_NHTn @ before_NHdn.transpose(2, 3))
+    return y_NHTd.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :rows], state_BHdn
+
+
+def _chunks(rows_BT: Tensor, size: int) -> Tensor:
+    """(B, T, ...) as chunks of `size` rows, (N, T, ...), zeros at the end of a sequence."""
+    missing = -rows_BT.shape[1] % size
+    if missing:
+        rows_BT = torch.cat((rows_BT, rows_BT.new_zeros(rows_BT.shape[0], missing, *rows_BT.shape[2:])), dim=1)
+    return rows_BT.unflatten(1, (-1, size)).flatten(0, 1)
+
+
+def _passed_on(state_BHdn: Tensor, kept_NH11: Tensor, added_NHdn: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each chunk, (N, H, d, n), and after the last: a chunk keeps a share of it and adds its own."""
+    kept, added = (value.unflatten(0, (len(state_BHdn), -1)).unbind(1) for value in (kept_NH11, added_NHdn))
+    before = []
+    for share_BH11, more_BHdn in zip(kept, added, strict=True):
+        before.append(state_BHdn)
+        state_BHdn = torch.addcmul(more_BHdn, state_BHdn, share_BH11)
+    return torch.stack(before, dim=1).flatten(0, 1), state_BHdn
+
+
+def _busy(state: Tensor) -> int:
+    return BUSY.get(state.device.type, OTHER_BUSY)
 
 
 def _pieces(rows: int, state_BWn: Tensor) -> int:
     """How many pieces of a sequence run side by side: more steps than pieces, and no more than the device can use."""
-    busy = BUSY.get(state_BWn.device.type, OTHER_BUSY)
-    return max(1, min(isqrt(rows), busy // state_BWn.numel()))
+    return max(1, min(isqrt(rows), _busy(state_BWn) // state_BWn.numel()))
 
 
 def _cut(rows_BTW: Tensor, pieces: int, length: int) -> Tensor:
