@@ -75,7 +75,7 @@ def _from_plugin(name: str) -> bool:
 
 def _card_table(by_family: dict[str, list[Inspection]]) -> str:
     rows = ["| card | family | parameters | active | context | licence |", "|---|---|---:|---:|---:|---|"]
-    for i in (i for family in by_family.values() for i in family):
+    for i in (i for family in by_family.values() for i in family if i.resolved):
         active = number(i.active_parameters) if i.active_parameters != i.parameters else ""
         rows.append(
             f"| [`{i.card.name}`](docs/cards.md#{_anchor(i)}) | {i.card.family} | {number(i.parameters)} | {active} "
@@ -102,8 +102,14 @@ def _card(i: Inspection) -> str:
     card = i.card
     hub = card.source.hub
     source = f"[{hub}](https://huggingface.co/{hub})" if hub else "in the package"
+    title = f"\n### {card.name}\n\n{card.summary}\n\n"
+    if card.unsupported:
+        return (
+            f"{title}- not supported: {card.unsupported}\n"
+            f"- licence {card.license}; released {card.released or 'unknown'}; weights: {source}\n"
+        )
     return (
-        f"\n### {card.name}\n\n{card.summary}\n\n"
+        f"{title}"
         f"- {number(i.parameters)} parameters{_active(i)}; {size(i.weight_bytes)} of weights in {i.dtype}\n"
         f"- context of {card.context_length:,} tokens; {_cache(i)}\n"
         f"- features: {', '.join(card.text.features) or 'none'}\n"

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from zoo.registry.catalog import CARD_SUFFIXES, Catalog, Resource
 from zoo.registry.errors import CardError
-from zoo.registry.faults import card_error, spot
+from zoo.registry.faults import card_error, missing, spot
 from zoo.registry.manager import BUILT_IN, log, manager
 from zoo.registry.node import Node, from_plain, merge, put, shown, undotted
 from zoo.registry.node import Path as Keys
@@ -92,7 +92,12 @@ class Card(_Part):
     context_length: int = Field(gt=0, description="The longest sequence in tokens.")
     source: Source = Field(default_factory=Source, description="Where the weights are.")
     text: Text = Field(default_factory=Text, description="How text becomes tokens.")
-    model: Annotated[dict[str, Any], PlainValidator(_mapping)] = Field(description="Tree of components.")
+    unsupported: Annotated[str | None, Field(min_length=1)] = Field(
+        default=None, description="What of the checkpoint zoo cannot compute: such a card is listed and not loaded."
+    )
+    model: Annotated[dict[str, Any], PlainValidator(_mapping)] = Field(
+        default_factory=dict, description="Tree of components; left out where `unsupported` says why."
+    )
 
     _node: Node = PrivateAttr()
 
@@ -105,6 +110,7 @@ class Card(_Part):
             raise card_error(error, cls, node, ()) from None
         card._node = node
         card._check_source()
+        card._check_model()
         return card
 
     @classmethod
@@ -161,6 +167,21 @@ class Card(_Part):
             raise self.fault(
                 ("source", "revision"), "a revision belongs to a hub repository", expected="`hub` beside it"
             )
+
+    def _check_model(self) -> None:
+        has_model = self._node.child("model") is not None
+        if self.unsupported is None and not has_model:
+            raise missing(type(self), self._node, ("model",))
+        if self.unsupported is not None and has_model:
+            raise self.fault(("unsupported",), "a model that zoo cannot compute has no tree", expected="no `model`")
+
+    def refusal(self) -> CardError:
+        """The error for running a card that says `unsupported`."""
+        return self.fault(
+            ("unsupported",),
+            f"zoo cannot run {self.name} yet: {self.unsupported}",
+            hint="`zoo list` shows the cards that it can run",
+        )
 
     def fault(self, path: Keys, message: str, **details: Any) -> CardError:
         """A CardError placed at `path`."""

@@ -28,7 +28,10 @@ MAX_LAYERS = 10_000
 
 
 def resolve(card: Card, catalog: Catalog | None = None) -> Plan:
-    """The complete Specs of a card. Raises CardError, or PluginError where a component cannot be imported."""
+    """The complete Specs of a card. Raises CardError, also for a card that says `unsupported`, or PluginError where a
+    component cannot be imported."""
+    if card.unsupported is not None:
+        raise card.refusal()
     catalog = catalog or manager().catalog
     resolver = _Resolver(card.tree, catalog)
     scope = Scope({"context_length": (card.context_length, ("context_length",))})

@@ -42,7 +42,11 @@ def schema(catalog: Catalog | None = None) -> Json:
         **{key: card[key] for key in ("description", "type", "additionalProperties", "properties")},
         "required": ["name"],
         "if": {"properties": {"extends": {"type": "string"}}, "required": ["extends"]},
-        "else": {"required": card["required"], "properties": whole},
+        "else": {
+            "required": card["required"],
+            "properties": whole,
+            "oneOf": [{"required": ["model"]}, {"required": ["unsupported"]}],
+        },
         "$defs": _reachable(defs | writer.defs, [whole, properties]),
     }
 

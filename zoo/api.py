@@ -41,13 +41,13 @@ def inspect(ref: Ref, *, dtype: str = "auto", overrides: Mapping[str, Any] | Non
             "unknown dtype", where="dtype", found=repr(dtype), expected=f"auto or one of {', '.join(BYTES)}"
         )
     found = locate(ref, overrides)
-    plan = resolve(found.card)
+    plan = None if found.card.unsupported else resolve(found.card)
     return Inspection(
         card=found.card,
-        plan=plan,
+        resolved=plan,
         dtype=found.card.source.dtype if dtype == "auto" else dtype,
         folder=found.folder,
-        owners=_owners(plan),
+        owners=_owners(found.card, plan),
     )
 
 
@@ -100,12 +100,12 @@ def load(
 
 def tokenizer_of(inspection: Inspection) -> "Tokenizer":
     """The inspected model's tokenizer, from its folder, else from the hub: only tokenizer files are fetched."""
-    folder = inspection.folder
+    plan, folder = inspection.plan, inspection.folder
     if folder is None and inspection.card.source.hub:
         from zoo.loading.hub import fetch
 
         folder = fetch(inspection.card.source, weights=False)
-    tokenizer = _tokenizer(inspection.plan, folder)
+    tokenizer = _tokenizer(plan, folder)
     if isinstance(tokenizer, TextError):
         raise tokenizer
     return tokenizer
@@ -194,11 +194,12 @@ def _no_model(path: Path) -> CardError:
     return CardError("there is no such card, folder or file", where=str(path), hint=hint)
 
 
-def _owners(plan: Plan) -> dict[str, str]:
+def _owners(card: Card, plan: Plan | None) -> dict[str, str]:
     """Who brought the card and each component in use."""
-    resource = manager().catalog.cards.get(plan.card.name)
-    card_owner = resource.owner if resource and str(resource.file) == plan.card.file else plan.card.file
-    return {"card": card_owner, **{f"{entry.slot} {entry.kind}": entry.owner for entry in plan.entries}}
+    resource = manager().catalog.cards.get(card.name)
+    card_owner = resource.owner if resource and str(resource.file) == card.file else card.file
+    entries = plan.entries if plan else ()
+    return {"card": card_owner, **{f"{entry.slot} {entry.kind}": entry.owner for entry in entries}}
 
 
 def _context(card: Card, max_context: int | None) -> int:

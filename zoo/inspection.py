@@ -19,15 +19,23 @@ OVERHEAD_BYTES = 1 << 30
 class Inspection:
     """A card's arithmetic. `dtype` is the format that the byte figures assume.
 
+    resolved: None for a card that says `unsupported`: `to_dict` then tells what is known, all else raises CardError.
     folder: where the weights lie on this machine, or None when they would have to be fetched.
     owners: who provides the card and each component kind, as "slot kind" -> owner.
     """
 
     card: Card
-    plan: Plan
+    resolved: Plan | None
     dtype: str
     folder: Path | None
     owners: dict[str, str]
+
+    @property
+    def plan(self) -> Plan:
+        """The resolved card."""
+        if self.resolved is None:
+            raise self.card.refusal()
+        return self.resolved
 
     @property
     def parameters(self) -> int:
@@ -90,7 +98,9 @@ class Inspection:
 
     def to_dict(self, context: int | None = None) -> dict[str, Any]:
         """Everything above as plain data; `context` (tokens) defaults to the card's context length."""
-        length = context or self.card.context_length
+        return self._facts() | (self._figures(context or self.card.context_length) if self.resolved else {})
+
+    def _facts(self) -> dict[str, Any]:
         card = self.card
         return {
             "name": card.name,
@@ -102,7 +112,12 @@ class Inspection:
             "source": card.source.model_dump(),
             "folder": str(self.folder) if self.folder else None,
             "features": [*card.text.features],
+            "unsupported": card.unsupported,
             "dtype": self.dtype,
+        }
+
+    def _figures(self, length: int) -> dict[str, Any]:
+        return {
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "weight_bytes": self.weight_bytes,

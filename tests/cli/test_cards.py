@@ -40,6 +40,20 @@ def test_list_shows_every_card_and_filters(zoo_command: Command) -> None:
     assert zoo_command("list", "mixtral").out.split()[:3] == ["NAME", "FAMILY", "CONTEXT"]
 
 
+def test_cards_of_unsupported_models_say_so(zoo_command: Command) -> None:
+    name, reason = "voxtral-4b-tts-2603", "text-to-speech: its acoustic decoder is not implemented"
+    (row,) = json.loads(zoo_command("list", name, "--json").out)
+    assert row["unsupported"] == reason
+    assert f"Not supported: {reason}" in zoo_command("list", name).out
+    assert f"unsupported  {reason}" in zoo_command("inspect", name).out
+    found = json.loads(zoo_command("inspect", name, "--json").out)
+    assert found["unsupported"] == reason and "parameters" not in found
+    assert zoo_command("card", "check", name).out == f"{name}: ok, not supported: {reason}\n"
+    for arguments in ("run {} -p x", "diff {} tiny", "verify {}", "inspect {} --prompt x"):
+        done = zoo_command(*arguments.format(name).split())
+        assert done.code == 2 and f"zoo cannot run {name} yet: {reason}" in done.err
+
+
 def test_inspect_reckons_from_the_card(zoo_command: Command) -> None:
     found = json.loads(zoo_command("inspect", "mixtral-8x7b-instruct", "--json", "--context", "1000").out)
     assert found["parameters"] == 46_702_792_704

@@ -18,7 +18,7 @@ Change = Callable[[str, str], Card]
 Write = Callable[..., Card]
 
 HEAD = "context_length: 64"
-KEYS = "name, extends, family, summary, license, released, context_length, source, text, model"
+KEYS = "name, extends, family, summary, license, released, context_length, source, text, unsupported, model"
 
 MISTAKES = {
     "no name": ("name: small\n", "", "1: the key 'name' is missing. It gives: Name of the checkpoint."),
@@ -400,7 +400,18 @@ def test_every_field_of_a_card_has_an_effect(field: str, changed: Change) -> Non
 def test_the_table_above_names_every_field() -> None:
     nested: dict[str, type[BaseModel]] = {"source": Source, "text": Text}
     named = {*Card.model_fields, *(f"{key}.{field}" for key, part in nested.items() for field in part.model_fields)}
-    assert named == set(OBSERVED)
+    assert named - {"unsupported"} == set(OBSERVED)
+
+
+def test_a_card_has_a_model_or_says_what_is_not_supported(write: Write, changed: Change) -> None:
+    card = write("name: voice\ncontext_length: 64\nunsupported: 'text-to-speech: no decoder'\n", "voice.yaml")
+    with pytest.raises(CardError, match=r"voice\.yaml:3: unsupported: zoo cannot run voice yet: text-to-speech"):
+        _plan(card)
+    assert Card.from_dict(card.to_dict()).unsupported == card.unsupported
+    with pytest.raises(CardError, match=r":1: the key 'model' is missing\. It gives: Tree of components"):
+        write("name: voice\ncontext_length: 64\n", "voice.yaml")
+    with pytest.raises(CardError, match=r":3: unsupported: a model that zoo cannot compute has no tree; expected no"):
+        changed(HEAD, HEAD + "\nunsupported: speech")
 
 
 def test_the_weights_folder_is_beside_the_file_that_names_it(tmp_path: Path, card_text: str) -> None:

@@ -452,5 +452,10 @@ def test_a_plan_knows_who_brought_its_parts(plan: Plan) -> None:
 def test_every_built_in_card_resolves(name: str) -> None:
     from zoo.registry.card import load_card
 
-    plan = resolve(load_card(name))
+    card = load_card(name)
+    if card.unsupported:
+        with pytest.raises(CardError, match=f"zoo cannot run {name} yet: "):
+            resolve(card)
+        return
+    plan = resolve(card)
     assert sum(1 for _ in plan.model.walk()) > 10 and plan.tokenizer is not None

@@ -66,6 +66,7 @@ INVALID = {
     "source": ("name: small", "name: small\nsource: {dtype: int8}"),
     "layout": ("name: small", "name: small\nsource: {layout: mistrl}"),
     "chat": ("name: small", "name: small\ntext: {chat: mistrl}"),
+    "model of what is not supported": ("name: small", "name: small\nunsupported: speech"),
 }  # fmt: skip
 
 

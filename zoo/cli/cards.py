@@ -18,9 +18,11 @@ def list_cards(words: tuple[str, ...], as_json: bool) -> None:
 
     cards = [card for card in known() if all(word.lower() in _haystack(card) for word in words)]
     if as_json:
-        emit([{**_row(card), "features": [*card.text.features], "source": card.source.hub} for card in cards])
+        emit([{**_row(card), **_details(card)} for card in cards])
         return
     rows = [[str(value) for value in _row(card).values()] for card in cards]
+    for card, row in zip(cards, rows, strict=True):
+        row[-1] += f" Not supported: {card.unsupported}" if card.unsupported else ""
     click.echo(columns([["NAME", "FAMILY", "CONTEXT", "LICENSE", "SUMMARY"], *rows]))
 
 
@@ -32,6 +34,11 @@ def _row(card: Any) -> dict[str, Any]:
         "license": card.license,
         "summary": card.summary,
     }
+
+
+def _details(card: Any) -> dict[str, Any]:
+    """What `zoo list --json` tells beside the table."""
+    return {"features": [*card.text.features], "source": card.source.hub, "unsupported": card.unsupported}
 
 
 def _haystack(card: Any) -> str:
@@ -134,6 +141,9 @@ def card_check(refs: tuple[str, ...]) -> int:
     for ref in refs:
         try:
             found = inspect(ref)
+            if found.card.unsupported:
+                click.echo(f"{ref}: ok, not supported: {found.card.unsupported}")
+                continue
             click.echo(f"{ref}: ok, {number(found.parameters)} parameters, {len(found.plan.model.children())} parts")
         except ZooError as error:
             faults += 1

@@ -72,16 +72,20 @@ def _prompt(found: "Inspection", prompt: str, raw: bool) -> list[dict[str, Any]]
 def _write(data: dict[str, Any]) -> None:
     from zoo.cli.console import columns, number, size
 
+    facts = [
+        ["name", f"{data['name']}: {data['summary']}"],
+        ["license", f"{data['license'] or 'unknown'}, released {data['released'] or 'unknown'}"],
+        ["source", data["folder"] or data["source"]["hub"] or "none"],
+        ["features", ", ".join(data["features"]) or "none"],
+    ]
+    if data["unsupported"]:
+        click.echo(columns([*facts, ["unsupported", data["unsupported"]]], heading=False))
+        return
     memory = data["memory"]
     active = data["active_parameters"]
     sparse = f" ({number(active)} active for each token)" if active != data["parameters"] else ""
     room = "fits" if memory["fits"] else "does not fit"
-    source = data["source"]
-    facts = [
-        ["name", f"{data['name']}: {data['summary']}"],
-        ["license", f"{data['license'] or 'unknown'}, released {data['released'] or 'unknown'}"],
-        ["source", data["folder"] or source["hub"] or "none"],
-        ["features", ", ".join(data["features"]) or "none"],
+    facts += [
         ["parameters", number(data["parameters"]) + sparse],
         ["weights", f"{size(data['weight_bytes'])} in {data['dtype']}"],
         ["cache", " and ".join(_cache(data)) or "none"],
