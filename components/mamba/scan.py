@@ -153,7 +153,8 @@ def _chunks(rows_BT: Tensor, size: int) -> Tensor:
     missing = -rows_BT.shape[1] % size
     if missing:
         rows_BT = torch.cat((rows_BT, rows_BT.new_zeros(rows_BT.shape[0], missing, *rows_BT.shape[2:])), dim=1)
-    return rows_BT.unflatten(1, (-1, size)).flatten(0, 1)
+    chunks_NT: Tensor = rows_BT.unflatten(1, (-1, size)).flatten(0, 1)
+    return chunks_NT
 
 
 def _passed_on(state_BHdn: Tensor, kept_NH11: Tensor, added_NHdn: Tensor) -> tuple[Tensor, Tensor]:
