@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.components import fused
 from zoo.components.norm.spec import RMSSpec
 
 
@@ -22,6 +23,8 @@ class RMS(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Normalises the last axis of (..., D)."""
+        if fused.runs(x_TD) and self.spec.dim <= fused.WIDEST:
+            return fused.rms(x_TD, self.weight, self.spec.eps)
         return F.rms_norm(x_TD, (self.spec.dim,), None, self.spec.eps).mul_(self.weight)
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from zoo.components import fused
 from zoo.components.build import load
 from zoo.components.rope.spec import RopeSpec
 from zoo.components.step import Step
@@ -57,6 +58,8 @@ def rope_angles(spec: RopeSpec, positions_T: Tensor, gains_r: Tensor | None = No
 def rotate(x_THd: Tensor, angles: Angles) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of the first r lanes."""
     cos, sin = angles
+    if fused.runs(x_THd):
+        return fused.rotate(x_THd, cos, sin)
     lanes = cos.shape[-1]
     turning = x_THd if lanes == x_THd.shape[-1] else x_THd[..., :lanes]
     turned = torch.addcmul(turning * cos, turning.roll(lanes // 2, -1), sin).to(x_THd.dtype)

@@ -1,0 +1,132 @@
+"""Triton kernels against the plain formulas that they stand for: compiled on a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from zoo.components import fused
+from zoo.components.attention.kernels import attention_rows
+from zoo.components.attention.paged import attention_pages
+from zoo.components.ffn.gated import gate
+from zoo.components.norm.rms import rms_reference
+from zoo.components.rope.rotary import rotate
+from zoo.registry.errors import ZooError
+from zoo.testing import relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = "TRITON_INTERPRET"
+NARROW = 8e-3 if DEVICE == "cuda" else 2e-2
+"""Of bfloat16: one last bit, or two where the interpreter cuts numbers off that a GPU rounds."""
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+PAGE = 16
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED in os.environ, reason="the kernel is tested as it is")
+def test_interpreted_kernels() -> None:
+    """In a process of its own: Triton decides when it is imported whether it compiles or interprets."""
+    environment = os.environ | {INTERPRETED: "1"}
+    command = [sys.executable, "-m", "pytest", "-v", "--import-mode=importlib", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "23 passed" in done.stdout
+
+
+each_kernel = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or (DEVICE == "cpu" and INTERPRETED not in os.environ),
+    reason="needs Triton, and a process of its own where it interprets",
+)
+
+
+@each_kernel
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "width", "pages", "window", "softcap"),
+    [
+        (1, 8, 2, 16, 5, None, None),
+        (3, 6, 2, 24, 20, None, None),
+        (3, 8, 8, 32, 40, 70, None),
+        (4, 4, 1, 64, 33, None, 5.0),
+        (2, 4, 2, 80, 18, 260, 3.0),
+        (2, 40, 2, 128, 17, 1, None),
+    ],
+)
+def test_attention_over_pages(
+    batch: int, heads: int, groups: int, width: int, pages: int, window: int | None, softcap: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(pages)
+    pool = torch.randn(batch * pages + 1, 2, PAGE, groups, width, generator=generator)
+    tables_BP = 1 + torch.randperm(batch * pages, generator=generator).view(batch, pages)
+    filled_B = torch.randint(1, pages * PAGE + 1, (batch,), generator=generator)
+    filled_B[0] = pages * PAGE
+    q_BHd = torch.randn(batch, heads, width, generator=generator)
+    k_BGSd, v_BGSd = (pool[:, i][tables_BP].flatten(1, 2).transpose(1, 2) for i in range(2))
+    slots_S = torch.arange(pages * PAGE)
+    seen_BS = slots_S < filled_B[:, None]
+    if window is not None:
+        seen_BS &= slots_S >= filled_B[:, None] - window
+    expected = attention_rows(q_BHd, k_BGSd, v_BGSd, scale=0.3, seen_BS=seen_BS, memo={}, softcap=softcap)
+    inputs = [value.to(DEVICE) for value in (q_BHd, pool, tables_BP, filled_B)]
+    found = attention_pages(*inputs, scale=0.3, window=window, softcap=softcap)
+    assert relative_error(found.cpu(), expected) < 1e-5
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "heads", "lanes", "width"), [(1, 5, 8, 8), (7, 40, 128, 128), (3, 6, 20, 48), (4, 3, 12, 12)]
+)
+def test_rotation(rows: int, heads: int, lanes: int, width: int, dtype: torch.dtype) -> None:
+    """Of heads that are a part of wider rows, as queries and keys are."""
+    x_THd = draw(rows, heads + 2, width).to(dtype)[:, :heads]
+    angles_Tr = draw(rows, lanes // 2)
+    cos, sin = angles_Tr.cos(), angles_Tr.sin()
+    angles = torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+    expected = rotate(x_THd, angles)
+    found = fused.rotate(x_THd.to(DEVICE), *(angle.to(DEVICE) for angle in angles))
+    assert relative_error(found.cpu().float(), expected.float()) < (1e-6 if dtype is torch.float32 else NARROW)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 24), (5, 1500)])
+def test_gate(rows: int, width: int, dtype: torch.dtype) -> None:
+    x_T2F = draw(rows, 2 * width).to(dtype)
+    expected = gate(x_T2F, "silu")
+    found = fused.gate(x_T2F.to(DEVICE))
+    assert relative_error(found.cpu().float(), expected.float()) < (1e-6 if dtype is torch.float32 else NARROW)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 40), (2, 5, 96)])
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of rows one after the other, and of heads that are a part of wider rows."""
+    x = draw(*shape[:-2], shape[-2] + 1, shape[-1]).to(dtype)[..., : shape[-2], :]
+    weight_D = 1 + draw(shape[-1]).to(dtype) / 4
+    found = fused.rms(x.to(DEVICE), weight_D.to(DEVICE), 1e-5)
+    expected = rms_reference(x, weight_D, 1e-5)
+    assert relative_error(found.cpu().float(), expected.float()) < (1e-6 if dtype is torch.float32 else NARROW)
+
+
+def test_small_operations_are_plain_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not fused.runs(torch.ones(2, 3))
+    monkeypatch.setenv("ZOO_FUSED", "on")
+    fused.is_wanted.cache_clear()
+    with pytest.raises(ZooError, match=r"ZOO_FUSED.*'on'.*'off'"):
+        fused.is_wanted()
+    fused.is_wanted.cache_clear()
