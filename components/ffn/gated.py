@@ -15,6 +15,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -31,6 +32,11 @@ class Gated(nn.Module):
         """(T, D) to (T, D)."""
         down: Tensor = self.down(gate(self.gate_up(x_TD), self.spec.activation))
         return down
+
+    @staticmethod
+    def between(spec: GatedSpec, gate_up_T2F: Tensor) -> Tensor:
+        """What lies between the projections, (T, 2 F) to (T, F)."""
+        return gate(gate_up_T2F, spec.activation)
 
 
 def gate(gate_up_T2F: Tensor, activation: Activation) -> Tensor:

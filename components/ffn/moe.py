@@ -1,13 +1,15 @@
-"""Mixture of gated experts, computed expert by expert on grouped tokens."""
+"""Mixture of experts, computed expert by expert on grouped tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.components.build import make
-from zoo.components.ffn.gated import gate
+from zoo.components.build import load, make
 from zoo.components.ffn.spec import MoESpec
 from zoo.components.linear import can_pack, product
 from zoo.components.tuning import packed
@@ -19,36 +21,38 @@ class MoE(nn.Module):
     def __init__(self, spec: MoESpec) -> None:
         super().__init__()
         self.spec = spec
-        hidden = spec.gated.hidden_dim
-        self.experts_gate_up = nn.Parameter(torch.empty(spec.num_experts, 2 * hidden, spec.dim))
+        hidden = spec.form.hidden_dim
+        self.between: Callable[[Any, Tensor], Tensor] = load(spec.form.module).between
+        self.experts_in = nn.Parameter(torch.empty(spec.num_experts, len(spec.form.inputs) * hidden, spec.dim))
         self.experts_down = nn.Parameter(torch.empty(spec.num_experts, spec.dim, hidden))
         self.router = make(spec.router)
+        self.shared = None if spec.shared is None else make(spec.shared)
         self.packed: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
         weights_TK, experts_TK = self.router(x_TD)
-        if x_TD.device.type == "cpu":
-            return self._by_expert(x_TD, weights_TK, experts_TK)
-        return self._grouped(x_TD, weights_TK, experts_TK)
+        way = self._by_expert if x_TD.device.type == "cpu" else self._grouped
+        routed_TD = way(x_TD, weights_TK, experts_TK)
+        return routed_TD if self.shared is None else routed_TD + self.shared(x_TD)
 
     def pack(self) -> None:
         """Stores each expert in oneDNN's layout if that is worth it.
 
         The parameters keep their names and shapes, on the meta device: the packed experts take their place.
         """
-        if not (can_pack(self.experts_gate_up[0]) and can_pack(self.experts_down[0])):
+        if not (can_pack(self.experts_in[0]) and can_pack(self.experts_down[0])):
             return
         self.packed = [
-            (packed(gate_up), packed(down))
-            for gate_up, down in zip(self.experts_gate_up.detach(), self.experts_down.detach(), strict=True)
+            (packed(first), packed(down))
+            for first, down in zip(self.experts_in.detach(), self.experts_down.detach(), strict=True)
         ]
-        self.experts_gate_up = nn.Parameter(self.experts_gate_up.detach().to("meta"), requires_grad=False)
+        self.experts_in = nn.Parameter(self.experts_in.detach().to("meta"), requires_grad=False)
         self.experts_down = nn.Parameter(self.experts_down.detach().to("meta"), requires_grad=False)
 
     def _expert(self, index: int, x_TD: Tensor) -> Tensor:
-        gate_up, down = self.packed[index] if self.packed else (self.experts_gate_up[index], self.experts_down[index])
-        return product(gate(product(x_TD, gate_up), self.spec.gated.activation), down)
+        first, down = self.packed[index] if self.packed else (self.experts_in[index], self.experts_down[index])
+        return product(self.between(self.spec.form, product(x_TD, first)), down)
 
     def _by_expert(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """One product per chosen expert. Choices are host integers, which costs nothing on the CPU."""
@@ -67,12 +71,13 @@ class MoE(nn.Module):
         counts_E = torch.zeros(self.spec.num_experts, dtype=torch.int32, device=x_TD.device)
         counts_E.index_add_(0, experts_TK.flatten(), torch.ones_like(tokens_N, dtype=torch.int32))
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        hidden_NF = gate(
-            F.grouped_mm(x_TD[tokens_N], self.experts_gate_up.transpose(1, 2), offs=ends_E),
-            self.spec.gated.activation,
-        )
+        first_NR = F.grouped_mm(x_TD[tokens_N], self.experts_in.transpose(1, 2), offs=ends_E)
+        hidden_NF = self.between(self.spec.form, first_NR)
         y_ND = F.grouped_mm(hidden_NF, self.experts_down.transpose(1, 2), offs=ends_E)
-        return _combined(x_TD, y_ND, weights_TK.flatten()[order_N].unsqueeze(1), tokens_N)
+        # Back in the tokens' order and added up there: a device adds to one place in no certain order.
+        y_TKD = y_ND[order_N.argsort()].unflatten(0, experts_TK.shape)
+        total_TD: Tensor = (y_TKD * weights_TK.unsqueeze(-1)).sum(1)
+        return total_TD.to(x_TD.dtype)
 
 
 def moe_reference(moe: MoE, x_TD: Tensor) -> Tensor:
@@ -81,9 +86,10 @@ def moe_reference(moe: MoE, x_TD: Tensor) -> Tensor:
     total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for e in range(moe.spec.num_experts):
         share_T1 = (weights_TK * (experts_TK == e)).sum(-1, keepdim=True)
-        hidden_TF = gate(F.linear(x_TD, moe.experts_gate_up[e]), moe.spec.gated.activation)
+        hidden_TF = moe.between(moe.spec.form, F.linear(x_TD, moe.experts_in[e]))
         total_TD = total_TD + share_T1 * F.linear(hidden_TF, moe.experts_down[e])
-    return total_TD.to(x_TD.dtype)
+    routed_TD = total_TD.to(x_TD.dtype)
+    return routed_TD if moe.shared is None else routed_TD + moe.shared(x_TD)
 
 
 def _sorted(experts_TK: Tensor) -> tuple[Tensor, Tensor]:

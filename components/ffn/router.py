@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from zoo.components.ffn.spec import SoftmaxTopkSpec
+from zoo.components.ffn.spec import SigmoidSpec, SoftmaxSpec, SoftmaxTopkSpec
 from zoo.components.linear import product
 
 
@@ -22,3 +23,53 @@ class SoftmaxTopk(nn.Module):
         logits_TE = product(x_TD, self.weight).float()
         best_TK, experts_TK = logits_TE.topk(self.spec.experts_per_token, dim=-1)
         return best_TK.softmax(dim=-1), experts_TK
+
+
+class Softmax(nn.Module):
+    """The largest values of the softmax over all experts."""
+
+    def __init__(self, spec: SoftmaxSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.dim))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, D) to float32 weights (T, K) and int64 experts (T, K), the best first."""
+        scores_TE = F.linear(x_TD.float(), self.weight.float()).softmax(dim=-1)
+        _, experts_TK = within_groups(scores_TE, self.spec, best=1).topk(self.spec.experts_per_token, dim=-1)
+        return weighted(scores_TE.gather(-1, experts_TK), self.spec), experts_TK
+
+
+class Sigmoid(nn.Module):
+    """The largest values of the sigmoid and a bias; the weights are those of the sigmoid."""
+
+    def __init__(self, spec: SigmoidSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.dim))
+        self.bias = nn.Parameter(torch.empty(spec.num_experts))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, D) to float32 weights (T, K) and int64 experts (T, K), the best first."""
+        scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        biased_TE = within_groups(scores_TE + self.bias, self.spec, best=2)
+        _, experts_TK = biased_TE.topk(self.spec.experts_per_token, dim=-1)
+        return weighted(scores_TE.gather(-1, experts_TK), self.spec), experts_TK
+
+
+def within_groups(scores_TE: Tensor, spec: SoftmaxSpec | SigmoidSpec, *, best: int) -> Tensor:
+    """The scores, minus infinity outside of each token's groups: those whose `best` highest scores add up to most."""
+    if spec.groups_per_token == spec.groups:
+        return scores_TE
+    grouped_TGE = scores_TE.unflatten(-1, (spec.groups, -1))
+    _, groups_TK = grouped_TGE.topk(best, dim=-1)[0].sum(-1).topk(spec.groups_per_token, dim=-1)
+    outside_TG = torch.ones_like(grouped_TGE[..., 0], dtype=torch.bool).scatter_(-1, groups_TK, False)
+    inside_TE: Tensor = grouped_TGE.masked_fill(outside_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+    return inside_TE
+
+
+def weighted(weights_TK: Tensor, spec: SoftmaxSpec | SigmoidSpec) -> Tensor:
+    """The weights of the chosen experts, normalised and scaled as the Spec says."""
+    if spec.normalize:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return weights_TK * spec.scale

@@ -4,10 +4,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from zoo.components.fields import Count
+from zoo.components.fields import Count, Flag, Positive
 from zoo.registry.spec import Inherited, Param, Part, Slot, Spec
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 
 
 class GatedSpec(Spec):
@@ -19,8 +19,14 @@ class GatedSpec(Spec):
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
     hidden_dim: Count = Field(description="Size between the projections.")
     activation: Activation = Field(
-        default="silu", description="Function of the gate; gelu_tanh is the tanh approximation of gelu."
+        default="silu",
+        description="Function of the gate; gelu_tanh is the tanh approximation of gelu, relu2 the square of relu.",
     )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The projections of the input, in the order in which they are stored, `hidden_dim` rows each."""
+        return ("gate", "up")
 
     def parameters(self) -> dict[str, Param]:
         rows = self.hidden_dim
@@ -29,6 +35,37 @@ class GatedSpec(Spec):
             "gate_up.weight": Param((2 * rows, self.dim), shard=0, parts=parts),
             "down.weight": Param((self.dim, rows), shard=1),
         }
+
+
+class MLPSpec(Spec):
+    """down(activation(up(x))), without a gate: Nemotron-H's with relu2 (So et al., arXiv 2109.08668)."""
+
+    module: ClassVar[str] = "zoo.components.ffn.mlp:MLP"
+
+    kind: Literal["mlp"] = "mlp"
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
+    hidden_dim: Count = Field(description="Size between the projections.")
+    activation: Activation = Field(
+        description="Function between the projections; gelu_tanh is the tanh approximation of gelu, relu2 the square "
+        "of relu."
+    )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The projections of the input, `hidden_dim` rows each."""
+        return ("up",)
+
+    def parameters(self) -> dict[str, Param]:
+        return {
+            "up.weight": Param((self.hidden_dim, self.dim), shard=0),
+            "down.weight": Param((self.dim, self.hidden_dim), shard=1),
+        }
+
+
+EXPERTS = (GatedSpec, MLPSpec)
+"""What an expert of a mixture may be: kinds that name their `inputs`, and whose modules have `between`."""
+
+Expert = GatedSpec | MLPSpec
 
 
 class SoftmaxTopkSpec(Spec):
@@ -45,8 +82,74 @@ class SoftmaxTopkSpec(Spec):
         return {"weight": Param((self.num_experts, self.dim))}
 
 
+class _Grouped(Spec):
+    """Settings of routers that score all experts and may first choose among groups of them."""
+
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
+    num_experts: Annotated[Count, Inherited()] = Field(description="Experts to choose from.")
+    experts_per_token: Annotated[Count, Inherited()] = Field(description="Experts chosen for each token.")
+    groups: Count = Field(default=1, description="Groups of neighbouring experts; a divisor of num_experts.")
+    groups_per_token: Count = Field(default=1, description="Groups whose experts a token may choose from.")
+    scale: Positive = Field(default=1.0, description="What the weights are multiplied with at last.")
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.num_experts % self.groups:
+            raise ValueError(
+                f"groups must divide num_experts; found groups {self.groups} and num_experts {self.num_experts}"
+            )
+        if self.groups_per_token > self.groups:
+            raise ValueError(
+                "groups_per_token must not exceed groups; "
+                f"found groups_per_token {self.groups_per_token} and groups {self.groups}"
+            )
+        if self.groups_per_token * self.num_experts // self.groups < self.experts_per_token:
+            raise ValueError(
+                "the groups of a token must hold experts_per_token experts; "
+                f"found {self.groups_per_token} groups of {self.num_experts // self.groups}"
+            )
+        return self
+
+
+class SoftmaxSpec(_Grouped):
+    """The best of the softmax over all experts, as DeepSeek-V2's router (arXiv 2405.04434); computed in float32.
+
+    A group counts as much as its best expert.
+    """
+
+    module: ClassVar[str] = "zoo.components.ffn.router:Softmax"
+
+    kind: Literal["softmax"] = "softmax"
+    normalize: Flag = Field(default=False, description="Whether the weights of a token are divided by their sum.")
+
+    def parameters(self) -> dict[str, Param]:
+        return {"weight": Param((self.num_experts, self.dim))}
+
+
+class SigmoidSpec(_Grouped):
+    """Experts chosen by sigmoid and a learned bias, weighted by the sigmoid alone: DeepSeek-V3's (arXiv 2412.19437).
+
+    Computed in float32. A group counts as much as its best two experts together.
+    """
+
+    module: ClassVar[str] = "zoo.components.ffn.router:Sigmoid"
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    normalize: Flag = Field(default=True, description="Whether the weights of a token are divided by their sum.")
+
+    @model_validator(mode="after")
+    def _check_group_size(self) -> Self:
+        if self.groups > 1 and self.num_experts // self.groups < 2:
+            raise ValueError("a group must hold two experts or more; found groups of one")
+        return self
+
+    def parameters(self) -> dict[str, Param]:
+        bias = Param((self.num_experts,), init="zeros", product=False, dtype="float32")
+        return {"weight": Param((self.num_experts, self.dim)), "bias": bias}
+
+
 class MoESpec(Spec):
-    """A mixture of gated experts of which each token uses a few (Shazeer et al., arXiv 1701.06538)."""
+    """A mixture of experts of which each token uses a few (Shazeer et al., arXiv 1701.06538)."""
 
     module: ClassVar[str] = "zoo.components.ffn.moe:MoE"
 
@@ -57,7 +160,10 @@ class MoESpec(Spec):
     router: Annotated[Spec, Slot("router", default="softmax_topk", absent="build")] = Field(
         description="Chooses experts and their weights for each token."
     )
-    expert: Annotated[Spec, Slot("ffn")] = Field(description="One expert: a gated feed-forward.")
+    expert: Annotated[Spec, Slot("ffn")] = Field(description="One expert: a feed-forward, gated or not.")
+    shared: Annotated[Spec | None, Slot("ffn")] = Field(
+        default=None, description="A feed-forward that every token uses beside its experts; null for none."
+    )
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:
@@ -66,28 +172,30 @@ class MoESpec(Spec):
                 "experts_per_token must not exceed num_experts; "
                 f"found experts_per_token {self.experts_per_token} and num_experts {self.num_experts}"
             )
-        if not isinstance(self.expert, GatedSpec):
-            raise ValueError(f"the experts of a mixture must be of kind 'gated'; found kind '{self.expert.kind}'")
+        if not isinstance(self.expert, EXPERTS):
+            kinds = " or ".join(repr(kind.model_fields["kind"].default) for kind in EXPERTS)
+            raise ValueError(f"the experts of a mixture must be of kind {kinds}; found kind '{self.expert.kind}'")
         return self
 
     @property
-    def gated(self) -> GatedSpec:
+    def form(self) -> Expert:
         """The expert, by its own type."""
-        assert isinstance(self.expert, GatedSpec)
+        assert isinstance(self.expert, EXPERTS)
         return self.expert
 
     def parameters(self) -> dict[str, Param]:
-        experts, rows, share = self.num_experts, self.gated.hidden_dim, self.experts_per_token / self.num_experts
-        gate_up: dict[str, Part] = {}
+        experts, rows, share = self.num_experts, self.form.hidden_dim, self.experts_per_token / self.num_experts
+        inputs: dict[str, Part] = {}
         for e in range(experts):
-            gate_up[f"experts.{e}.gate.weight"] = Part((e, (0, rows)))
-            gate_up[f"experts.{e}.up.weight"] = Part((e, (rows, 2 * rows)))
+            for i, name in enumerate(self.form.inputs):
+                inputs[f"experts.{e}.{name}.weight"] = Part((e, (i * rows, (i + 1) * rows)))
         down = {f"experts.{e}.down.weight": Part((e,)) for e in range(experts)}
+        width = len(self.form.inputs) * rows
         return {
-            "experts_gate_up": Param((experts, 2 * rows, self.dim), shard=1, parts=gate_up, active=share),
+            "experts_in": Param((experts, width, self.dim), shard=1, parts=inputs, active=share),
             "experts_down": Param((experts, self.dim, rows), shard=2, parts=down, active=share),
         }
 
     def children(self) -> dict[str, Spec]:
-        """The router alone: experts are stacked in this component's own parameters."""
-        return {"router": self.router}
+        """The router and what is shared: experts are stacked in this component's own parameters."""
+        return {"router": self.router} | ({} if self.shared is None else {"shared": self.shared})

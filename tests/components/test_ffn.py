@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.ffn.moe import MoE, moe_reference
-from zoo.components.ffn.spec import GatedSpec, MoESpec, SoftmaxTopkSpec
+from zoo.components.ffn.spec import GatedSpec, MLPSpec, MoESpec, SigmoidSpec, SoftmaxSpec, SoftmaxTopkSpec
 
 
 def _moe_spec(experts: int = 5, chosen: int = 2) -> MoESpec:
@@ -91,7 +91,7 @@ def test_moe_equals_transformers(filled: Callable[..., Any], close: Callable[...
     config._experts_implementation = "eager"
     theirs = MixtralSparseMoeBlock(config)
     theirs.gate.weight.data = moe.router.weight.detach()
-    theirs.experts.gate_up_proj.data = moe.experts_gate_up.detach()
+    theirs.experts.gate_up_proj.data = moe.experts_in.detach()
     theirs.experts.down_proj.data = moe.experts_down.detach()
     x = torch.randn(11, 16)
     close(moe(x), theirs(x[None])[0])
@@ -131,3 +131,67 @@ def test_moe_in_bfloat16(rows: int, filled: Callable[..., Any], close: Callable[
     with torch.inference_mode():
         assert rounded(x).dtype is torch.bfloat16
         close(rounded(x), exact(x.float()), "bfloat16")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("groups", "taken"), [(1, 1), (3, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize("kind", [SoftmaxSpec, SigmoidSpec])
+def test_router_equals_the_formula(
+    kind: type[SoftmaxSpec | SigmoidSpec], groups: int, taken: int, normalize: bool, filled: Callable[..., Any]
+) -> None:
+    """Token by token, in plain numbers."""
+    sizes: dict[str, Any] = {
+        "dim": 16,
+        "num_experts": 12,
+        "experts_per_token": 3,
+        "groups": groups,
+        "groups_per_token": taken,
+    }
+    spec = kind(**sizes, normalize=normalize, scale=1.7)
+    router, x_TD = filled(spec), torch.randn(9, 16)
+    if kind is SigmoidSpec:
+        router.bias.data.normal_(std=0.3)
+    weights_TK, experts_TK = router(x_TD)
+    for x, weights, experts in zip(x_TD, weights_TK.tolist(), experts_TK.tolist(), strict=True):
+        logits = (router.weight.detach() @ x).double()
+        scores = (logits.softmax(0) if kind is SoftmaxSpec else logits.sigmoid()).tolist()
+        chosen = scores if kind is SoftmaxSpec else [s + b for s, b in zip(scores, router.bias.tolist(), strict=True)]
+        best, width = (1 if kind is SoftmaxSpec else 2), 12 // groups
+        totals = [sum(sorted(chosen[g * width : (g + 1) * width])[-best:]) for g in range(groups)]
+        open_groups = sorted(range(groups), key=lambda g: -totals[g])[:taken]
+        expected = sorted((e for e in range(12) if e // width in open_groups), key=lambda e: -chosen[e])[:3]
+        assert experts == expected
+        total = sum(scores[e] for e in expected) if normalize else 1.0
+        assert weights == pytest.approx([1.7 * scores[e] / total for e in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_mlp_equals_the_formula(rows: int, filled: Callable[..., Any], close: Callable[..., None]) -> None:
+    mlp, x = filled(MLPSpec(dim=16, hidden_dim=24, activation="relu2")), torch.randn(rows, 16)
+    close(mlp(x), (x @ mlp.up.weight.T).clamp(min=0) ** 2 @ mlp.down.weight.T)
+
+
+@pytest.mark.parametrize("way", ["forward", "_grouped"])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("router", [SoftmaxTopkSpec, SoftmaxSpec, SigmoidSpec])
+def test_mixture_of_other_experts_with_a_shared_one(
+    router: type[SoftmaxTopkSpec | SoftmaxSpec | SigmoidSpec],
+    rows: int,
+    way: str,
+    filled: Callable[..., Any],
+    close: Callable[..., None],
+) -> None:
+    expert = MLPSpec(dim=16, hidden_dim=24, activation="relu2")
+    sizes: dict[str, Any] = {"dim": 16, "num_experts": 5, "experts_per_token": 3}
+    spec = MoESpec(**sizes, router=router(**sizes), expert=expert, shared=GatedSpec(dim=16, hidden_dim=40))
+    moe, x = filled(spec), torch.randn(rows, 16)
+    expected = moe_reference(moe, x)
+    weights_TK, experts_TK = moe.router(x)
+    by_hand = moe.shared(x).clone()
+    for t in range(rows):
+        for weight, e in zip(weights_TK[t], experts_TK[t].tolist(), strict=True):
+            hidden = (moe.experts_in[e] @ x[t]).clamp(min=0) ** 2
+            by_hand[t] += weight * (moe.experts_down[e] @ hidden)
+    close(expected, by_hand)
+    found = moe(x) if way == "forward" else moe._grouped(x, weights_TK, experts_TK) + moe.shared(x)
+    close(found, expected)

@@ -44,6 +44,14 @@ ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim":
 EXPERT = {"kind": "gated", "hidden_dim": 24}
 SCALED: dict[str, Any] = {"kind": "scaled", "residual_scale": 0.3, "mixer": ATTENTION, "ffn": EXPERT}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": EXPERT}
+MLP = {"kind": "mlp", "hidden_dim": 24, "activation": "relu2"}
+
+
+def routed(kind: str, **fields: Any) -> dict[str, Any]:
+    """A mixture of eight experts with a router of that kind."""
+    return {"ffn": MOE | {"num_experts": 8, "router": {"kind": kind} | fields}}
+
+
 SCALING = {"beta": 0.5, "original_context": 4}
 LATENT: dict[str, Any] = {
     "kind": "latent_attention",
@@ -194,8 +202,25 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "num_experts": ({"ffn": MOE}, {"ffn": MOE | {"num_experts": 5}}),
         "experts_per_token": ({"ffn": MOE}, {"ffn": MOE | {"experts_per_token": 3}}),
         "expert": ({"ffn": MOE}, {"ffn": MOE | {"expert": EXPERT | {"activation": "gelu_tanh"}}}),
+        "shared": ({"ffn": MOE}, {"ffn": MOE | {"shared": EXPERT}}),
+    },
+    ("ffn", "mlp"): {
+        "hidden_dim": ({"ffn": MLP}, {"ffn": MLP | {"hidden_dim": 20}}),
+        "activation": ({"ffn": MLP}, {"ffn": MLP | {"activation": "silu"}}),
     },
     ("router", "softmax_topk"): {},
+    ("router", "softmax"): {
+        "normalize": (routed("softmax"), routed("softmax", normalize=True)),
+        "groups": (routed("softmax"), routed("softmax", groups=2)),
+        "groups_per_token": (routed("softmax", groups=2), routed("softmax", groups=2, groups_per_token=2)),
+        "scale": (routed("softmax"), routed("softmax", scale=2.5)),
+    },
+    ("router", "sigmoid"): {
+        "normalize": (routed("sigmoid"), routed("sigmoid", normalize=False)),
+        "groups": (routed("sigmoid"), routed("sigmoid", groups=2)),
+        "groups_per_token": (routed("sigmoid", groups=2), routed("sigmoid", groups=2, groups_per_token=2)),
+        "scale": (routed("sigmoid"), routed("sigmoid", scale=2.5)),
+    },
     ("norm", "rms"): {"eps": ({}, {"norm": {"kind": "rms", "eps": 0.01}})},
     ("norm", "rms_plus_one"): {
         "eps": ({"norm": {"kind": "rms_plus_one", "eps": 1e-5}}, {"norm": {"kind": "rms_plus_one", "eps": 0.01}})
@@ -294,7 +319,7 @@ def test_every_written_field_has_a_case() -> None:
 
 
 def test_slots_of_one_kind_refuse_others(small: Callable[..., Any]) -> None:
-    assert manager().catalog.kinds("router") == ["softmax_topk"]
+    assert manager().catalog.kinds("router") == ["softmax_topk", "softmax", "sigmoid"]
     with pytest.raises(CardError, match="router"):
         small(ffn=MOE | {"router": {"kind": "hash"}})
 

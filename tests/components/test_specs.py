@@ -15,7 +15,7 @@ from zoo.components.attention.spec import AttentionSpec
 from zoo.components.build import build
 from zoo.components.cache.spec import FullCacheSpec, WindowCacheSpec
 from zoo.components.decoder.spec import DecoderSpec
-from zoo.components.ffn.spec import GatedSpec, MoESpec, SoftmaxTopkSpec
+from zoo.components.ffn.spec import GatedSpec, MLPSpec, MoESpec, SigmoidSpec, SoftmaxSpec, SoftmaxTopkSpec
 from zoo.components.norm.spec import RMSSpec
 from zoo.components.rope.spec import DefaultRopeSpec, LinearRopeSpec, Llama3RopeSpec, YarnRopeSpec
 from zoo.registry.errors import PluginError
@@ -24,6 +24,7 @@ from zoo.registry.spec import Param, Rotary, Spec
 ROPE = DefaultRopeSpec(head_dim=6, theta=1e4)
 FULL = FullCacheSpec(num_kv_heads=2, head_dim=6)
 GATED = GatedSpec(dim=16, hidden_dim=24)
+ROUTES = {"dim": 16, "num_experts": 8, "experts_per_token": 3}
 ROUTER = SoftmaxTopkSpec(dim=16, num_experts=4, experts_per_token=2)
 ATTENTION: dict[str, Any] = {"dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": ROPE, "cache": FULL}
 MOE: dict[str, Any] = {"dim": 16, "num_experts": 4, "experts_per_token": 2, "router": ROUTER, "expert": GATED}
@@ -119,8 +120,14 @@ def test_rotary_rows_are_marked() -> None:
         (AttentionSpec, ATTENTION | {"query_scaling": {"beta": 0.1}}, "original_context"),
         (AttentionSpec, {k: v for k, v in ATTENTION.items() if k != "rope"}, "Field required"),
         (MoESpec, MOE | {"experts_per_token": 5}, "experts_per_token must not exceed num_experts; found"),
-        (MoESpec, MOE | {"expert": MoESpec(**MOE)}, "experts of a mixture must be of kind 'gated'; found kind 'moe'"),
-        (GatedSpec, {"dim": 16, "hidden_dim": 8, "activation": "relu"}, "'silu', 'gelu' or 'gelu_tanh'"),
+        (MoESpec, MOE | {"expert": MoESpec(**MOE)}, "a mixture must be of kind 'gated' or 'mlp'; found kind 'moe'"),
+        (SoftmaxSpec, ROUTES | {"groups": 3}, "groups must divide num_experts; found groups 3 and num_experts 8"),
+        (SoftmaxSpec, ROUTES | {"groups": 2, "groups_per_token": 3}, "groups_per_token must not exceed groups; found"),
+        (SigmoidSpec, ROUTES | {"groups": 4}, "the groups of a token must hold experts_per_token experts; found 1 gro"),
+        (SigmoidSpec, ROUTES | {"groups": 8, "groups_per_token": 4}, "a group must hold two experts or more"),
+        (SigmoidSpec, ROUTES | {"scale": 0.0}, "greater than 0"),
+        (MLPSpec, {"dim": 16, "hidden_dim": 8}, "Field required"),
+        (GatedSpec, {"dim": 16, "hidden_dim": 8, "activation": "relu"}, "'silu', 'gelu', 'gelu_tanh' or"),
         (RMSSpec, {"dim": 16, "eps": 0.0}, "greater than 0"),
         (RMSSpec, {"dim": 16, "eps": float("nan")}, "finite number"),
         (DefaultRopeSpec, {"head_dim": 7, "theta": 1e4}, "head_dim must be even; found 7"),
