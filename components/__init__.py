@@ -15,6 +15,8 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("block", "postnorm", "zoo.components.block.spec:PostnormSpec")
     register("block", "sandwich", "zoo.components.block.spec:SandwichSpec")
     register("block", "scaled", "zoo.components.block.spec:ScaledSpec")
+    register("block", "sharing", "zoo.components.block.spec:SharingSpec")
+    register("shared", "transformer", "zoo.components.shared.spec:TransformerSpec")
     register("mixer", "attention", "zoo.components.attention.spec:AttentionSpec")
     register("mixer", "latent_attention", "zoo.components.attention.spec:LatentAttentionSpec")
     register("mixer", "mamba1", "zoo.components.mamba.spec:Mamba1Spec")

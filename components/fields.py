@@ -9,6 +9,9 @@ from pydantic import Field
 Count = Annotated[int, Field(strict=True, ge=1)]
 """A whole number, one or more."""
 
+Index = Annotated[int, Field(strict=True, ge=0)]
+"""A place in a list, from 0 on."""
+
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 """A finite number above zero."""
 

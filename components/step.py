@@ -93,6 +93,11 @@ class Step:
     states: Sequence[Any]
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
+    @property
+    def embeddings_TD(self) -> Tensor:
+        """What entered the first layer, as the decoder left it for those that come back to it."""
+        return self.memo["embeddings"]  # type: ignore[no-any-return]
+
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value made for `key` in this step, made on first use."""
         if key not in self.memo:

@@ -191,3 +191,7 @@ class StateSpec(Spec):
     def nbytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one layer for one sequence, with `itemsize` bytes for a number in the cache's dtype."""
         return itemsize * self.elements(tokens)
+
+    def parts(self) -> tuple[StateSpec | None, ...]:
+        """What is stored apart: more than one thing for a block of several mixers."""
+        return (self,)

@@ -21,16 +21,19 @@ class Attention(nn.Module):
         self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self.qkv = Linear(spec.dim, sum(self.heads) * spec.head_dim, bias=spec.qkv_bias)
-        self.o = Linear(spec.num_heads * spec.head_dim, spec.dim, bias=spec.o_bias)
+        self.o = Linear(spec.num_heads * spec.head_dim, spec.output, bias=spec.o_bias)
         children = spec.children()
         self.q_norm = make(children["q_norm"]) if "q_norm" in children else None
         self.k_norm = make(children["k_norm"]) if "k_norm" in children else None
         self.rope = None if spec.rope is None else make(spec.rope)
 
-    def forward(self, x_TD: Tensor, step: Step, state: KVState) -> Tensor:
-        """(T, D) to (T, D); appends this step's keys and values to `state`."""
-        spec = self.spec
-        qkv_TAd = self.qkv(x_TD).view(-1, sum(self.heads), spec.head_dim)
+    def forward(self, x_TD: Tensor, step: Step, state: KVState, added_TI: Tensor | None = None) -> Tensor:
+        """(T, D) to (T, D); appends this step's keys and values to `state`.
+
+        added: what is added to queries, keys and values side by side, by one that shares the weights with others.
+        """
+        spec, qkv_TI = self.spec, self.qkv(x_TD)
+        qkv_TAd = (qkv_TI if added_TI is None else qkv_TI + added_TI).view(-1, sum(self.heads), spec.head_dim)
         qk_TAd, v_TGd = qkv_TAd.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)

@@ -33,6 +33,9 @@ class AttentionSpec(Spec):
 
     kind: Literal["attention"] = "attention"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
+    out_dim: Annotated[Count | None, Inherited()] = Field(
+        default=None, description="Size of the output where it is another; null for the stream's."
+    )
     num_heads: Count = Field(description="Query heads.")
     num_kv_heads: Count = Field(description="Key and value heads; a divisor of num_heads.")
     head_dim: Count = Field(description="Size of a head.")
@@ -74,15 +77,20 @@ class AttentionSpec(Spec):
             raise ValueError("qk_norm_span has no effect without qk_norm; found qk_norm null")
         return self
 
+    @property
+    def output(self) -> int:
+        """Size of the output."""
+        return self.dim if self.out_dim is None else self.out_dim
+
     def parameters(self) -> dict[str, Param]:
         width = self.num_heads * self.head_dim
         rows = width + 2 * self.num_kv_heads * self.head_dim
         found = {"qkv.weight": Param((rows, self.dim), shard=0, parts=self._parts("weight"))}
         if self.qkv_bias:
             found["qkv.bias"] = Param((rows,), shard=0, parts=self._parts("bias"), init="zeros", product=False)
-        found["o.weight"] = Param((self.dim, width), shard=1)
+        found["o.weight"] = Param((self.output, width), shard=1)
         if self.o_bias:
-            found["o.bias"] = Param((self.dim,), init="zeros", product=False)
+            found["o.bias"] = Param((self.output,), init="zeros", product=False)
         return found
 
     def _parts(self, leaf: str) -> dict[str, Part]:

@@ -1,11 +1,12 @@
-"""Settings of the blocks that norm or scale otherwise than the plain one, `prenorm`."""
+"""Settings of the blocks that norm, scale or share otherwise than the plain one, `prenorm`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from zoo.components.fields import Positive
-from zoo.registry.spec import Slot, Spec, StateSpec
+from zoo.components.cache.spec import JointStateSpec
+from zoo.components.fields import Count, Index, Positive
+from zoo.registry.spec import Inherited, Param, Slot, Spec, StateSpec
 
 
 class PostnormSpec(Spec):
@@ -65,3 +66,59 @@ class ScaledSpec(Spec):
 
     def state(self) -> StateSpec | None:
         return self.mixer.state()
+
+
+class SharingSpec(Spec):
+    """x + mixer(norm(x + projection(shared(x)))), with a block that others use too (Zamba 2, arXiv 2411.15242)."""
+
+    module: ClassVar[str] = "zoo.components.block.sharing:Sharing"
+
+    kind: Literal["sharing"] = "sharing"
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
+    shared: Annotated[tuple[Spec, ...], Slot("shared", absent="inherit")] = Field(
+        description="The shared blocks; by default the model's."
+    )
+    number: Index = Field(description="Which of them this block uses, from 0 on.")
+    use: Annotated[int, Inherited()] = Field(default=0, description="How many uses of shared blocks come before.")
+    uses: Annotated[tuple[int, ...] | None, Inherited()] = Field(
+        default=None, description="All uses of this shared block where this is the first, which holds it."
+    )
+    norm: Annotated[Spec, Slot("norm", absent="inherit")] = Field(
+        description="Norm before the mixer; by default the model's."
+    )
+    mixer: Annotated[Spec, Slot("mixer")] = Field(description="What moves information between tokens.")
+
+    @model_validator(mode="after")
+    def _check_number(self) -> Self:
+        count = len(self.shared)
+        if self.number >= count:
+            raise ValueError(f"number must be below {count}, the count of shared blocks; found {self.number}")
+        return self
+
+    def parameters(self) -> dict[str, Param]:
+        return {"projection.weight": Param((self.dim, self.dim))}
+
+    def children(self) -> dict[str, Spec]:
+        own: dict[str, Spec] = {"mixer_norm": self.norm, "mixer": self.mixer}
+        if self.uses is None:
+            return own
+        return {"shared": self.shared[self.number].model_copy(update={"uses": self.uses})} | own
+
+    def state(self) -> StateSpec:
+        return JointStateSpec(states=(self.shared[self.number].state(), self.mixer.state()))
+
+    def flops(self, context: int) -> float:
+        lent = 0.0 if self.uses else sum(spec.flops(context) for _, spec in self.shared[self.number].walk())
+        return super().flops(context) + lent
+
+
+def linked(layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
+    """The layers, with those that share told their place among all uses; the first use of a shared block holds it."""
+    numbers = [layer.number for layer in layers if isinstance(layer, SharingSpec)]
+    found, use = list(layers), 0
+    for i, layer in enumerate(layers):
+        if isinstance(layer, SharingSpec):
+            uses = tuple(j for j, number in enumerate(numbers) if number == layer.number)
+            found[i] = layer.model_copy(update={"use": use, "uses": uses if use == uses[0] else None})
+            use += 1
+    return tuple(found)

@@ -130,3 +130,19 @@ class RecurrentCacheSpec(StateSpec):
 
     def nbytes(self, tokens: int, itemsize: int) -> int:
         return itemsize * (self.conv_size - 1) * self.conv_channels + 4 * self.inner_dim * self.state_size
+
+
+class JointStateSpec(StateSpec):
+    """What the mixers of one block keep, each in its own way."""
+
+    kind: Literal["joint"] = "joint"
+    states: tuple[StateSpec | None, ...] = Field(description="What each mixer keeps; null for one that keeps nothing.")
+
+    def elements(self, tokens: int) -> int:
+        return sum(state.elements(tokens) for state in self.states if state)
+
+    def nbytes(self, tokens: int, itemsize: int) -> int:
+        return sum(state.nbytes(tokens, itemsize) for state in self.states if state)
+
+    def parts(self) -> tuple[StateSpec | None, ...]:
+        return self.states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -62,10 +62,22 @@ def make_store(
 
 def fresh_states(spec: DecoderSpec, rows: Sequence[int]) -> list[Any]:
     """One state per layer for a step of whole sequences with `rows` tokens each; nothing is kept after it."""
-    states = spec.states()
-    counts = Counter(state for state in states if state is not None)
+    parts = stored_parts(spec.states())
+    counts = Counter(state for state in parts if state is not None)
     kinds = {state: iter(load(state.module).fresh(rows, count)) for state, count in counts.items()}
-    return [None if state is None else next(kinds[state]) for state in states]
+    return by_layer(spec.states(), [None if state is None else next(kinds[state]) for state in parts])
+
+
+def stored_parts(states: Sequence[StateSpec | None]) -> list[StateSpec | None]:
+    """What the layers keep, one after the other, states of several parts taken apart."""
+    return [part for state in states for part in ((None,) if state is None else state.parts())]
+
+
+def by_layer(states: Sequence[StateSpec | None], parts: Iterable[Any]) -> list[Any]:
+    """The parts put together again: one thing for each layer, a tuple where its state has several parts."""
+    rest = iter(parts)
+    found = [tuple(next(rest) for _ in ((None,) if state is None else state.parts())) for state in states]
+    return [parts if len(parts) > 1 else parts[0] for parts in found]
 
 
 def fresh_step(spec: DecoderSpec, rows: Sequence[int], device: str | torch.device = "cpu") -> Step:

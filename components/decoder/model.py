@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from zoo.components.block.sharing import Sharing
 from zoo.components.build import make
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.components.linear import Linear, product
@@ -22,6 +23,10 @@ class Decoder(nn.Module):
         self.spec = spec
         self.embed = Embedding(spec.vocab_size, spec.dim)
         self.layers = nn.ModuleList(make(layer) for layer in spec.layers)
+        holders: dict[int, Sharing] = {}
+        for block in self.layers:
+            if isinstance(block, Sharing):
+                block.borrow(holders.setdefault(block.spec.number, block))
         self.norm = make(spec.norm)
         self.lerope = LeRoPE(spec.parameters()["lerope.alpha"].shape[0]) if spec.lerope else None
         self.head = None if spec.tied_embeddings else Linear(spec.dim, spec.vocab_size)
@@ -38,6 +43,8 @@ class Decoder(nn.Module):
             x_TD = x_TD * _rounded(self.spec.embedding_scale, x_TD.dtype)
         if self.lerope is not None:
             self.lerope(step)
+        if self.spec.shared:
+            step.memo["embeddings"] = x_TD
         for layer, state in zip(self.layers, step.states, strict=True):
             x_TD = layer(x_TD, step, state)
         normed_TD: Tensor = self.norm(x_TD)

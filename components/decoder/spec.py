@@ -2,8 +2,9 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from zoo.components.block.spec import SharingSpec, linked
 from zoo.components.fields import Count, Flag, Positive
 from zoo.components.indexer.spec import IndexerSpec, SharedIndexerSpec
 from zoo.components.rope.spec import RopeSpec
@@ -63,9 +64,17 @@ class DecoderSpec(Spec):
         default=False, description="Angles of rope times exp(alpha), learned for each lane pair, one for all layers."
     )
     norm: Annotated[Spec, Slot("norm")] = Field(description="Norm before the head, and of blocks that name none.")
+    shared: Annotated[tuple[Spec, ...], Slot("shared")] = Field(
+        default=(), description="Blocks whose parameters the model has once, and that layers of kind `sharing` use."
+    )
     layers: Annotated[tuple[Spec, ...], Slot("block", default="prenorm", runs=True)] = Field(
         description="Runs of blocks, first to last."
     )
+
+    @field_validator("layers")
+    @classmethod
+    def _link(cls, layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
+        return linked(layers)
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -75,6 +84,9 @@ class DecoderSpec(Spec):
         if self.lerope and len(self._rope_lanes()) != 1:
             found = self._rope_lanes() or "none"
             raise ValueError(f"lerope needs layers whose ropes turn equally many lanes; found {found}")
+        unused = {*range(len(self.shared))} - {layer.number for layer in self.layers if isinstance(layer, SharingSpec)}
+        if unused:
+            raise ValueError(f"every shared block must be used; found no layer that uses number {min(unused)}")
         return self
 
     def _rope_lanes(self) -> list[int]:
@@ -112,6 +124,10 @@ class DecoderSpec(Spec):
             return {"embed.weight": Param(shape, shard=0), **found}
         looked_up = Param(shape, shard=0, active=1 / self.vocab_size, product=False)
         return {"embed.weight": looked_up, "head.weight": Param(shape, shard=0), **found}
+
+    def children(self) -> dict[str, Spec]:
+        """Without the shared blocks, each of which stands in the first layer that uses it."""
+        return {"norm": self.norm} | {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
 
     def states(self) -> tuple[StateSpec | None, ...]:
         """What each layer keeps of a sequence, first to last; None for a layer that keeps nothing."""

@@ -28,9 +28,12 @@ class Gated(nn.Module):
         self.gate_up = Linear(spec.dim, 2 * spec.hidden_dim)
         self.down = Linear(spec.hidden_dim, spec.dim)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) to (T, D)."""
-        down: Tensor = self.down(gate(self.gate_up(x_TD), self.spec.activation))
+    def forward(self, x_TD: Tensor, added_T2F: Tensor | None = None) -> Tensor:
+        """(T, D) to (T, D). added: what is added to gate and up, by one that shares the weights with others."""
+        gate_up_T2F = self.gate_up(x_TD)
+        if added_T2F is not None:
+            gate_up_T2F = gate_up_T2F + added_T2F
+        down: Tensor = self.down(gate(gate_up_T2F, self.spec.activation))
         return down
 
     @staticmethod

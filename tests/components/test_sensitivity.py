@@ -76,6 +76,14 @@ MAMBA2 = {
 MAMBA1 = {"kind": "mamba1", "inner_dim": 20, "state_size": 5, "dt_rank": 3, "conv_size": 4}
 BCDT_NORM = {"eps": 1e-3, "weights": False}
 
+SHARED: dict[str, Any] = {"kind": "transformer", "mixer": ATTENTION, "ffn": EXPERT, "adapter_rank": 3}
+
+
+def sharing(number: int = 0, **changes: Any) -> dict[str, Any]:
+    """A model of two shared blocks, the first of them changed, and three uses of them."""
+    blocks = [{"kind": "sharing", "number": n, "mixer": MAMBA2} for n in (number, 0, 1)]
+    return {"shared": [SHARED | changes, SHARED], "layers": blocks}
+
 
 def of(mixer: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Layers of nothing but a mixer."""
@@ -99,6 +107,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "logits_softcap": ({}, {"logits_softcap": 3.0}),
         "lerope": ({}, {"lerope": True}),
         "norm": ({}, {"norm": {"kind": "rms", "eps": 0.1}}),
+        "shared": (sharing(), sharing(adapter_rank=4)),
         "layers": (
             {},
             {
@@ -278,6 +287,14 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     ("block", "sandwich"): {},
     ("block", "scaled"): {
         "residual_scale": ({"layers": [SCALED]}, {"layers": [SCALED | {"residual_scale": 0.5}]}),
+    },
+    ("block", "sharing"): {"number": (sharing(), sharing(number=1))},
+    ("shared", "transformer"): {
+        "norm": (sharing(), sharing(norm={"kind": "rms", "eps": 0.1})),
+        "mixer": (sharing(), sharing(mixer=ATTENTION | {"rope": None})),
+        "ffn": (sharing(), sharing(ffn=EXPERT | {"activation": "gelu"})),
+        "adapter_rank": (sharing(), sharing(adapter_rank=4)),
+        "adapt_mixer": (sharing(), sharing(adapt_mixer=True)),
     },
     ("block", "prenorm"): {},
 }

@@ -34,11 +34,15 @@ LAYERS: dict[str, list[dict[str, Any]]] = {
     "indexed": [{"mixer": LATENT | {"indexer": INDEXER}, "ffn": GATED}, {"mixer": READING, "ffn": GATED}],
     "mamba2": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": None}],
     "hybrid": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": GATED}, {"mixer": ATTENTION, "ffn": None}],
+    "sharing": [{"kind": "sharing", "number": 0, "mixer": {"kind": "mamba2"} | SSM | {"norm_eps": 10.0}}] * 2,
 }
 
 
 def card(kind: str) -> dict[str, Any]:
     model = {"dim": 24, "vocab_size": VOCABULARY, "norm": {"kind": "rms", "eps": 1e-5}, "layers": LAYERS[kind]}
+    if kind == "sharing":
+        mild = ATTENTION | {"scale": 0.1}
+        model["shared"] = [{"kind": "transformer", "mixer": mild, "ffn": GATED, "adapter_rank": 3}]
     return {"name": "captured", "context_length": CONTEXT, "model": model}
 
 

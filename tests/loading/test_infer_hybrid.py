@@ -51,6 +51,53 @@ GRANITE: dict[str, Any] = {  # the published file of the 3B hybrid
     "tie_word_embeddings": True,
     "vocab_size": 100352,
 }
+ZAMBA: dict[str, Any] = {  # the published file of the 2.7B model
+    "model_type": "zamba2",
+    "adapter_rank": 128,
+    "add_bias_linear": False,
+    "attention_dropout": 0.0,
+    "attention_head_dim": 160,
+    "attention_hidden_size": 5120,
+    "chunk_size": 256,
+    "ffn_hidden_size": 10240,
+    "hidden_act": "gelu",
+    "hidden_size": 2560,
+    "hybrid_layer_ids": [6, 12, 18, 24, 30, 36, 42, 47, 51],
+    "intermediate_size": 10240,
+    "kv_channels": 80,
+    "layers_block_type": ["mamba"]
+    + (["mamba"] * 5 + ["hybrid"]) * 7
+    + ["mamba"] * 4
+    + ["hybrid"]
+    + ["mamba"] * 3
+    + ["hybrid"]
+    + ["mamba"] * 2,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 64,
+    "mamba_expand": 2,
+    "mamba_headdim": 64,
+    "mamba_ngroups": 1,
+    "max_position_embeddings": 4096,
+    "n_mamba_heads": 80,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 54,
+    "num_key_value_heads": 32,
+    "num_mem_blocks": 2,
+    "num_query_groups": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000,
+    "time_step_floor": 0.0001,
+    "time_step_limit": None,
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "torch_dtype": "bfloat16",
+    "use_conv_bias": True,
+    "use_long_context": False,
+    "use_mem_eff_path": False,
+    "use_mem_rope": False,
+    "use_shared_attention_adapter": False,
+    "vocab_size": 32000,
+}
 
 
 def inferred(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +105,7 @@ def inferred(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return infer_card(folder)
 
 
-@pytest.mark.parametrize(("settings", "card"), [(GRANITE, "granite-4.0-h-micro")])
+@pytest.mark.parametrize(("settings", "card"), [(GRANITE, "granite-4.0-h-micro"), (ZAMBA, "zamba2-2.7b")])
 def test_published_settings_give_the_card(settings: dict[str, Any], card: str, tmp_path: Path) -> None:
     found = inferred(tmp_path, settings)
     assert resolve(Card.from_dict(found)).model == resolve(load_card(card)).model
@@ -72,6 +119,26 @@ def test_sizes_of_mixers_that_no_layer_has_are_passed_over(tmp_path: Path) -> No
     pure = GRANITE | {"layer_types": ["mamba"] * 40, "num_attention_heads": None}
     (run,) = inferred(tmp_path, pure)["model"]["layers"]
     assert run["mixer"]["kind"] == "mamba2"
+
+
+def test_fewer_uses_than_shared_blocks(tmp_path: Path) -> None:
+    once = ZAMBA | {"layers_block_type": ["mamba"] * 53 + ["hybrid"], "use_mem_rope": True}
+    model = inferred(tmp_path, once)["model"]
+    assert [block["mixer"]["rope"] for block in model["shared"]] == [{"theta": 10000.0}]
+    assert model["layers"][1] == {"repeat": 1, "kind": "sharing", "number": 0, "mixer": model["layers"][0]["mixer"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 33}, "a divisor of twice hidden_size, 5120"),
+        ({"use_long_context": True}, "use_long_context has a value"),
+        ({"layers_block_type": ["m"] * 54}, 'found "m"; expected one of mamba, linear_attention, hybrid'),
+    ],
+)
+def test_settings_of_shared_blocks_that_do_not_fit(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CardError, match=message):
+        inferred(tmp_path, ZAMBA | change)
 
 
 @pytest.mark.parametrize(

@@ -65,18 +65,27 @@ def shrunk(name: str) -> dict[str, Any]:
     for run in card["model"]["layers"]:
         run["repeat"] = 1 if len(run["pattern"]) > 1 else 2
         run["pattern"] = [_layer(node) for node in run["pattern"]]
+    shared = [_layer(node) for node in card["model"].get("shared", ())]
     heads = [mixer["num_heads"] for mixer in mixers_of(card) if "num_heads" in mixer]
     whole = lcm(*heads, 4)  # what some classes of transformers ask for
     dim = whole * ceil(40 / whole)
     if card["model"].get("embedding_scale") == card["model"]["dim"] ** 0.5:
         card["model"]["embedding_scale"] = dim**0.5
     card["model"] |= {"dim": dim, "vocab_size": 131}
+    if shared:
+        card["model"]["shared"] = [_wide(node, dim) for node in shared]
     return card
 
 
+def _wide(node: dict[str, Any], dim: int) -> dict[str, Any]:
+    """A shared block, whose heads together are twice the model's size."""
+    size = 2 * dim // node["mixer"]["num_heads"]
+    return node | {"mixer": node["mixer"] | {"head_dim": size, "scale": (size / 2) ** -0.5}, "adapter_rank": 5}
+
+
 def _layer(node: dict[str, Any]) -> dict[str, Any]:
-    mixer, ffn = (_shrunk(node[part]) if node[part] else None for part, _shrunk in (("mixer", _mixer), ("ffn", _ffn)))
-    return node | {"mixer": mixer, "ffn": ffn}
+    parts = {part: shrink(node[part]) for part, shrink in (("mixer", _mixer), ("ffn", _ffn)) if node.get(part)}
+    return node | parts
 
 
 def _mixer(mixer: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def transformers_model(card: dict[str, Any]) -> Any:
         settings |= state_space_settings(card, row["state_space"])
     ropes = {
         "sliding_attention" if mixer.get("window") else "full_attention": rope_parameters(mixer["rope"])
-        for mixer in mixers_of(card)
+        for mixer in [*mixers_of(card), *(node["mixer"] for node in card["model"].get("shared", ()))]
         if mixer.get("rope")
     }
     if ropes:
@@ -131,14 +140,15 @@ def layers_of(card: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def mixers_of(card: dict[str, Any]) -> list[dict[str, Any]]:
-    return [layer["mixer"] for layer in layers_of(card) if layer["mixer"]]
+    return [layer["mixer"] for layer in layers_of(card) if layer.get("mixer")]
 
 
 def words(card: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """The card in the words of a row of families.yaml."""
     layers, mixers = layers_of(card), mixers_of(card)
-    attention = [mixer for mixer in mixers if mixer["kind"] == "attention"]
-    ffns = [layer["ffn"] for layer in layers if layer["ffn"]]
+    shared = card["model"].get("shared", [])
+    attention = [mixer for mixer in [*mixers, *(node["mixer"] for node in shared)] if mixer["kind"] == "attention"]
+    ffns = [node["ffn"] for node in [*layers, *shared] if node.get("ffn")]
     return {
         "tied_embeddings": False,
         **card["model"],
@@ -149,6 +159,7 @@ def words(card: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         **(recurrent_words(mixers[0]) if not attention else attention_words(attention)),
         **(ffn_words(ffns) if ffns else {}),
         **(layer_words(layers, row["layer_kinds"]) if "layer_kinds" in row else {}),
+        **(shared_words(shared) if shared else {}),
     }
 
 
@@ -177,10 +188,19 @@ def layer_words(layers: list[dict[str, Any]], known: dict[str, list[str | None]]
     """What each layer is called where they are of several kinds."""
 
     def word(layer: dict[str, Any]) -> str:
-        mixer = layer["mixer"] and layer["mixer"]["kind"]
-        return [name for name, kinds in known.items() if kinds[0] == mixer and bool(kinds[1]) == bool(layer["ffn"])][-1]
+        mixer = layer.get("mixer") and layer["mixer"]["kind"]
+        ffn = "shared" if layer.get("kind") == "sharing" else layer["ffn"] and layer["ffn"]["kind"]
+        fits = {None: (None,), "shared": ("shared",)}.get(ffn, ("ffn", ffn))
+        return [name for name, kinds in known.items() if kinds[0] == mixer and kinds[1] in fits][-1]
 
     return {"layer_types": [word(layer) for layer in layers]}
+
+
+def shared_words(shared: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is said of blocks that layers share."""
+    adapted = {"adapter_rank": shared[0]["adapter_rank"], "adapt_mixer": shared[0].get("adapt_mixer", False)}
+    positions = shared[0]["mixer"]["rope"] is not None
+    return {"shared_blocks": len(shared), "positions": positions, **adapted}
 
 
 def recurrent_words(mixer: dict[str, Any]) -> dict[str, Any]:
@@ -267,10 +287,12 @@ def test_layouts_close_at_full_size(name: str, mistral_inference: ModuleType) ->
             models["mistral"] = native_model(mistral_inference, card)
         assemble(resolve(Card.from_dict(card)), torch.bfloat16)
     for layout, model in models.items():
+        # Files hold what several layers share once.
+        once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         headers = {
             key: TensorInfo(key, tuple(value.shape), "BF16", Path("model.safetensors"), 0, 2 * value.numel())
             for key, value in model.state_dict().items()
-            if not (card["model"].get("tied_embeddings") and key == "lm_head.weight")
+            if key in once and not (card["model"].get("tied_embeddings") and key == "lm_head.weight")
         }
         found = detect(headers, layouts().values(), "meta")
         assert found.name.startswith(layout)

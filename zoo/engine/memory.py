@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from zoo.components.cache.store import Store
+from zoo.components.cache.store import Store, by_layer, stored_parts
 from zoo.registry.spec import StateSpec
 
 # Room is asked for in steps of so many tokens, so that a decode step seldom has to ask.
@@ -18,10 +18,13 @@ StoreFactory = Callable[[StateSpec, int, int | None], Store]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers that keep the same state, and the bytes that they may take."""
+    """Layers, or parts of them, that keep the same state, and the bytes that they may take.
+
+    places: where they stand among what all layers store.
+    """
 
     store: Store
-    layers: list[int]
+    places: list[int]
     budget: int
 
 
@@ -42,8 +45,8 @@ class HeldStep:
     """A step of single rows that is run many times: the parts of all groups."""
 
     parts: list[Held]
-    layers: list[list[int]]
-    num_layers: int
+    places: list[list[int]]
+    layers: Sequence[StateSpec | None]
 
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """As of each part."""
@@ -52,7 +55,7 @@ class HeldStep:
 
     def states(self) -> list[Any]:
         """One state per layer of the model, for one run."""
-        return _by_layer(self.num_layers, zip(self.layers, (part.views() for part in self.parts), strict=True))
+        return _by_layer(self.layers, zip(self.places, (part.views() for part in self.parts), strict=True))
 
 
 class Memory:
@@ -75,19 +78,19 @@ class Memory:
         pooled: bool,
     ) -> None:
         groups: dict[StateSpec, list[int]] = {}
-        for layer, spec in enumerate(states):
+        for place, spec in enumerate(stored_parts(states)):
             if spec is not None:
-                groups.setdefault(spec, []).append(layer)
-        stores = {spec: make(spec, len(layers), None) for spec, layers in groups.items()}
+                groups.setdefault(spec, []).append(place)
+        stores = {spec: make(spec, len(places), None) for spec, places in groups.items()}
         costs = {spec: store.cost(_rounded(context)) for spec, store in stores.items()}
         most = batch * sum(costs.values())
         self.budget = most if budget is None else min(budget, most)
-        self.num_layers, self.used, self.peak = len(states), 0, 0
+        self.layers, self.used, self.peak = states, 0, 0
         self._groups: list[Group] = []
-        for spec, layers in groups.items():
+        for spec, places in groups.items():
             share = self.budget * costs[spec] // sum(costs.values()) if pooled else self.budget
-            store = make(spec, len(layers), share) if pooled else stores[spec]
-            self._groups.append(Group(store, layers, share))
+            store = make(spec, len(places), share) if pooled else stores[spec]
+            self._groups.append(Group(store, places, share))
         self._rooms: dict[int, int] = {}
         self._costs: dict[int, list[int]] = {}
         self._taken = self._none = [0] * len(self._groups)
@@ -129,8 +132,8 @@ class Memory:
 
     def states(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         """One state per layer of the model for a step of these sequences."""
-        views = ((group.layers, group.store.views(seqs, rows, past)) for group in self._groups)
-        return _by_layer(self.num_layers, views)
+        views = ((group.places, group.store.views(seqs, rows, past)) for group in self._groups)
+        return _by_layer(self.layers, views)
 
     def hold(self, batch: int, tokens: int) -> HeldStep | None:
         """A step of single rows that is run many times; None where a store keeps nothing at a fixed place."""
@@ -140,7 +143,7 @@ class Memory:
             if part is None:
                 return None
             parts.append(part)
-        return HeldStep(parts, [group.layers for group in self._groups], self.num_layers)
+        return HeldStep(parts, [group.places for group in self._groups], self.layers)
 
     def close(self) -> None:
         """Let go of all memory."""
@@ -166,13 +169,13 @@ class Memory:
         self.peak = max(self.peak, self.used)
 
 
-def _by_layer(num_layers: int, groups: Iterable[tuple[list[int], list[Any]]]) -> list[Any]:
+def _by_layer(layers: Sequence[StateSpec | None], groups: Iterable[tuple[list[int], list[Any]]]) -> list[Any]:
     """The states of all groups in the order of the model's layers."""
-    found: list[Any] = [None] * num_layers
-    for layers, states in groups:
-        for layer, state in zip(layers, states, strict=True):
-            found[layer] = state
-    return found
+    found: list[Any] = [None] * len(stored_parts(layers))
+    for places, states in groups:
+        for place, state in zip(places, states, strict=True):
+            found[place] = state
+    return by_layer(layers, found)
 
 
 def _nothing(batch: int, tokens: int) -> None:

@@ -188,7 +188,7 @@ def runs(layers: Sequence[Node]) -> list[Node]:
             return [{"repeat": len(layers) // size, **run}]
     found: list[Node] = []
     for layer in layers:
-        if found and all(found[-1][name] == layer[name] for name in layer):
+        if found and found[-1] == {"repeat": found[-1]["repeat"], **layer}:
             found[-1]["repeat"] += 1
         else:
             found.append({"repeat": 1, **layer})

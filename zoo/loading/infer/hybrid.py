@@ -10,18 +10,54 @@ from zoo.loading.infer.recurrent import Recurrent
 
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 ATTENTION_WORDS = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias", "o_bias", "scale", "positions")
+SHARED = "shared"
+"""In place of a feed-forward's kind: the layer uses one of the model's shared blocks."""
 
 
 class Hybrid(Architecture):
     """State-space mixers beside attention, and blocks without a mixer or without a feed-forward."""
 
+    def model(self) -> Node:
+        """The card's `model`, with the blocks that layers share."""
+        found = super().model()
+        uses = sum(ffn == SHARED for _, ffn in self.pairs())
+        if uses:
+            found[SHARED] = [self.shared()] * min(self.count("shared_blocks"), uses)
+        return found
+
     def layers(self, norm: Node) -> list[Node]:
         """Mixer and feed-forward of every layer, by the kinds that the row gives the file's words."""
         pairs = self.pairs()
-        mixers, ffns = {mixer for mixer, _ in pairs}, {ffn for _, ffn in pairs}
+        mixers, ffns = {mixer for mixer, _ in pairs}, {ffn for _, ffn in pairs} - {SHARED}
         made = {kind: self.mixer_of(kind, norm) for kind in mixers} | {kind: self.ffn_of(kind) for kind in ffns}
         self.pass_over_unused(mixers)
-        return [{"mixer": made[mixer], "ffn": made[ffn]} for mixer, ffn in pairs]
+        found: list[Node] = []
+        for mixer, ffn in pairs:
+            if ffn == SHARED:
+                before = sum(layer.get("kind") == "sharing" for layer in found)
+                number = before % self.count("shared_blocks")
+                found.append({"kind": "sharing", "number": number, "mixer": made[mixer]})
+            else:
+                found.append({"mixer": made[mixer], "ffn": made[ffn]})
+        return found
+
+    def shared(self) -> Node:
+        """A shared block, whose attention sees the stream and the embeddings side by side."""
+        heads, width = self.count("num_heads"), 2 * self.count("dim")
+        if width % heads:
+            raise self.settings.wrong(self.key("num_heads"), heads, f"a divisor of twice {self.key('dim')}, {width}")
+        size = width // heads
+        mixer = {
+            "kind": "attention",
+            "num_heads": heads,
+            "num_kv_heads": heads if self.settings.is_null(self.key("num_kv_heads")) else self.count("num_kv_heads"),
+            "head_dim": size,
+            "rope": self.rope(size)[0],
+            "scale": (size / 2) ** -0.5,
+        }
+        adapted = {"adapt_mixer": True} if self.settings.flag(self.key("adapt_mixer")) else {}
+        rank = self.count("adapter_rank")
+        return {"kind": "transformer", "mixer": mixer, "ffn": self.ffn(), "adapter_rank": rank, **adapted}
 
     def pairs(self) -> list[Sequence[str | None]]:
         """The kinds of every layer's mixer and feed-forward."""
@@ -40,12 +76,13 @@ class Hybrid(Architecture):
         if kind is None:
             return None
         if kind != "attention":
-            return Recurrent(self.settings, self.row["state_space"]).mixer(norm["eps"])
+            space = self.row["state_space"]
+            return Recurrent(self.settings, space).mixer(space.get("eps", norm["eps"]))
         return self.mixer(norm)
 
     def rope(self, head_dim: int) -> tuple[Node | None, Node | None]:
         """None where the architecture has no positions, or the file does not ask for them."""
-        if keys_of(self.row, "positions") and self.value("positions") == "rope":
+        if keys_of(self.row, "positions") and self.value("positions") in ("rope", True):
             return super().rope(head_dim)
         self.settings.pass_over(ROPE_KEYS)
         return None, None
@@ -61,5 +98,5 @@ class Hybrid(Architecture):
         space = self.row["state_space"]
         if space["recurrent"] not in mixers:
             self.settings.pass_over(key for word in space["names"] for key in keys_of(space, word))
-        if "attention" not in mixers:
+        if "attention" not in mixers and not keys_of(self.row, "shared_blocks"):
             self.settings.pass_over([*ROPE_KEYS, *(key for word in ATTENTION_WORDS for key in keys_of(self.row, word))])
