@@ -52,6 +52,25 @@ class Packable(Protocol):
         ...
 
 
+@runtime_checkable
+class Parted(Protocol):
+    """A module that keeps a parameter's numbers elsewhere, in parts of its own."""
+
+    def part(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        """A piece of one of its own parameters, in the plain layout."""
+        ...
+
+
+def stored(module: nn.Module, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
+    """A piece of a parameter in the plain layout, however the module that owns it stores it."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(owner, Parted):
+        return owner.part(leaf, index)
+    value = owner.get_parameter(leaf).detach()
+    return (value.to_dense() if value.is_mkldnn else value)[index]
+
+
 def pack_weights(module: nn.Module) -> None:
     """Stores the large bfloat16 weights of a loaded model in the layout that this CPU reads fastest.
 

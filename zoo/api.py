@@ -89,9 +89,9 @@ def load(
     context = _context(found.card, max_context)
     _check_memory(plan, placement, context)
     paths = _checked_adapters(adapters, plan, placement)
-    module, folder, notes = _filled(plan, found, placement, weights, progress)
+    module, folder, files, notes = _filled(plan, found, placement, weights, progress)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
-    model = _model(plan, module, placement, folder, notes, batch, context)
+    model = _model(plan, module, placement, folder, files, notes, batch, context)
     names = [model.load_adapter(path) for path in paths]
     with model.engine.between_steps() as (loaded, _):
         loaded.defaults = names
@@ -167,8 +167,11 @@ def _at_path(ref: str | Path) -> Located:
     if path.name in ("params.json", "config.json"):
         path = path.parent
     if _there(path) and (path.is_dir() or path.name.endswith((*SUFFIXES, ".gguf", ".index.json"))):
-        from zoo.loading.infer import infer_card
+        from zoo.loading.infer import CARD, infer_card
 
+        if (path / CARD).is_file():
+            card = load_card(path / CARD)
+            return Located(card, card.local_path() or path)
         return Located(Card.from_dict(infer_card(path), origin=str(path)), path)
     if (isinstance(ref, Path) or "/" in ref) and not _there(path):
         raise _no_model(path)
@@ -248,8 +251,8 @@ def _checked_adapters(
 
 def _filled(
     plan: Plan, found: Located, placement: "Placement", weights: str | Path, progress: "Progress | None"
-) -> "tuple[Decoder, Path | None, builtins.list[str]]":
-    """The assembled module with its weights, the folder that they came from, and what was chosen on the way."""
+) -> "tuple[Decoder, Path | None, WeightSet | None, builtins.list[str]]":
+    """The assembled module with its weights, their folder and files, and what was chosen on the way."""
     from zoo.assemble import assemble
     from zoo.loading.load import load_weights, random_weights
 
@@ -257,7 +260,7 @@ def _filled(
     if weights == "random":
         module = assemble(plan, placement.dtype)
         random_weights(module, plan, device=placement.device)
-        return module, found.folder, [*notes, "random weights: the answers mean nothing"]
+        return module, found.folder, None, [*notes, "random weights: the answers mean nothing"]
     from zoo.loading.files import locate as locate_files
 
     folder = _weights_folder(found, weights, progress, notes.append)
@@ -265,7 +268,7 @@ def _filled(
     module = assemble(plan, placement.dtype)
     load_weights(module, plan, files, device=placement.device, progress=progress)
     notes += [files.note, *_decoding(files, plan, placement)]
-    return module, folder if folder.is_dir() else folder.parent, notes
+    return module, folder if folder.is_dir() else folder.parent, files, notes
 
 
 def _decoding(files: "WeightSet", plan: Plan, placement: "Placement") -> "builtins.list[str]":
@@ -303,6 +306,7 @@ def _model(
     module: "Decoder",
     placement: "Placement",
     folder: Path | None,
+    files: "WeightSet | None",
     notes: "builtins.list[str]",
     batch: int,
     context: int,
@@ -324,7 +328,7 @@ def _model(
         max_batch_size=batch,
         max_context=context,
     )
-    return Model(plan, module, engine, tokenizer, placement, folder, notes)
+    return Model(plan, module, engine, tokenizer, placement, folder, notes, files)
 
 
 def _cache_budget(placement: "Placement") -> int:

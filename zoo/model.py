@@ -16,9 +16,12 @@ from zoo.engine.engine import Engine
 from zoo.engine.request import Chunk, Completion, Request, SamplingParams
 from zoo.loading.adapters.plan import plan_adapter
 from zoo.loading.adapters.read import read_adapter
+from zoo.loading.files import WeightSet
+from zoo.loading.reader import Progress
 from zoo.registry.card import Card
 from zoo.registry.errors import RequestError, TextError
 from zoo.registry.resolve import Plan
+from zoo.saving.save import FILE_BYTES, Saved, Source, save
 from zoo.text.tokenizer import Prompt as Rendered
 from zoo.text.tokenizer import Tokenizer
 
@@ -53,10 +56,11 @@ class Model:
         placement: Placement,
         folder: Path | None,
         notes: Sequence[str] = (),
+        files: WeightSet | None = None,
     ) -> None:
         self.plan, self._module, self._engine = plan, module, engine
         self._tokenizer, self.placement, self.folder = tokenizer, placement, folder
-        self.notes = [*notes]
+        self.notes, self._files = [*notes], files
 
     # --- what it is ---------------------------------------------------------------------------------------------
 
@@ -234,6 +238,37 @@ class Model:
         """Adds an adapter to the weights for good: every request uses it then. Raises RequestError while any runs."""
         with self._engine.between_steps() as (adapters, users):
             adapters.merge(name, users)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        layout: str = "auto",
+        file_bytes: int = FILE_BYTES,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Saved:
+        """Writes the model, with what was merged into it, to a folder that `zoo.load` reads back to equal logits.
+
+        layout: "mistral", "huggingface", "zoo" or another table of names; "auto" is that of the weights' own files.
+        file_bytes: beyond this size the weights are several files. overwrite: replace a model that is there.
+        The folder holds safetensors in the present dtype, `card.yaml`, the tokenizer's files, and the layout's
+        `params.json` or `config.json` where it can say the model. Raises RequestError while adapters are loaded that
+        are not merged, and for a folder that is taken; WeightsError where the layout cannot name a tensor.
+        """
+        with self._engine.between_steps() as (adapters, _):
+            if adapters.names:
+                raise RequestError(
+                    "adapters are loaded that are not part of the weights",
+                    where=self.card.name,
+                    found=", ".join(adapters.names),
+                    hint=f"merge them or unload them first: model.merge_adapter({adapters.names[0]!r})",
+                )
+            source = Source(self.plan, self._module, self.placement.dtype_name, self._files, self.folder)
+            options: dict[str, Any] = {"layout": layout, "file_bytes": file_bytes, "overwrite": overwrite}
+            return save(source, folder, progress=progress, **options)
 
     # --- prompts ------------------------------------------------------------------------------------------------
 

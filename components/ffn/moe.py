@@ -50,6 +50,14 @@ class MoE(nn.Module):
         self.experts_in = nn.Parameter(self.experts_in.detach().to("meta"), requires_grad=False)
         self.experts_down = nn.Parameter(self.experts_down.detach().to("meta"), requires_grad=False)
 
+    def part(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        """A piece of a parameter in the plain layout; of packed experts, of one of them."""
+        if not self.packed or name not in ("experts_gate_up", "experts_down"):
+            return self.get_parameter(name).detach()[index]
+        expert, *rest = index
+        assert isinstance(expert, int)
+        return self.packed[expert][name == "experts_down"].to_dense()[tuple(rest)]
+
     def _expert(self, index: int, x_TD: Tensor) -> Tensor:
         first, down = self.packed[index] if self.packed else (self.experts_in[index], self.experts_down[index])
         return product(self.between(self.spec.form, product(x_TD, first)), down)

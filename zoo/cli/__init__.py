@@ -24,6 +24,7 @@ BUILTIN = {
     "diff": "zoo.cli.cards:diff",
     "verify": "zoo.cli.files:verify",
     "pull": "zoo.cli.files:pull",
+    "save": "zoo.cli.save:save",
     "rm": "zoo.cli.files:rm",
     "schema": "zoo.cli.cards:schema",
     "card": "zoo.cli.cards:card",

@@ -360,7 +360,12 @@ def _nothing(path: Path, names: Sequence[str]) -> WeightsError:
 
 def holds_weights(folder: Path) -> bool:
     """Whether a folder has files that are named like weights."""
-    return any(name.endswith(SUFFIXES) and not _NO_WEIGHTS.fullmatch(name) for name in _names(folder))
+    return any(named_like_weights(name) for name in _names(folder))
+
+
+def named_like_weights(name: str) -> bool:
+    """Whether a file's name says that it holds weights; what training leaves beside them does not."""
+    return name.endswith(SUFFIXES) and not _NO_WEIGHTS.fullmatch(name)
 
 
 def _incomplete(path: Path, found: _Set) -> WeightsError:

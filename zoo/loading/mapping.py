@@ -117,7 +117,7 @@ def compare(spec: Spec, layout: Layout, headers: Mapping[str, TensorInfo]) -> Co
     found, spoken = Comparison(layout), set[str]()
     unused: list[tuple[TensorInfo, str | None]] = []
     for info in headers.values():
-        meanings = [(row, _targets(row, holes, wanted)) for row, holes in layout.meanings(info.name)]
+        meanings = [(row, targets_of(row, holes, wanted)) for row, holes in layout.meanings(info.name)]
         unknown = [[name for group in groups for name in group if name not in wanted] for _, groups in meanings]
         if not all(unknown):
             row, groups = meanings[unknown.index([])]
@@ -129,7 +129,7 @@ def compare(spec: Spec, layout: Layout, headers: Mapping[str, TensorInfo]) -> Co
     return found
 
 
-def _targets(row: Row, holes: dict[str, str], wanted: Mapping[str, Tensor]) -> list[list[str]]:
+def targets_of(row: Row, holes: dict[str, str], wanted: Mapping[str, Tensor]) -> list[list[str]]:
     """The names that a file's tensor fills: one group, or one for each number that the model has of a stack."""
     if row.stacked is None:
         return [[fill(target, holes) for target in row.targets]]
@@ -171,7 +171,8 @@ def _stored(tensor: Tensor, row: Row) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2]) if "transpose" in row.transforms and len(shape) > 1 else shape
 
 
-def _side_by_side(row: Row) -> bool:
+def side_by_side(row: Row) -> bool:
+    """Whether a file's tensor holds its pieces in columns."""
     order = row.transforms
     return "split" in order and "transpose" in order and order.index("transpose") < order.index("split")
 
@@ -179,7 +180,7 @@ def _side_by_side(row: Row) -> bool:
 def _group_shape(row: Row, group: Sequence[Tensor]) -> tuple[int, ...] | None:
     """The shape of one group's pieces together; None when they do not fit together."""
     shapes = [_stored(tensor, row) for tensor in group]
-    axis = len(shapes[0]) - 1 if _side_by_side(row) else 0
+    axis = len(shapes[0]) - 1 if side_by_side(row) else 0
     rest = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
     if len(rest) > 1:
         return None
@@ -199,7 +200,7 @@ def file_shapes(row: Row, groups: Sequence[Sequence[Tensor]]) -> list[tuple[int,
 
 def pieces(info: TensorInfo, row: Row, groups: Sequence[Sequence[Tensor]]) -> Iterator[Placement]:
     """One placement for each tensor of the groups; the file's shape has been checked."""
-    turned, aside = "transpose" in row.transforms, _side_by_side(row)
+    turned, aside = "transpose" in row.transforms, side_by_side(row)
     interleaved = "interleaved_rope" in row.transforms
     shape = _group_shape(row, groups[0])
     assert shape is not None

@@ -29,7 +29,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def open_archive(path: Path) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def read_archive_headers(path: Path) -> dict[str, TensorInfo]:
     for name, tensor in tensors.items():
         start = tensor.data_ptr() - lowest
         stop = start + tensor.numel() * tensor.element_size()
-        dtype = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        dtype = NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         found[name] = TensorInfo(name, tuple(tensor.shape), dtype, path, start, stop, pickled=True)
     return found
 

@@ -10,12 +10,15 @@ from typing import NamedTuple
 from zoo.loading.hub.types import RemoteFile, human_bytes
 from zoo.registry.errors import FetchError
 
-_COMPANIONS = re.compile(
-    r"params\.json|config\.json|generation_config\.json"
+TEXT_FILES = re.compile(
+    r"generation_config\.json"
     r"|tekken\.json|tokenizer\.model(\.v\w+)?|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
     r"|chat_template\.(jinja|json)|SYSTEM_PROMPT\.txt",
     re.ASCII,
 )
+"""Names of what a model needs beside weights and settings: its tokenizer, chat format and how it likes to be sampled."""
+
+_COMPANIONS = re.compile(rf"params\.json|config\.json|{TEXT_FILES.pattern}", re.ASCII)
 
 
 class _Kind(NamedTuple):

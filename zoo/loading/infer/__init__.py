@@ -18,7 +18,7 @@ from zoo.loading.infer.settings import Settings, read_object
 from zoo.loading.layouts import layout_named
 from zoo.registry.errors import CardError, nearest
 
-PARAMS, CONFIG = "params.json", "config.json"
+PARAMS, CONFIG, CARD = "params.json", "config.json", "card.yaml"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 
 
