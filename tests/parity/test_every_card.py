@@ -244,7 +244,26 @@ def errors(text: str) -> tuple[float, ...]:
         assert resolve(Card.from_dict(infer_card(folder))).model == resolve(Card.from_dict(card)).model
         with zoo.load(card, weights=folder, device="cpu", dtype="float32") as ours:
             steps = [step_through(ours.module, [tokens], chunk)[0] for chunk in (5, 1)]
-            return tuple(relative_error(found_TV, expected_TV) for found_TV in (ours.logits(tokens), *steps))
+            whole_TV = ours.logits(tokens)
+            again_TV = saved_again(ours, tokens)
+        return tuple(relative_error(found_TV, expected_TV) for found_TV in (whole_TV, *steps, again_TV))
+
+
+def saved_again(ours: zoo.Model, tokens: list[int]) -> torch.Tensor:
+    """What transformers computes from what zoo saves; what zoo computes from it is the same to the last bit."""
+    with TemporaryDirectory() as parent:
+        folders = {"huggingface": Path(parent) / "theirs", "zoo": Path(parent) / "zoo"}
+        saved = {layout: ours.save(folder, layout=layout) for layout, folder in folders.items()}
+        for folder in folders.values():
+            with zoo.load(folder, device="cpu") as same:
+                assert torch.equal(same.logits(tokens), ours.logits(tokens))
+        assert saved["huggingface"].settings == "config.json"
+        (folders["huggingface"] / "card.yaml").unlink()  # read by config.json from here on
+        assert resolve(Card.from_dict(infer_card(folders["huggingface"]))).model == ours.plan.model
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folders["huggingface"]).eval()
+        with torch.inference_mode():
+            logits_TV: torch.Tensor = theirs(torch.tensor([tokens])).logits[0]
+        return logits_TV
 
 
 @pytest.mark.parametrize("name", CARDS)

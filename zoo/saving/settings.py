@@ -19,13 +19,17 @@ from zoo.registry.card import Card
 from zoo.registry.errors import CardError
 from zoo.registry.plan import Plan
 from zoo.registry.resolve import resolve
-from zoo.saving.words import rope_keys, words
+from zoo.saving.words import rope_keys, state_space_words, words
 
 FILES = {"mistral": PARAMS, "huggingface": CONFIG}
 """The settings file beside weights in a layout."""
 
 CARRIED = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of a config.json that say nothing of the computation, and that other programs read."""
+
+
+OTHERWISE = ("local_theta", "no_rope_every", "full_every")
+"""Words for what rope_parameters and lists of layers say."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,12 @@ def settings_of(plan: Plan, layout: str, dtype: str, source: Path | None) -> Set
     source: the folder that the weights came from, whose config.json may have more to carry over.
     """
     file = next((name for stem, name in FILES.items() if layout.startswith(stem)), None)
-    said = None if file is None else words(plan.card, listed=file == PARAMS)
-    if file is None or said is None:
+    if file is None:
         return None
     rows, before = families()[file], _source(source)
     first = (before.get("model_type"), plan.card.family)
     for name in sorted(rows, key=lambda name: (name != first[0], rows[name]["family"] != first[1])):
-        values = _values(plan.card, said | {"dtype": dtype}, rows[name], file)
+        values = _values(plan.card, rows[name], file, dtype)
         if values is None:
             continue
         if file == CONFIG:
@@ -68,22 +71,24 @@ def _says(values: Node, file: str, plan: Plan, whole: bool) -> bool:
     with TemporaryDirectory() as folder:
         (Path(folder) / file).write_text(json.dumps(values), encoding="utf-8")
         try:
-            card = Card.from_dict(infer_card(folder))
-            same = not whole or card.context_length == plan.card.context_length
-            return same and resolve(card).model == plan.model
+            said = infer_card(folder)
+            unsaid = {} if whole else {"context_length": plan.card.context_length}
+            return resolve(Card.from_dict(said | unsaid)).model == plan.model
         except CardError:
             return False
 
 
-def _values(card: Card, said: Node, row: Node, file: str) -> Node | None:
-    """The keys of an architecture's file; None where it has none for the card's ropes."""
-    ropes = rope_keys(card, row)
-    if ropes is None:
-        return None
+def _values(card: Card, row: Node, file: str, dtype: str) -> Node | None:
+    """The keys of an architecture's file; None where it has none for the card's layers or ropes."""
     native = file == PARAMS
+    said, ropes = words(card, row, listed=native), rope_keys(card, row)
+    if said is None or ropes is None:
+        return None
     flat = {} if native else {key: allowed[0] for key, allowed in row["only"].items()}
     flat |= row.get("written", {})
-    flat |= dict(_named(said, row, leave_out=native))
+    flat |= dict(_named(said | {"dtype": dtype}, row, leave_out=native))
+    if "state_space" in row:
+        flat |= dict(_named(state_space_words(card), row["state_space"] | {"defaults": {}}, leave_out=False))
     return _nested(flat) | ropes
 
 
@@ -91,13 +96,13 @@ def _named(said: Node, row: Node, *, leave_out: bool) -> Iterator[tuple[str, obj
     """Every word's first key and value. With `leave_out`, what follows without it is left out: short files are read
     by programs that know no more keys."""
     for word in row["names"]:
-        if word == "local_theta" or not keys_of(row, word):
+        if word in OTHERWISE or not keys_of(row, word):
             continue
         key, value = keys_of(row, word)[0], said.get(word)
         default = row["defaults"].get(key)
-        if word not in said and default is None:
+        if word not in said and (leave_out or default is None):
             continue
-        follows = value == default or (word == "expert_hidden_dim" and value == said.get("hidden_dim"))
+        follows = value == default or value == 0 or (word == "expert_hidden_dim" and value == said.get("hidden_dim"))
         if not (leave_out and (follows or word == "dtype")):
             yield key, value
 

@@ -1,4 +1,4 @@
-"""A card in the words of families.yaml. What has no word here, or is not the same in all layers, shows in reading back."""
+"""A card in the words of families.yaml. What has no word, or differs where one is said, shows in reading back."""
 
 from __future__ import annotations
 
@@ -11,26 +11,53 @@ from zoo.registry.card import Card
 RECURRENT = ("mamba1", "mamba2")
 
 
-def words(card: Card, *, listed: bool) -> Node | None:
-    """Our words and their values; None for kinds of layers that have none.
+def words(card: Card, row: Node, *, listed: bool) -> Node | None:
+    """Our words and their values; None for layers of kinds that a row of families.yaml has no words for.
 
     listed: windows that differ are a list for all layers, as a params.json has them, and else the largest alone.
     """
     layers = layers_of(card)
-    kinds = {layer["mixer"]["kind"] if layer.get("mixer") else None for layer in layers}
+    mixers = [layer["mixer"] for layer in layers if layer.get("mixer")]
+    ffns = [layer["ffn"] for layer in layers if layer.get("ffn")]
+    spaces = [mixer for mixer in mixers if mixer["kind"] in RECURRENT]
+    attention = [mixer for mixer in mixers if mixer["kind"] == "attention"]
+    mixed, kinds = "layer_kinds" in row, _words_of_kinds(layers, row)
+    whole = len(spaces if "recurrent" in row else attention) == len(layers)
+    if len(spaces) + len(attention) != len(mixers) or (None in kinds if mixed else not whole):
+        return None
     model = {name: value for name, value in card.model.items() if name not in ("layers", "norm")}
-    common = {
+    return {
         "tied_embeddings": False,
         **model,
         "eps": card.model["norm"]["eps"],
         "context_length": card.context_length,
         "num_layers": len(layers),
+        **{name: value for name, value in layers[0].items() if name not in ("mixer", "ffn", "kind")},
+        **(_recurrent(spaces[0], card.model["dim"]) if spaces and not attention else {}),
+        **(_attention(attention, listed) if attention else {}),
+        **(_ffn(ffns) if ffns else {}),
+        **({"layer_types": kinds} if mixed else {}),
     }
-    if len(kinds) == 1 and kinds <= set(RECURRENT):
-        return common | _recurrent(layers[0]["mixer"], card.model["dim"])
-    if kinds == {"attention"} and all(layer.get("ffn") for layer in layers):
-        return common | _attention(layers, listed)
-    return None
+
+
+def state_space_words(card: Card) -> Node:
+    """Words of the state-space mixers among other layers, and sizes that fit where there are none."""
+    dim = card.model["dim"]
+    mixers = [layer["mixer"] for layer in layers_of(card) if layer.get("mixer")]
+    unused = {"num_heads": 1, "head_dim": 2 * dim}
+    return _recurrent(next((mixer for mixer in mixers if mixer["kind"] in RECURRENT), unused), dim)
+
+
+def _words_of_kinds(layers: list[Node], row: Node) -> list[str | None]:
+    """What the architecture calls each layer, by the kinds of its mixer and whether it has a feed-forward."""
+
+    def word(layer: Node) -> str | None:
+        mixer = layer["mixer"]["kind"] if layer.get("mixer") else None
+        known = row.get("layer_kinds", {}).items()
+        named = [name for name, kinds in known if kinds[0] == mixer and bool(kinds[1]) == bool(layer.get("ffn"))]
+        return named[-1] if named else None
+
+    return [word(layer) for layer in layers]
 
 
 def layers_of(card: Card) -> list[Node]:
@@ -54,31 +81,35 @@ def _recurrent(mixer: Node, dim: int) -> Node:
     return {**usual, **mixer, "expand": expand, "bcdt_eps": (mixer.get("bcdt_norm") or {}).get("eps")}
 
 
-def _attention(layers: list[Node], listed: bool) -> Node:
-    first, mixer, ffn = layers[0], layers[0]["mixer"], layers[0]["ffn"]
-    windows = [layer["mixer"].get("window") for layer in layers]
-    known = families()["activations"]
-    expert = ffn.get("expert") or ffn
+def _attention(mixers: list[Node], listed: bool) -> Node:
+    mixer, windows = mixers[0], [mixer.get("window") for mixer in mixers]
     return {
         "qkv_bias": False,
         "o_bias": False,
-        **{name: value for name, value in first.items() if name not in ("mixer", "ffn", "kind")},
         **{name: value for name, value in mixer.items() if name not in ("kind", "rope")},
         "scale_dim": round(mixer["scale"] ** -2) if "scale" in mixer else mixer["head_dim"],
-        "activation": next((key for key, value in known.items() if value == expert.get("activation", "silu")), None),
-        **{word: expert.get("hidden_dim") for word in ("hidden_dim", "expert_hidden_dim")},
         "window": windows if listed and len(set(windows)) > 1 else max(window or 0 for window in windows) or None,
         "window_switch": any(windows),
-        "window_from": next((i for i, window in enumerate(windows) if window), len(layers)),
-        "rope_layers": [int(layer["mixer"].get("rope") is not None) for layer in layers],
+        "window_from": next((i for i, window in enumerate(windows) if window), len(windows)),
+        "positions": "rope" if mixer.get("rope") else "nope",
+        "rope_layers": [int(mixer.get("rope") is not None) for mixer in mixers],
         "layer_types": [LOCAL if window else FULL for window in windows],
-        **{name: ffn[name] for name in ("num_experts", "experts_per_token") if name in ffn},
+    }
+
+
+def _ffn(ffns: list[Node]) -> Node:
+    ffn = next((ffn for ffn in ffns if ffn["kind"] == "moe"), ffns[0])
+    known, expert = families()["activations"], ffn.get("expert") or ffn
+    return {
+        "activation": next((key for key, value in known.items() if value == expert.get("activation", "silu")), None),
+        **{word: expert.get("hidden_dim") for word in ("hidden_dim", "expert_hidden_dim")},
+        **{name: ffn.get(name, 0) for name in ("num_experts", "experts_per_token")},
     }
 
 
 def rope_keys(card: Card, row: Node) -> Node | None:
     """The keys of a settings file that say the card's rotary positions; None where it has none for them."""
-    mixers = [layer["mixer"] for layer in layers_of(card)]
+    mixers = [layer["mixer"] for layer in layers_of(card) if layer.get("mixer")]
     ropes = {LOCAL if mixer.get("window") else FULL: mixer for mixer in mixers if mixer.get("rope")}
     if not ropes:
         return {}

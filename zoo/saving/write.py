@@ -28,7 +28,7 @@ def write_weights(
     limit: int,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Writes STEM.safetensors or, if that would pass `limit` bytes, shards and their index; returns the weight files."""
+    """Writes STEM.safetensors or, beyond `limit` bytes, shards and their index; returns the weight files."""
     sizes = {tensor.name: _nbytes(module, tensor) for tensor in tensors}
     total, done = sum(sizes.values()), 0
     shards = [*_shards(tensors, sizes, limit)]

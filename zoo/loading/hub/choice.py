@@ -16,7 +16,7 @@ TEXT_FILES = re.compile(
     r"|chat_template\.(jinja|json)|SYSTEM_PROMPT\.txt",
     re.ASCII,
 )
-"""Names of what a model needs beside weights and settings: its tokenizer, chat format and how it likes to be sampled."""
+"""Names of what a model needs beside weights and settings: its tokenizer, its chat format, how it is sampled."""
 
 _COMPANIONS = re.compile(rf"params\.json|config\.json|{TEXT_FILES.pattern}", re.ASCII)
 
