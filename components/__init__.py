@@ -17,6 +17,8 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("block", "scaled", "zoo.components.block.spec:ScaledSpec")
     register("block", "sharing", "zoo.components.block.spec:SharingSpec")
     register("shared", "transformer", "zoo.components.shared.spec:TransformerSpec")
+    register("vision", "pixtral", "zoo.components.vision.spec:PixtralSpec")
+    register("projector", "mlp", "zoo.components.vision.spec:ProjectorSpec")
     register("mixer", "attention", "zoo.components.attention.spec:AttentionSpec")
     register("mixer", "latent_attention", "zoo.components.attention.spec:LatentAttentionSpec")
     register("mixer", "mamba1", "zoo.components.mamba.spec:Mamba1Spec")

@@ -77,6 +77,17 @@ class RecurrentState(Protocol):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of the residual stream that an encoder made, in place of the embeddings of their tokens.
+
+    rows_N: which rows of the step (int64, on the model's device). values_ND: what stands there.
+    """
+
+    rows_N: Tensor
+    values_ND: Tensor
+
+
+@dataclass(frozen=True)
 class Step:
     """One forward pass.
 
@@ -84,6 +95,7 @@ class Step:
     rows: how many rows each sequence has in this step (host integers, sum T).
     past: how many tokens of each sequence are cached already (host integers).
     states: one state per layer, in layer order; None for a layer that keeps nothing.
+    media: rows of images and sounds; None in a step of text.
     memo: values computed once per step and shared by all layers, such as rope's angles.
     """
 
@@ -91,6 +103,7 @@ class Step:
     rows: Sequence[int]
     past: Sequence[int]
     states: Sequence[Any]
+    media: Rows | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
     @property

@@ -22,7 +22,9 @@ from zoo.assemble import assemble
 from zoo.components.cache.store import fresh_step, make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.step import Step
+from zoo.engine.media import place, rows_of_media
 from zoo.engine.memory import Memory
+from zoo.engine.request import Media
 from zoo.loading.files import locate
 from zoo.loading.load import load_weights, random_weights
 from zoo.registry.card import Card
@@ -66,9 +68,19 @@ def check_component(
 
 
 def step_through(
-    module: Decoder, sequences: Sequence[Sequence[int]], chunk: int, storage: str = "slab"
+    module: Decoder,
+    sequences: Sequence[Sequence[int]],
+    chunk: int,
+    storage: str = "slab",
+    media: Sequence[Sequence[Media]] | None = None,
 ) -> list[Tensor]:
-    """Float32 logits (T, V) of each sequence, fed `chunk` tokens of every sequence at a time through the cache."""
+    """Float32 logits (T, V) of each sequence, fed `chunk` tokens of every sequence at a time through the cache.
+
+    media: of each sequence, its images and sounds.
+    """
+    placed = [
+        place(module.spec.encoders(), *both) for both in zip(sequences, media or [()] * len(sequences), strict=True)
+    ]
     states = module.spec.states()
     memory = Memory(
         states,
@@ -85,9 +97,12 @@ def step_through(
         for i, count in zip(live, rows, strict=True):
             memory.reserve(i, start + count)
         positions_T = torch.cat([torch.arange(start, start + count) for count in rows])
-        step = Step(positions_T, rows, [start] * len(live), memory.states(live, rows, [start] * len(live)))
         tokens_T = torch.tensor([t for i in live for t in sequences[i][start : start + chunk]])
         with torch.inference_mode():
+            spans = [(placed[i], start, start + count) for i, count in zip(live, rows, strict=True)]
+            filled = rows_of_media(module, spans, torch.device("cpu"))
+            kept = memory.states(live, rows, [start] * len(live))
+            step = Step(positions_T, rows, [start] * len(live), kept, filled)
             for i, logits in zip(live, module(tokens_T, step).split(rows), strict=True):
                 outputs[i].append(logits)
     return [torch.cat(parts) for parts in outputs]

@@ -29,6 +29,8 @@ class Decoder(nn.Module):
                 block.borrow(holders.setdefault(block.spec.number, block))
         self.norm = make(spec.norm)
         self.lerope = LeRoPE(spec.parameters()["lerope.alpha"].shape[0]) if spec.lerope else None
+        for name, encoder in spec.encoders().items():
+            self.add_module(name, make(encoder))
         self.head = None if spec.tied_embeddings else Linear(spec.dim, spec.vocab_size)
 
     def forward(self, tokens_T: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
@@ -41,6 +43,8 @@ class Decoder(nn.Module):
         x_TD = self.embed(tokens_T)
         if self.spec.embedding_scale is not None:
             x_TD = x_TD * _rounded(self.spec.embedding_scale, x_TD.dtype)
+        if step.media is not None:
+            x_TD = x_TD.index_copy(0, step.media.rows_N, step.media.values_ND.to(x_TD.dtype))
         if self.lerope is not None:
             self.lerope(step)
         if self.spec.shared:

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from zoo.components.block.spec import SharingSpec, linked
+from zoo.components.encoder import EncoderSpec
 from zoo.components.fields import Count, Flag, Positive
 from zoo.components.indexer.spec import IndexerSpec, SharedIndexerSpec
 from zoo.components.rope.spec import RopeSpec
@@ -70,6 +71,9 @@ class DecoderSpec(Spec):
     layers: Annotated[tuple[Spec, ...], Slot("block", default="prenorm", runs=True)] = Field(
         description="Runs of blocks, first to last."
     )
+    vision: Annotated[EncoderSpec | None, Slot("vision", bind={"out_dim": "dim"})] = Field(
+        default=None, description="Encoder of images; null for a model that reads text only."
+    )
 
     @field_validator("layers")
     @classmethod
@@ -127,7 +131,12 @@ class DecoderSpec(Spec):
 
     def children(self) -> dict[str, Spec]:
         """Without the shared blocks, each of which stands in the first layer that uses it."""
-        return {"norm": self.norm} | {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
+        layers: dict[str, Spec] = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
+        return {"norm": self.norm, **layers, **self.encoders()}
+
+    def encoders(self) -> dict[str, EncoderSpec]:
+        """The encoders of media by the name of their node, which is the module's too."""
+        return {} if self.vision is None else {"vision": self.vision}
 
     def states(self) -> tuple[StateSpec | None, ...]:
         """What each layer keeps of a sequence, first to last; None for a layer that keeps nothing."""

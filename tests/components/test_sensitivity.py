@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from zoo.components.cache.store import fresh_step
+from zoo.components.step import Rows
 from zoo.registry.errors import CardError
 from zoo.registry.manager import manager
 from zoo.registry.spec import Inherited, Slot, Spec
@@ -74,6 +76,20 @@ MAMBA2 = {
     "norm_eps": 1e-5,
 }
 MAMBA1 = {"kind": "mamba1", "inner_dim": 20, "state_size": 5, "dt_rank": 3, "conv_size": 4}
+PROJECTOR: dict[str, Any] = {"bias": False, "merge": 2, "norm": {"kind": "rms", "eps": 1e-5}}
+VISION: dict[str, Any] = {
+    "kind": "pixtral",
+    "token": 7,
+    "dim": 12,
+    "num_layers": 2,
+    "num_heads": 3,
+    "hidden_dim": 20,
+    "patch_size": 3,
+    "max_image_size": 24,
+    "theta": 100.0,
+    "norm": {"kind": "rms", "eps": 1e-5},
+    "projector": PROJECTOR,
+}
 BCDT_NORM = {"eps": 1e-3, "weights": False}
 
 SHARED: dict[str, Any] = {"kind": "transformer", "mixer": ATTENTION, "ffn": EXPERT, "adapter_rank": 3}
@@ -108,6 +124,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "lerope": ({}, {"lerope": True}),
         "norm": ({}, {"norm": {"kind": "rms", "eps": 0.1}}),
         "shared": (sharing(), sharing(adapter_rank=4)),
+        "vision": ({}, {"vision": VISION}),
         "layers": (
             {},
             {
@@ -120,6 +137,26 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
                 ]
             },
         ),
+    },
+    ("vision", "pixtral"): {
+        name: ({"vision": VISION}, {"vision": VISION | {name: value}})
+        for name, value in {
+            "token": 16,
+            "dim": 24,
+            "num_layers": 1,
+            "num_heads": 1,
+            "hidden_dim": 16,
+            "activation": "gelu",
+            "patch_size": 2,
+            "max_image_size": 12,
+            "theta": 3.0,
+            "norm": {"kind": "rms", "eps": 0.1},
+            "projector": PROJECTOR | {"bias": True},
+        }.items()
+    },
+    ("projector", "mlp"): {
+        name: ({"vision": VISION}, {"vision": VISION | {"projector": PROJECTOR | {name: value}}})
+        for name, value in {"bias": True, "activation": "silu", "norm": None, "merge": None}.items()
     },
     ("mixer", "attention"): {
         "num_heads": ({}, {"mixer": {"num_heads": 6}}),
@@ -307,7 +344,13 @@ FIELDS = [(key, name) for key, fields in CASES.items() for name in fields]
 
 def _behaviour(spec: Any, filled: Callable[..., Any]) -> tuple[Any, Any, torch.Tensor]:
     shapes = {name: param.shape for name, param in spec.all_parameters().items()}
-    return shapes, spec.states(), filled(spec)(TOKENS, fresh_step(spec, [len(TOKENS)]))
+    module, step = filled(spec), fresh_step(spec, [len(TOKENS)])
+    if spec.vision is None:
+        return shapes, spec.states(), module(TOKENS, step)
+    image = torch.randn(3, spec.vision.cell, spec.vision.cell, generator=torch.Generator().manual_seed(0))
+    rows = Rows((spec.vision.token == TOKENS).nonzero()[:, 0], module.vision([image])[0])
+    tokens = spec.vision.image_tokens(20, 14)
+    return (shapes, tokens), spec.states(), module(TOKENS, replace(step, media=rows))
 
 
 @pytest.mark.parametrize(("key", "field"), FIELDS, ids=[f"{kind}.{name}" for (_, kind), name in FIELDS])

@@ -153,7 +153,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch, stores: list[FakeStore]) -> Ite
 
     def make(decoder: nn.Module | None = None, *, context: int = 100, layers: int = 1, **sizes: Any) -> Engine:
         states = tuple(FakeStateSpec() for _ in range(layers))
-        shape = SimpleNamespace(vocab_size=VOCABULARY, context_length=context, states=lambda: states)
+        shape = SimpleNamespace(vocab_size=VOCABULARY, context_length=context, states=lambda: states, encoders=dict)
         plan: Any = SimpleNamespace(model=shape)
         model: Any = FakeDecoder() if decoder is None else decoder
         engines.append(Engine(model, plan, **sizes))

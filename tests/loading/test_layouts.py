@@ -152,7 +152,7 @@ def test_a_name_means_what_the_model_has(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("- a", "a table of weight names is a mapping"),
-        ("tensor: {a: b}", "unknown key 'tensor'; expected one of summary, extends, tensors"),
+        ("tensor: {a: b}", "unknown key 'tensor'; expected one of summary, extends, prefixes, tensors"),
         ("summary: nothing", "without rows"),
         ("tensors: {a: 3}", "row 'a'; expected a name, or `to`, `or` and `transform`"),
         ("tensors: {a: {to: b, transfrom: split}}", "row 'a'; expected a name, or `to`, `or` and `transform`"),

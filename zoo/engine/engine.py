@@ -20,10 +20,11 @@ from zoo.components.decoder.spec import DecoderSpec
 from zoo.engine.adapters import Adapters
 from zoo.engine.admission import Admission, check_sizes
 from zoo.engine.capture import Captured, captures
+from zoo.engine.media import Placed, place
 from zoo.engine.memory import Memory
 from zoo.engine.outcome import Outcome, read
 from zoo.engine.pack import pack
-from zoo.engine.request import Chunk, Completion, Request, token_ids
+from zoo.engine.request import Chunk, Completion, Media, Request, token_ids
 from zoo.engine.runner import Runner, memory_is_full
 from zoo.engine.scheduler import Scheduler, Work
 from zoo.engine.sequence import Sequence as Running
@@ -77,6 +78,7 @@ class Engine:
             pooled=storage == "pages" or (storage == "auto" and device.type != "cpu"),
         )
         self._admission = Admission(model.vocab_size, context, self._memory)
+        self._encoders = model.encoders()
         self._scheduler = Scheduler(self._memory, chunk_tokens=chunk, max_batch_size=max_batch_size)
         captured = Captured(decoder, self._memory, device, record=device.type == "cuda") if captures(device) else None
         self._runner: Runner | None = Runner(decoder, self._memory, device, captured)
@@ -160,15 +162,15 @@ class Engine:
 
     # --- without the cache --------------------------------------------------------------------------------------
 
-    def logits(self, tokens: Sequence[int], adapter: str | None = "auto") -> Tensor:
+    def logits(self, tokens: Sequence[int], adapter: str | None = "auto", media: Sequence[Media] = ()) -> Tensor:
         """Logits (T, V) float32 of one full prefill. Raises RequestError as `submit`."""
         with self._locked():
-            return self._open(adapter).logits(self._checked(tokens), adapter)
+            return self._open(adapter).logits(*self._checked(tokens, media), adapter)
 
-    def hidden(self, tokens: Sequence[int], adapter: str | None = "auto") -> Tensor:
+    def hidden(self, tokens: Sequence[int], adapter: str | None = "auto", media: Sequence[Media] = ()) -> Tensor:
         """The last hidden states (T, D), after the final norm, of one full prefill. Raises RequestError as `submit`."""
         with self._locked():
-            return self._open(adapter).hidden(self._checked(tokens), adapter)
+            return self._open(adapter).hidden(*self._checked(tokens, media), adapter)
 
     @contextmanager
     def between_steps(self) -> Iterator[tuple[Adapters, list[str | None]]]:
@@ -244,10 +246,10 @@ class Engine:
         self._runner.adapters.check(adapter)
         return self._runner
 
-    def _checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
+    def _checked(self, tokens: Sequence[int], media: Sequence[Media]) -> tuple[tuple[int, ...], list[Placed]]:
         ids = token_ids(tokens)
         self._admission.check_prompt(ids)
-        return ids
+        return ids, place(self._encoders, ids, media)
 
     def _enter(self, request: Request, *, mailed: bool) -> str:
         self._open(request.params.adapter)
@@ -255,7 +257,8 @@ class Engine:
         request_id = request.request_id or f"request-{number}"
         if request_id in self._live or request_id in self._mail:
             raise RequestError("a request of this id is unfinished", where="request_id", found=repr(request_id))
-        seq = Running(number, request_id, request, self._admission.allowed(request))
+        media = place(self._encoders, request.prompt, request.media)
+        seq = Running(number, request_id, request, self._admission.allowed(request), media)
         if mailed:
             self._mail[request_id] = deque()
         if seq.idle:

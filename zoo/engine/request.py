@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from zoo.registry.errors import RequestError, ZooError, nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from zoo.text.answer import AnswerForm
     from zoo.text.calls import ToolCall
     from zoo.text.tokenizer import Tokenizer
@@ -108,12 +110,21 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Media:
+    """A prepared image or sound. encoder: the node of the model that reads it, such as vision. data: as it takes it."""
+
+    encoder: str
+    data: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A prompt of token ids, with a tokenizer when text is wanted; without one, `Completion.text` is empty.
 
     continues: the answer goes on from the prompt's last word (see zoo.text.detokenize).
     form: how to take the answer apart into text, thinking and tool calls; None leaves all of it as text.
+    media: images and sounds, in the order of the prompt's tokens for them.
     request_id: a name of the caller's choice, unique among unfinished requests; None lets the engine number it.
     Raises RequestError for an empty prompt, for what is not token ids, and for stop texts without a tokenizer.
     """
@@ -124,6 +135,7 @@ class Request:
     continues: bool = False
     request_id: str | None = None
     form: AnswerForm | None = None
+    media: Sequence[Media] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_ids(self.prompt))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from zoo.components.cache.store import fresh_step
 from zoo.components.decoder.model import Decoder
-from zoo.components.step import Step
+from zoo.components.step import Rows, Step
 from zoo.engine.adapters import Adapters
 from zoo.engine.capture import Captured
+from zoo.engine.media import Placed, rows_of_media
 from zoo.engine.memory import Memory
 from zoo.engine.pack import Batch
 
@@ -35,27 +37,37 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits (R, V) float32 of the batch's wanted rows; its tokens are in the cache afterwards."""
-        if self.captured is not None and not any(map(self.adapters.resolve, batch.adapters)):
+        media = self._media(batch)
+        if self.captured is not None and media is None and not any(map(self.adapters.resolve, batch.adapters)):
             replayed_RV = self.captured.run(batch)
             if replayed_RV is not None:
                 return replayed_RV
         states = self.memory.states(batch.seqs, batch.rows, batch.past)
-        step = Step(batch.positions_T, batch.rows, batch.past, states)
+        step = Step(batch.positions_T, batch.rows, batch.past, states, media)
         with self.adapters.applied(batch.adapters, batch.rows, self.device):
             logits_RV: Tensor = self.decoder(batch.tokens_T, step, batch.rows_R)
         return logits_RV
 
+    def _media(self, batch: Batch) -> Rows | None:
+        sequences = [wants.work.sequence for wants in batch.wanted]
+        if not any(seq.media for seq in sequences):
+            return None
+        spans = zip(sequences, batch.past, batch.rows, strict=True)
+        parts = [(seq.media, past, past + rows) for seq, past, rows in spans]
+        return rows_of_media(self.decoder, parts, self.device)
+
     @torch.no_grad()
-    def hidden(self, tokens: Sequence[int], adapter: str | None = "auto") -> Tensor:
+    def hidden(self, tokens: Sequence[int], media: Sequence[Placed] = (), adapter: str | None = "auto") -> Tensor:
         """The normalised last hidden states (T, D) of one whole sequence, beside the cache."""
-        step = fresh_step(self.decoder.spec, [len(tokens)], self.device)
+        rows = rows_of_media(self.decoder, [(media, 0, len(tokens))], self.device) if media else None
+        step = replace(fresh_step(self.decoder.spec, [len(tokens)], self.device), media=rows)
         with self.adapters.applied([adapter], [len(tokens)], self.device):
             return self.decoder.hidden(torch.tensor(tokens, device=self.device), step)
 
     @torch.no_grad()
-    def logits(self, tokens: Sequence[int], adapter: str | None = "auto") -> Tensor:
+    def logits(self, tokens: Sequence[int], media: Sequence[Placed] = (), adapter: str | None = "auto") -> Tensor:
         """Logits (T, V) float32 of one whole sequence, beside the cache; an ordinary tensor that may be written to."""
-        return self.decoder.logits(self.hidden(tokens, adapter))
+        return self.decoder.logits(self.hidden(tokens, media, adapter))
 
 
 def memory_is_full(error: BaseException) -> bool:

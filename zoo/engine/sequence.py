@@ -12,6 +12,7 @@ from zoo.registry.errors import ZooError
 from zoo.text.answer import Answer
 
 if TYPE_CHECKING:
+    from zoo.engine.media import Placed
     from zoo.engine.outcome import Outcome
 
 
@@ -19,11 +20,13 @@ class Sequence:
     """The tokens, progress and results of one request.
 
     number: order of arrival, and its name in the cache. tokens: prompt and generated ids. past: how many of them
-    are cached. allowed: how many may be generated.
+    are cached. allowed: how many may be generated. media: images and sounds at their places.
     """
 
-    def __init__(self, number: int, request_id: str, request: Request, allowed: int) -> None:
-        params = request.params
+    def __init__(
+        self, number: int, request_id: str, request: Request, allowed: int, media: list[Placed] | None = None
+    ) -> None:
+        params, self.media = request.params, media or []
         self.number, self.request_id, self.params, self.allowed = number, request_id, params, allowed
         self.tokens = list(request.prompt)
         self.prompt_length = len(self.tokens)

@@ -7,6 +7,7 @@ A table is a YAML file that a plugin registers; the layout's name is the file's 
     tensors:                           # name in the file -> name in the model
       layers.{i}.attention.wq.{weight|bias}: {to: "layers.{i}.mixer.q.{weight|bias}", transform: interleaved_rope}
       layers.{i}.norm.weight: {to: "layers.{i}.mixer_norm.weight", or: "layers.{i}.ffn_norm.weight"}
+    prefixes: {model.language_model.: model.}   # what a name may begin with -> what it then means
     ignore: {rope.freqs: why it is left out}
     identity: true                     # instead of `tensors`: names in the file are the model's
     signature: [embed.weight]          # with identity: names by which such a file is recognised
@@ -33,7 +34,7 @@ from zoo.registry.node import Node
 from zoo.registry.reader import decode, read
 
 TRANSFORMS = ("stack", "split", "transpose", "interleaved_rope")
-KEYS = ("summary", "extends", "tensors", "ignore", "identity", "signature")
+KEYS = ("summary", "extends", "prefixes", "tensors", "ignore", "identity", "signature")
 
 _HOLE = re.compile(r"\{(\w+)\}")
 _WORDS = re.compile(r"\{(\w+(?:\|\w+)+)\}")
@@ -51,13 +52,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of naming a model's tensors. Rows and ignored names go by their skeleton, numbers as `#`."""
+    """A way of naming a model's tensors. Rows and ignored names go by their skeleton, numbers as `#`.
+
+    prefixes: what a name may begin with, and what it is looked up with instead.
+    """
 
     name: str
     rows: Mapping[str, tuple[Row, ...]]
     ignored: Mapping[str, str] = field(default_factory=dict)
     identity: bool = False
     signature: frozenset[str] = frozenset()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, name: str) -> tuple[Row, dict[str, str]] | None:
         """The row for a tensor of a file and what fills its holes; of several, the first."""
@@ -67,12 +72,13 @@ class Layout:
         """The rows for a tensor of a file and what fills their holes: a model has the tensors of one of them."""
         if self.identity:
             return [(Row(name, (name,)), {})]
+        name = self._plain(name)
         matches = ((row, match(row.pattern, name)) for row in self.rows.get(skeleton(name), ()))
         return [(row, holes) for row, holes in matches if holes is not None]
 
     def ignores(self, name: str) -> bool:
         """Whether the table leaves this name out on purpose."""
-        return skeleton(name) in self.ignored
+        return skeleton(self._plain(name)) in self.ignored
 
     def file_names(self, target: str) -> Iterator[str]:
         """The names that a tensor of the model may have in a file, as the table's rows come."""
@@ -88,7 +94,12 @@ class Layout:
     def score(self, names: Iterable[str]) -> int:
         """How many of the names this layout knows."""
         known = self.signature if self.identity else self.rows.keys()
-        return sum(skeleton(name) in known for name in names)
+        return sum(skeleton(self._plain(name)) in known for name in names)
+
+    def _plain(self, name: str) -> str:
+        """The name as the table's rows say it."""
+        prefix = next((prefix for prefix in self.prefixes if name.startswith(prefix)), None)
+        return name if prefix is None else self.prefixes[prefix] + name.removeprefix(prefix)
 
 
 def skeleton(name: str) -> str:
@@ -182,14 +193,15 @@ def _layout(name: str, nodes: Mapping[str, Node], above: tuple[str, ...]) -> Lay
     ignored = {
         skeleton(name): reason for pattern, reason in parts.get("ignore", {}).items() for name in _chosen(pattern)
     }
-    parent = _parent(name, nodes, above)
+    prefixes, parent = parts.get("prefixes", {}), _parent(name, nodes, above)
     if parent is not None:
+        prefixes = {**parent.prefixes, **prefixes}
         own = {key: (*value, *_others(parent.rows.get(key, ()), value)) for key, value in rows.items()}
         rows, ignored = {**parent.rows, **own}, {**parent.ignored, **ignored}
     if not rows and not parts.get("identity"):
         raise PluginError("a table of weight names without rows", where=node.where, expected="`tensors:` with rows")
     signature = frozenset(skeleton(name) for name in parts.get("signature", ()))
-    return Layout(name, rows, ignored, parts.get("identity", False), signature)
+    return Layout(name, rows, ignored, parts.get("identity", False), signature, prefixes)
 
 
 def _same(one: Row, other: Row) -> bool:
