@@ -52,11 +52,11 @@ class MoE(nn.Module):
 
     def part(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
         """A piece of a parameter in the plain layout; of packed experts, of one of them."""
-        if not self.packed or name not in ("experts_gate_up", "experts_down"):
+        if not self.packed:
             return self.get_parameter(name).detach()[index]
         expert, *rest = index
         assert isinstance(expert, int)
-        return self.packed[expert][name == "experts_down"].to_dense()[tuple(rest)]
+        return self.packed[expert][("experts_in", "experts_down").index(name)].to_dense()[tuple(rest)]
 
     def _expert(self, index: int, x_TD: Tensor) -> Tensor:
         first, down = self.packed[index] if self.packed else (self.experts_in[index], self.experts_down[index])
