@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 Value = TypeVar("Value")
 Advance = Callable[..., tuple[Tensor, Tensor]]
 """(state (B, ...) or None where nothing came before, rows (B, T, ...)...) -> (output (B, T, ...), state after it)."""
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """What an `Advance` may have besides: a way to move states of single rows on where they lie, on CUDA devices."""
+
+    def in_place(self, pool: Tensor, places_B: Tensor, *rows: Tensor) -> Tensor:
+        """The outputs (B, ...) of one row (B, ...) each; the states at these places of the pool are replaced."""
+        ...
 
 
 class KVState(Protocol):

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoo.components import fused
 from zoo.components.cache.spec import RecurrentCacheSpec
-from zoo.components.step import Advance
+from zoo.components.step import Advance, InPlace
 from zoo.registry.errors import CapacityError
 
 Piece = Literal["conv", "ssm"]
@@ -177,6 +178,8 @@ class PooledView:
     def advance(self, piece: Piece, function: Advance, *rows: Tensor) -> Tensor:
         """Runs `function` over one row of every place, from what is kept, and keeps what it leaves."""
         kept = self.pool[piece][self.layer]
+        if isinstance(function, InPlace) and fused.runs(kept):
+            return function.in_place(kept, self.places_B, *rows)
         output, left = function(kept[self.places_B], *(value.unsqueeze(1) for value in rows))
         kept[self.places_B] = left.to(kept.dtype)
         return output.flatten(0, 1)

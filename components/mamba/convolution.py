@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.components.mamba import single
+
 
 class CausalConv(nn.Module):
     """silu(conv(x)): each channel's weighted sum of its last `size` tokens.
@@ -31,3 +33,7 @@ class CausalConv(nn.Module):
         if self.bias is not None:
             y_BTW = y_BTW + self.bias
         return F.silu(y_BTW).to(x_BTW.dtype), window_BTW[:, rows:]
+
+    def in_place(self, pool_PkW: Tensor, places_B: Tensor, x_BW: Tensor) -> Tensor:
+        """(B, W), of one row of each sequence whose last inputs stand at these places of the pool."""
+        return single.conv(pool_PkW, places_B, x_BW, self.weight, self.bias)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.components.linear import Linear
+from zoo.components.mamba import single
 from zoo.components.mamba.convolution import CausalConv
 from zoo.components.mamba.scan import ssd
 from zoo.components.mamba.spec import Mamba2Spec
@@ -38,10 +37,24 @@ class Mamba2(nn.Module):
         x_THd = x_TW.unflatten(1, (spec.num_heads, spec.head_dim))
         b_TGn, c_TGn = (value.unflatten(1, (spec.num_groups, spec.state_size)) for value in (b_TW, c_TW))
         dt_TH = F.softplus(dt_TH.float() + self.dt_bias)
-        y_THd = state.advance("ssm", partial(ssd, -torch.exp(self.a_log)), x_THd, dt_TH, b_TGn, c_TGn)
+        y_THd = state.advance("ssm", Scan(-torch.exp(self.a_log)), x_THd, dt_TH, b_TGn, c_TGn)
         y_THd = torch.addcmul(y_THd, self.d.unsqueeze(-1), x_THd)
         y_TD: Tensor = self.out_proj(self.norm(y_THd.flatten(1), z_TW).to(x_TD.dtype))
         return y_TD
+
+
+class Scan:
+    """`ssd` with its decays: of any rows, or of single ones in place."""
+
+    def __init__(self, a_H: Tensor) -> None:
+        self.a_H = a_H
+
+    def __call__(self, state_BWn: Tensor | None, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        return ssd(self.a_H, state_BWn, *rows)
+
+    def in_place(self, pool_PWn: Tensor, places_B: Tensor, *rows: Tensor) -> Tensor:
+        """As `single.ssd`."""
+        return single.ssd(pool_PWn, places_B, self.a_H, *rows)
 
 
 class GatedNorm(nn.Module):

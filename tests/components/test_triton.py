@@ -14,6 +14,9 @@ from zoo.components import fused
 from zoo.components.attention.kernels import attention_rows
 from zoo.components.attention.paged import attention_pages
 from zoo.components.ffn.gated import gate
+from zoo.components.mamba import single
+from zoo.components.mamba.convolution import CausalConv
+from zoo.components.mamba.scan import ssd
 from zoo.components.norm.rms import rms_reference
 from zoo.components.rope.rotary import rotate
 from zoo.registry.errors import ZooError
@@ -37,7 +40,7 @@ def test_interpreted_kernels() -> None:
     command = [sys.executable, "-m", "pytest", "-v", "--import-mode=importlib", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "23 passed" in done.stdout
+    assert "29 passed" in done.stdout
 
 
 each_kernel = pytest.mark.skipif(
@@ -121,6 +124,42 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     found = fused.rms(x.to(DEVICE), weight_D.to(DEVICE), 1e-5)
     expected = rms_reference(x, weight_D, 1e-5)
     assert relative_error(found.cpu().float(), expected.float()) < (1e-6 if dtype is torch.float32 else NARROW)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution_in_place(bias: bool, dtype: torch.dtype) -> None:
+    """Of rows that are a part of wider ones, at places in any order."""
+    conv = CausalConv(600, 4, bias=bias).to(dtype)
+    for parameter in conv.parameters():
+        parameter.data.copy_(draw(*parameter.shape) / 2)
+    pool, places_B, x_BW = draw(9, 3, 600).to(dtype), torch.tensor([4, 1, 7]), draw(3, 700).to(dtype)[:, :600]
+    with torch.inference_mode():
+        expected, left = conv(pool[places_B], x_BW.unsqueeze(1))
+        kept = pool.to(DEVICE)
+        found = conv.to(DEVICE).in_place(kept, places_B.to(DEVICE), x_BW.to(DEVICE))
+    assert relative_error(found.cpu().float(), expected[:, 0].float()) < (1e-6 if dtype is torch.float32 else NARROW)
+    assert torch.equal(kept.cpu()[places_B], left)
+    others = [i for i in range(9) if i not in places_B.tolist()]
+    assert torch.equal(kept.cpu()[others], pool[others])
+
+
+@each_kernel
+@pytest.mark.parametrize(("heads", "width", "groups", "size"), [(6, 4, 2, 5), (16, 64, 8, 128)])
+def test_state_in_place(heads: int, width: int, groups: int, size: int) -> None:
+    pool, places_B = draw(7, heads * width, size), torch.tensor([2, 6])
+    a_H, x_BHd, dt_BH = -draw(heads).abs(), draw(2, heads + 1, width)[:, :heads], draw(2, heads).abs()
+    wide = draw(2, 2 * groups * size)
+    b_BGn, c_BGn = (part.unflatten(1, (groups, size)) for part in wide.chunk(2, dim=1))
+    rows = (x_BHd, dt_BH, b_BGn, c_BGn)
+    expected, left = ssd(a_H, pool[places_B], *(value.unsqueeze(1) for value in rows))
+    kept = pool.to(DEVICE)
+    found = single.ssd(kept, places_B.to(DEVICE), a_H.to(DEVICE), *(value.to(DEVICE) for value in rows))
+    assert relative_error(found.cpu(), expected[:, 0]) < 1e-5
+    assert relative_error(kept.cpu()[places_B], left) < 1e-6
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(kept.cpu()[others], pool[others])
 
 
 def test_small_operations_are_plain_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
