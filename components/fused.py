@@ -7,6 +7,7 @@ what the kernels are tested against; ZOO_FUSED=off makes CUDA devices run them t
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -17,8 +18,13 @@ from torch import Tensor
 
 from zoo.registry.errors import ZooError
 
+log = logging.getLogger("zoo.components")
+
 WIDEST = 16384
 """The longest row that `rms` takes at once."""
+
+TOLERANCE = 1e-4
+"""Relative error of float32 that a kernel may have."""
 
 BLOCK = 1024
 """Elements of a row that a program of `gate` takes."""
@@ -26,7 +32,7 @@ BLOCK = 1024
 
 def runs(x: Tensor) -> bool:
     """Whether the kernels run on `x`: on a CUDA device, without gradients, rows of lanes that lie together."""
-    return x.is_cuda and not torch.is_grad_enabled() and x.stride(-1) == 1 and is_wanted()
+    return x.is_cuda and not torch.is_grad_enabled() and x.stride(-1) == 1 and is_wanted() and works(x.device)
 
 
 @cache
@@ -38,6 +44,21 @@ def is_wanted() -> bool:
             "unknown way to run small operations", where="ZOO_FUSED", found=repr(choice), expected="'auto' or 'off'"
         )
     return choice == "auto" and find_spec("triton") is not None
+
+
+@cache
+def works(device: torch.device) -> bool:
+    """Whether every kernel gives on this device what its formula gives on the CPU: asked once, and said if not."""
+    from zoo.components.fused_check import differences
+
+    try:
+        wrong = [f"{name} is off by {error:.0e}" for name, error in differences(device) if not error < TOLERANCE]
+    except Exception as error:
+        # Whatever a compiler may raise: what it cannot build is computed by the formulas.
+        wrong = [str(error).partition("\n")[0] or type(error).__name__]
+    if wrong:
+        log.warning("zoo: small operations run by PyTorch's own kernels on %s: %s", device, "; ".join(wrong))
+    return not wrong
 
 
 def rotate(x_THd: Tensor, cos_T1r: Tensor, sin_T1r: Tensor) -> Tensor:

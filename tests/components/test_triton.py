@@ -14,6 +14,7 @@ from zoo.components import fused
 from zoo.components.attention.kernels import attention_rows
 from zoo.components.attention.paged import attention_pages
 from zoo.components.ffn.gated import gate
+from zoo.components.fused_check import differences
 from zoo.components.mamba import single
 from zoo.components.mamba.convolution import CausalConv
 from zoo.components.mamba.scan import ssd
@@ -40,7 +41,7 @@ def test_interpreted_kernels() -> None:
     command = [sys.executable, "-m", "pytest", "-v", "--import-mode=importlib", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "29 passed" in done.stdout
+    assert "32 passed" in done.stdout
 
 
 each_kernel = pytest.mark.skipif(
@@ -160,6 +161,30 @@ def test_state_in_place(heads: int, width: int, groups: int, size: int) -> None:
     assert relative_error(kept.cpu()[places_B], left) < 1e-6
     others = [0, 1, 3, 4, 5]
     assert torch.equal(kept.cpu()[others], pool[others])
+
+
+@each_kernel
+def test_kernels_are_checked_before_they_are_used() -> None:
+    names = [name for name, error in differences(torch.device(DEVICE)) if error < fused.TOLERANCE]
+    assert len(names) == 7
+    assert fused.works(torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("fault", [[("rope", 0.5), ("gate", float("nan"))], RuntimeError("no compiler\nat all")])
+def test_kernels_that_fail_are_left_out(
+    fault: list[tuple[str, float]] | Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def found(device: torch.device) -> list[tuple[str, float]]:
+        if isinstance(fault, Exception):
+            raise fault
+        return fault
+
+    monkeypatch.setattr("zoo.components.fused_check.differences", found)
+    fused.works.cache_clear()
+    assert not fused.works(torch.device("cpu"))
+    fused.works.cache_clear()
+    [message] = [record.getMessage() for record in caplog.records]
+    assert ("no compiler" in message) if isinstance(fault, Exception) else ("rope is off by 5e-01; gate" in message)
 
 
 def test_small_operations_are_plain_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
