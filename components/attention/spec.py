@@ -214,10 +214,10 @@ class LatentAttentionSpec(Spec):
         return found
 
     def children(self) -> dict[str, Spec]:
-        found: dict[str, Spec] = {} if self.shares else {"kv_norm": self.norm}
+        found: dict[str, Spec] = {} if self.shares else {"kv_a_norm": self.norm}
         found |= {name: spec for name in ("rope", "indexer") if (spec := getattr(self, name)) is not None}
         if self.q_lora_rank is not None:
-            found["q_norm"] = self.norm.model_copy(update={"dim": self.q_lora_rank})
+            found["q_a_norm"] = self.norm.model_copy(update={"dim": self.q_lora_rank})
         return found
 
     def state(self) -> StateSpec | None:

@@ -393,8 +393,8 @@ def test_mistral_params_over_tensors_named_by_hugging_face(tmp_path: Path, saved
         ({"yarn": {"factor": 2}}, "the key 'yarn.original_max_position_embeddings' is missing"),
         ({"moe": {"num_experts": 8}}, "the key 'moe.num_experts_per_tok' is missing"),
         (
-            {"moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1}},
-            "moe.num_shared_experts has a value that zoo does not read; found 1; expected 0",
+            {"moe": {"num_experts": 8, "num_experts_per_tok": 2, "route_every_n": 2}},
+            "moe.route_every_n has a value that zoo does not read; found 2; expected 1",
         ),
         (
             {"vision_encoder": {"hidden_size": 8}},
@@ -416,7 +416,7 @@ def test_mistral_params_over_tensors_named_by_hugging_face(tmp_path: Path, saved
             {"quantization": {"qformat_weight": "fp8_e4m3", "rotation": "hadamard"}},
             "1 key that zoo does not know; found quantization.rotation",
         ),
-        ({"kv_lora_rank": 512}, "not supported yet: multi-head latent attention; found the key 'kv_lora_rank'"),
+        ({"kv_lora_rank": 512}, "the key 'qk_nope_head_dim' is missing"),
         ({"model_type": "rwkv"}, "architecture 'rwkv' is not supported yet; expected model_type transformer"),
     ],
 )

@@ -28,7 +28,14 @@ def refused(folder: Path, text: str, **others: str) -> str:
 
 
 def test_built_in_layouts() -> None:
-    assert list(layouts()) == ["mistral", "huggingface", "huggingface_glm4", "huggingface_postnorm", "zoo"]
+    assert list(layouts()) == [
+        "mistral",
+        "huggingface",
+        "huggingface_glm4",
+        "huggingface_latent",
+        "huggingface_postnorm",
+        "zoo",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +79,7 @@ def test_file_names_of_a_tensor() -> None:
     assert list(known["mistral"].file_names("layers.2.mixer.k.weight")) == ["layers.2.attention.wk.weight"]
     assert list(known["mistral"].file_names("layers.2.ffn.experts.1.up.weight")) == [
         "layers.2.feed_forward.experts.1.w3.weight",
+        "layers.2.experts.1.w3.weight",
         "layers.2.block_sparse_moe.w3",
     ]
     assert list(known["zoo"].file_names("a.b")) == ["a.b"]

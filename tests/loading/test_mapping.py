@@ -218,3 +218,11 @@ def test_stack_split_and_transpose_together(
     assert [p and p.columns for p in placed] == expected
     scalar = found.placements["scale"]
     assert (scalar.rows, scalar.row_shape, scalar.row_bytes) == ((0, 1), (), 4)
+
+
+def test_a_layer_that_drafts_is_left_out_and_no_other(plan_of: Plans) -> None:
+    leaves = ("input_layernorm.weight", "enorm.weight", "eh_proj.weight", "mlp.experts.3.up_proj.weight")
+    shapes: Shapes = {f"model.layers.{i}.{leaf}": (4,) for i in (61, 62) for leaf in leaves}
+    found = differences(plan_of(), shapes, layout="huggingface_latent")
+    unused = [problem.name for problem in found.problems if problem.kind == "unused"]
+    assert unused == [name for name in shapes if ".62." in name]

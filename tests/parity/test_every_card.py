@@ -19,6 +19,8 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 import zoo
 from zoo.assemble import assemble
@@ -37,6 +39,9 @@ CARDS = [name for name in BUILT_IN if load_card(name).unsupported is None]
 REFERENCES: dict[str, str] = yaml.safe_load((Path(__file__).parent / "references.yaml").read_text(encoding="utf-8"))
 NATIVE = ("mistral", "zoo")
 """Families that Mistral's own layout can name."""
+
+VISION = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
+"""What names of tensors of an image encoder begin with."""
 
 WINDOW, ORIGINAL, LENGTH = 7, 16, 19
 RECURRENT: dict[str, dict[str, int]] = {
@@ -65,6 +70,7 @@ def shrunk(name: str) -> dict[str, Any]:
     for run in card["model"]["layers"]:
         run["repeat"] = 1 if len(run["pattern"]) > 1 else 2
         run["pattern"] = [_layer(node) for node in run["pattern"]]
+    _reconnect(mixers_of(card))
     shared = [_layer(node) for node in card["model"].get("shared", ())]
     heads = [mixer["num_heads"] for mixer in mixers_of(card) if "num_heads" in mixer]
     whole = lcm(*heads, 4)  # what some classes of transformers ask for
@@ -92,6 +98,8 @@ def _mixer(mixer: dict[str, Any]) -> dict[str, Any]:
     if mixer["kind"] in RECURRENT:
         sizes = RECURRENT[mixer["kind"]]
         return {key: sizes.get(key, value) for key, value in mixer.items()}
+    if mixer["kind"] == "latent_attention":
+        return _latent(mixer)
     groups = mixer["num_heads"] // mixer["num_kv_heads"]
     mixer = mixer | {"num_heads": 2 * groups, "num_kv_heads": 2, "head_dim": 6}
     if mixer.get("window"):
@@ -103,9 +111,34 @@ def _mixer(mixer: dict[str, Any]) -> dict[str, Any]:
     return mixer
 
 
+def _latent(mixer: dict[str, Any]) -> dict[str, Any]:
+    turned = mixer["rope_head_dim"] > 0
+    sizes = {"num_heads": 4, "kv_lora_rank": 20, "v_head_dim": 10}
+    sizes |= {"nope_head_dim": 6, "rope_head_dim": 4} if turned else {"nope_head_dim": 10}
+    mixer = mixer | sizes | ({"q_lora_rank": 14} if mixer["q_lora_rank"] else {})
+    if mixer.get("query_scaling"):
+        mixer["query_scaling"] = mixer["query_scaling"] | {"original_context": ORIGINAL}
+    if mixer.get("indexer"):
+        mixer["indexer"] = mixer["indexer"] | {"num_heads": 16, "head_dim": 12, "top_k": 5}
+    return mixer | ({"rope": mixer["rope"] | {"original_context": ORIGINAL}} if turned else {})
+
+
+def _reconnect(mixers: list[dict[str, Any]]) -> None:
+    """Lets layers that read an earlier layer's latents read those of the last one that is like it."""
+    for number, mixer in enumerate(mixers):
+        if "cache" in mixer:
+            lenders = (i for i, m in enumerate(mixers[:number]) if "cache" not in m and not m["rope"])
+            mixer["cache"] = mixer["cache"] | {"layer": max(lenders)}
+
+
 def _ffn(ffn: dict[str, Any]) -> dict[str, Any]:
     if ffn["kind"] == "moe":
-        return ffn | {"expert": ffn["expert"] | {"hidden_dim": 24}}
+        parts = {"expert": ffn["expert"] | {"hidden_dim": 24}}
+        if ffn.get("shared"):
+            parts["shared"] = ffn["shared"] | {
+                "hidden_dim": 24 * ffn["shared"]["hidden_dim"] // ffn["expert"]["hidden_dim"]
+            }
+        return ffn | parts
     return ffn | {"hidden_dim": 24}
 
 
@@ -126,13 +159,56 @@ def transformers_model(card: dict[str, Any]) -> Any:
     if "state_space" in row:
         settings |= state_space_settings(card, row["state_space"])
     ropes = {
-        "sliding_attention" if mixer.get("window") else "full_attention": rope_parameters(mixer["rope"])
+        "sliding_attention" if mixer.get("window") else "full_attention": rope_parameters(mixer)
         for mixer in [*mixers_of(card), *(node["mixer"] for node in card["model"].get("shared", ()))]
         if mixer.get("rope")
     }
     if ropes:
         settings["rope_parameters"] = ropes if "local_theta" in keys else next(iter(ropes.values()))
-    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **settings))
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    return class_of(config)(config) if class_of(config) else around(config)
+
+
+def class_of(config: Any) -> Any:
+    """transformers' class of language models, also where its Auto classes do not know it; None where it has none."""
+    known = transformers.AutoModelForCausalLM._model_mapping
+    name = f"{type(config).__name__.removesuffix('Config')}ForCausalLM"
+    return known[type(config)] if type(config) in known else getattr(transformers, name, None)
+
+
+def opened(folder: Path) -> Any:
+    """What transformers reads from a folder; None for what it only reads with an image encoder."""
+    kind = class_of(transformers.AutoConfig.from_pretrained(folder))
+    return kind and kind.from_pretrained(folder).eval()
+
+
+def around(config: Any) -> Any:
+    """The model with an image encoder that transformers has around a language model, where it has no other."""
+    vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "head_dim": 4}
+    outer = config.model_type.removesuffix("_text")
+    whole = transformers.AutoConfig.for_model(outer, text_config=config.to_dict(), vision_config=vision)
+    return transformers.AutoModelForImageTextToText.from_config(whole)
+
+
+def in_memory(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors by name; files hold what several layers share once."""
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in once}
+
+
+def on_disk(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors as transformers writes them, without those of an image encoder."""
+    tensors: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(VISION)}
+
+
+def save(model: Any, folder: str) -> None:
+    """As transformers saves it; of a model with an image encoder, the language model alone."""
+    model.save_pretrained(folder)
+    if "text_config" in model.config.sub_configs:
+        model.config.text_config.save_pretrained(folder)
+        save_file({name: tensor.contiguous() for name, tensor in on_disk(model).items()}, f"{folder}/model.safetensors")
 
 
 def layers_of(card: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,7 +223,7 @@ def words(card: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """The card in the words of a row of families.yaml."""
     layers, mixers = layers_of(card), mixers_of(card)
     shared = card["model"].get("shared", [])
-    attention = [mixer for mixer in [*mixers, *(node["mixer"] for node in shared)] if mixer["kind"] == "attention"]
+    attention = [m for m in [*mixers, *(node["mixer"] for node in shared)] if m["kind"] not in RECURRENT]
     ffns = [node["ffn"] for node in [*layers, *shared] if node.get("ffn")]
     return {
         "tied_embeddings": False,
@@ -158,6 +234,7 @@ def words(card: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         **layers[0],
         **(recurrent_words(mixers[0]) if not attention else attention_words(attention)),
         **(ffn_words(ffns) if ffns else {}),
+        **mixture_words(ffns),
         **(layer_words(layers, row["layer_kinds"]) if "layer_kinds" in row else {}),
         **(shared_words(shared) if shared else {}),
     }
@@ -165,6 +242,8 @@ def words(card: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
 def attention_words(mixers: list[dict[str, Any]]) -> dict[str, Any]:
     mixer, windows = mixers[0], [mixer.get("window") for mixer in mixers]
+    if mixer["kind"] == "latent_attention":
+        return latent_words(mixers)
     return {
         **mixer,
         "scale_dim": round(mixer["scale"] ** -2) if "scale" in mixer else mixer["head_dim"],
@@ -175,12 +254,40 @@ def attention_words(mixers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def latent_words(mixers: list[dict[str, Any]]) -> dict[str, Any]:
+    indexer = mixers[0].get("indexer", {})
+    return {
+        **mixers[0],
+        "num_kv_heads": mixers[0]["num_heads"],
+        "rope_layers": [int(mixer["rope"] is not None) for mixer in mixers],
+        "latent_sources": [mixer.get("cache", {}).get("layer", number) for number, mixer in enumerate(mixers)],
+        **{f"index_{word}": value for word, value in indexer.items()},
+    }
+
+
 def ffn_words(ffns: list[dict[str, Any]]) -> dict[str, Any]:
     ffn = next((ffn for ffn in ffns if ffn["kind"] == "moe"), ffns[0])
     return {
         "activation": next(k for k, v in families()["activations"].items() if v == ffn.get("activation", "silu")),
         **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
         **{name: ffn.get(name, 0) for name in ("num_experts", "experts_per_token")},
+    }
+
+
+def mixture_words(ffns: list[dict[str, Any]]) -> dict[str, Any]:
+    """What mixtures say beside their experts: which layers are none, what is shared, how experts are chosen."""
+    types = ["sparse" if ffn["kind"] == "moe" else "dense" for ffn in ffns]
+    if "sparse" not in types:
+        return {}
+    mixture = ffns[types.index("sparse")]
+    router, shared = mixture.get("router", {}), mixture.get("shared")
+    return {
+        "hidden_dim": next((ffn for ffn in ffns if ffn["kind"] != "moe"), mixture["expert"])["hidden_dim"],
+        "dense_layers": types.count("dense"),
+        "ffn_types": types,
+        "shared_experts": shared["hidden_dim"] // mixture["expert"]["hidden_dim"] if shared else 0,
+        **{word: router[word] for word in ("groups", "groups_per_token", "normalize") if word in router},
+        "router_scale": router.get("scale", 1.0),
     }
 
 
@@ -214,12 +321,17 @@ def state_space_settings(card: dict[str, Any], row: dict[str, Any]) -> dict[str,
     return {keys_of(row, word)[0]: value for word, value in recurrent_words(mixer).items() if keys_of(row, word)}
 
 
-def rope_parameters(rope: dict[str, Any]) -> dict[str, Any]:
-    """A card's rope as transformers says it."""
+def rope_parameters(mixer: dict[str, Any]) -> dict[str, Any]:
+    """The rope of a card's mixer, and what goes with it, as transformers says it."""
+    rope = mixer["rope"]
     kind = rope.get("kind", "default")
     names = families()["rope_types"][kind]
     scaling = {names[field].removesuffix("?"): rope[field] for field in names if field in rope}
     share = {"partial_rotary_factor": 0.5} if "rotary_dim" in rope else {}
+    if kind == "yarn":
+        scaling |= {"mscale": mixer.get("mscale", 0), "mscale_all_dim": mixer.get("mscale", 0)}
+        scaling |= {key: rope[key] for key in ("attention_factor",) if key in rope}
+        scaling |= {"llama_4_scaling_beta": mixer["query_scaling"]["beta"]} if "query_scaling" in mixer else {}
     return {"rope_type": kind, "rope_theta": rope["theta"], **scaling, **share}
 
 
@@ -228,6 +340,9 @@ def random_model(card: dict[str, Any]) -> Any:
     model = transformers_model(card).float().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.15)
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():
+            torch.nn.init.normal_(buffer, std=0.15)
     return model
 
 
@@ -240,7 +355,7 @@ def errors(text: str) -> tuple[float, ...]:
     with torch.inference_mode():
         expected_TV = model(torch.tensor([tokens])).logits[0]
     with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        save(model, folder)
         assert resolve(Card.from_dict(infer_card(folder))).model == resolve(Card.from_dict(card)).model
         with zoo.load(card, weights=folder, device="cpu", dtype="float32") as ours:
             steps = [step_through(ours.module, [tokens], chunk)[0] for chunk in (5, 1)]
@@ -261,7 +376,9 @@ def saved_again(ours: zoo.Model, tokens: list[int]) -> torch.Tensor:
             return ours.logits(tokens)
         (folders["huggingface"] / "card.yaml").unlink()  # read by config.json from here on
         assert resolve(Card.from_dict(infer_card(folders["huggingface"]))).model == ours.plan.model
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folders["huggingface"]).eval()
+        theirs = opened(folders["huggingface"])
+        if theirs is None:
+            return ours.logits(tokens)
         with torch.inference_mode():
             logits_TV: torch.Tensor = theirs(torch.tensor([tokens])).logits[0]
         return logits_TV
@@ -302,17 +419,17 @@ def test_layouts_close_at_full_size(name: str, mistral_inference: ModuleType) ->
     """Every tensor that the two libraries have, of the same shape, and no other; without any weights."""
     card = plain(name)
     with torch.device("meta"):
-        models = {"huggingface": transformers_model(card)}
+        model = transformers_model(card)
+        wrapped = "text_config" in model.config.sub_configs
+        models = {"mistral" if wrapped else "huggingface": on_disk(model) if wrapped else in_memory(model)}
         if load_card(name).family in NATIVE and layers_of(card)[0]["mixer"]["kind"] == "attention":
-            models["mistral"] = native_model(mistral_inference, card)
+            models["mistral"] = in_memory(native_model(mistral_inference, card))
         assemble(resolve(Card.from_dict(card)), torch.bfloat16)
-    for layout, model in models.items():
-        # Files hold what several layers share once.
-        once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for layout, tensors in models.items():
         headers = {
             key: TensorInfo(key, tuple(value.shape), "BF16", Path("model.safetensors"), 0, 2 * value.numel())
-            for key, value in model.state_dict().items()
-            if key in once and not (card["model"].get("tied_embeddings") and key == "lm_head.weight")
+            for key, value in tensors.items()
+            if not (card["model"].get("tied_embeddings") and key == "lm_head.weight")
         }
         found = detect(headers, layouts().values(), "meta")
         assert found.name.startswith(layout)

@@ -101,7 +101,7 @@ def latent_attention(spec: Any, weights: Tensors, x: Tensor) -> Tensor:
     q = queries.view(len(x), spec.num_heads, plain + turned)
     q = torch.cat((q[..., :plain], rope(spec.rope, q[..., plain:])), -1)
     below = x @ weights["kv_a.weight"].T
-    latents = norm(spec.norm, weights["kv_norm.weight"], below[:, : spec.kv_lora_rank])
+    latents = norm(spec.norm, weights["kv_a_norm.weight"], below[:, : spec.kv_lora_rank])
     shared = rope(spec.rope, below[:, None, spec.kv_lora_rank :])
     kv = (latents @ weights["kv_b.weight"].T).view(len(x), spec.num_heads, plain + spec.v_head_dim)
     scale = (plain + turned) ** -0.5
@@ -122,7 +122,7 @@ def latent_attention(spec: Any, weights: Tensors, x: Tensor) -> Tensor:
 
 
 def _query_latents(spec: Any, weights: Tensors, x: Tensor) -> Tensor:
-    return norm(spec.norm, weights["q_norm.weight"], x @ weights["q_a.weight"].T) @ weights["q_b.weight"].T
+    return norm(spec.norm, weights["q_a_norm.weight"], x @ weights["q_a.weight"].T) @ weights["q_b.weight"].T
 
 
 def query_scale(scaling: Any, position: int) -> float:

@@ -64,14 +64,14 @@ MISTAKES = {
     "missing kind": (
         "kind: gated, ",
         "",
-        "10: model.layers.0.ffn: the key 'kind' is missing; expected one of gated, moe.",
+        "10: model.layers.0.ffn: the key 'kind' is missing; expected one of gated, mlp, moe.",
     ),
     "unknown key at the root": (
         "vocab_size",
         "vocab_sizes",
         "5: model.vocab_sizes: unknown key 'vocab_sizes'; expected one of kind, vocab_size, dim, tied_embeddings, "
         "embedding_scale, logits_divisor, "
-        "logits_softcap, lerope, norm, shared, layers. Did you mean 'vocab_size'?",
+        "logits_softcap, lerope, norm, shared, layers, vision. Did you mean 'vocab_size'?",
     ),
     "unknown key in a run": (
         "repeat: 2",
@@ -111,13 +111,13 @@ MISTAKES = {
     "unknown kind": (
         "kind: gated",
         "kind: gatd",
-        "10: model.layers.0.ffn.kind: unknown kind of ffn; found 'gatd'; expected one of gated, moe. "
+        "10: model.layers.0.ffn.kind: unknown kind of ffn; found 'gatd'; expected one of gated, mlp, moe. "
         "Did you mean 'gated'?",
     ),
     "kind of another slot": (
         "kind: gated",
         "kind: attention",
-        "10: model.layers.0.ffn.kind: unknown kind of ffn; found 'attention'; expected one of gated, moe. "
+        "10: model.layers.0.ffn.kind: unknown kind of ffn; found 'attention'; expected one of gated, mlp, moe. "
         "'attention' is a kind of mixer.",
     ),
     "kind is a number": (
@@ -148,7 +148,7 @@ MISTAKES = {
     "choice": (
         "hidden_dim: 24",
         "hidden_dim: 24, activation: silo",
-        "10: model.layers.0.ffn.activation: wrong value; found 'silo'; expected 'silu', 'gelu' or 'gelu_tanh'. "
+        "10: model.layers.0.ffn.activation: wrong value; found 'silo'; expected 'silu', 'gelu', 'gelu_tanh' or 'relu2'. "
         "Did you mean 'silu'?",
     ),
     "cross check": (
@@ -201,7 +201,7 @@ MISTAKES = {
         "name: small",
         "name: small\nsource: {layout: mistrl}",
         "2: source.layout: unknown weight layout; found 'mistrl'; expected one of auto, mistral, huggingface, "
-        "huggingface_glm4, huggingface_postnorm, zoo. "
+        "huggingface_glm4, huggingface_latent, huggingface_postnorm, zoo. "
         "Did you mean 'mistral'?",
     ),
     "unknown chat": (

@@ -12,5 +12,5 @@ from zoo.registry.hooks import hookimpl
 @hookimpl
 def register_layouts(register: Callable[[Traversable], None]) -> None:
     """One table for each way of naming a model's tensors."""
-    for name in ("mistral", "huggingface", "huggingface_glm4", "huggingface_postnorm", "zoo"):
+    for name in ("mistral", "huggingface", "huggingface_glm4", "huggingface_latent", "huggingface_postnorm", "zoo"):
         register(resources.files("zoo.loading") / f"{name}.yaml")

@@ -8,7 +8,7 @@ A table is a YAML file that a plugin registers; the layout's name is the file's 
       layers.{i}.attention.wq.{weight|bias}: {to: "layers.{i}.mixer.q.{weight|bias}", transform: interleaved_rope}
       layers.{i}.norm.weight: {to: "layers.{i}.mixer_norm.weight", or: "layers.{i}.ffn_norm.weight"}
     prefixes: {model.language_model.: model.}   # what a name may begin with -> what it then means
-    ignore: {rope.freqs: why it is left out}
+    ignore: {rope.freqs: why it is left out, layers.61.**: why all below it is, if the model has no such layer}
     identity: true                     # instead of `tensors`: names in the file are the model's
     signature: [embed.weight]          # with identity: names by which such a file is recognised
 
@@ -36,6 +36,7 @@ from zoo.registry.reader import decode, read
 TRANSFORMS = ("stack", "split", "transpose", "interleaved_rope")
 KEYS = ("summary", "extends", "prefixes", "tensors", "ignore", "identity", "signature")
 
+_BELOW = "**"
 _HOLE = re.compile(r"\{(\w+)\}")
 _WORDS = re.compile(r"\{(\w+(?:\|\w+)+)\}")
 
@@ -78,7 +79,10 @@ class Layout:
 
     def ignores(self, name: str) -> bool:
         """Whether the table leaves this name out on purpose."""
-        return skeleton(self._plain(name)) in self.ignored
+        name = self._plain(name)
+        return skeleton(name) in self.ignored or any(
+            name.startswith(pattern.removesuffix(_BELOW)) for pattern in self.ignored if pattern.endswith(_BELOW)
+        )
 
     def file_names(self, target: str) -> Iterator[str]:
         """The names that a tensor of the model may have in a file, as the table's rows come."""
@@ -191,7 +195,9 @@ def _layout(name: str, nodes: Mapping[str, Node], above: tuple[str, ...]) -> Lay
                 raise PluginError(f"{row.pattern!r} is named twice", where=value.where)
             rows[skeleton(row.pattern)] = (*others, row)
     ignored = {
-        skeleton(name): reason for pattern, reason in parts.get("ignore", {}).items() for name in _chosen(pattern)
+        name if name.endswith(_BELOW) else skeleton(name): reason
+        for pattern, reason in parts.get("ignore", {}).items()
+        for name in _chosen(pattern)
     }
     prefixes, parent = parts.get("prefixes", {}), _parent(name, nodes, above)
     if parent is not None:

@@ -122,7 +122,7 @@ def compare(spec: Spec, layout: Layout, headers: Mapping[str, TensorInfo]) -> Co
         if not all(unknown):
             row, groups = meanings[unknown.index([])]
             _claim(found, spoken, info, row, [[wanted[name] for name in group] for group in groups])
-        elif unknown or not layout.ignores(info.name):
+        elif not layout.ignores(info.name):
             unused.append((info, unknown[0][0] if unknown else None))
     missing = [tensor for name, tensor in wanted.items() if name not in spoken]
     found.problems += [*_missing(layout, missing, headers), *_unused(layout, unused, missing)]

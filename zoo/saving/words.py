@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from zoo.loading.infer.families import Node, families, keys_of
@@ -20,7 +21,7 @@ def words(card: Card, row: Node, *, listed: bool) -> Node | None:
     mixers = [layer["mixer"] for layer in layers if layer.get("mixer")]
     ffns = [layer["ffn"] for layer in layers if layer.get("ffn")]
     spaces = [mixer for mixer in mixers if mixer["kind"] in RECURRENT]
-    attention = [mixer for mixer in mixers if mixer["kind"] == "attention"]
+    attention = [mixer for mixer in mixers if mixer["kind"] in ATTENTION]
     mixed, kinds = "layer_kinds" in row, _words_of_kinds(layers, row)
     whole = len(spaces if "recurrent" in row else attention) == len(layers)
     if len(spaces) + len(attention) != len(mixers) or (None in kinds if mixed else not whole):
@@ -34,8 +35,9 @@ def words(card: Card, row: Node, *, listed: bool) -> Node | None:
         "num_layers": len(layers),
         **{name: value for name, value in layers[0].items() if name not in ("mixer", "ffn", "kind")},
         **(_recurrent(spaces[0], card.model["dim"]) if spaces and not attention else {}),
-        **(_attention(attention, listed) if attention else {}),
+        **(ATTENTION[attention[0]["kind"]](attention, listed) if attention else {}),
         **(_ffn(ffns) if ffns else {}),
+        **_mixture(ffns),
         **({"layer_types": kinds} if mixed else {}),
     }
 
@@ -97,6 +99,42 @@ def _attention(mixers: list[Node], listed: bool) -> Node:
     }
 
 
+def _latent(mixers: list[Node], listed: bool) -> Node:
+    mixer, indexers = mixers[0], [mixer.get("indexer") or {} for mixer in mixers]
+    return {
+        **{name: value for name, value in mixer.items() if name not in ("kind", "rope", "indexer", "cache")},
+        "num_kv_heads": mixer["num_heads"],
+        "head_dim": mixer["nope_head_dim"] + mixer["rope_head_dim"],
+        "window": None,
+        "rope_layers": [int(mixer.get("rope") is not None) for mixer in mixers],
+        "latent_sources": [mixer.get("cache", {}).get("layer", number) for number, mixer in enumerate(mixers)],
+        "indexer_types": ["shared" if indexer.get("kind") == "shared" else "full" for indexer in indexers],
+        **{f"index_{name}": value for name, value in indexers[0].items()},
+    }
+
+
+ATTENTION: dict[str, Callable[[list[Node], bool], Node]] = {"attention": _attention, "latent_attention": _latent}
+
+
+def _mixture(ffns: list[Node]) -> Node:
+    """What mixtures have beside their experts: layers that are none, what is shared, how experts are chosen."""
+    types = ["sparse" if ffn["kind"] == "moe" else "dense" for ffn in ffns]
+    if "sparse" not in types:
+        return {}
+    mixture = ffns[types.index("sparse")]
+    router, shared = mixture.get("router") or {}, mixture.get("shared") or {"hidden_dim": 0}
+    dense = ffns[types.index("dense")] if "dense" in types else mixture["expert"]
+    return {
+        "hidden_dim": dense["hidden_dim"],
+        "dense_layers": types.count("dense"),
+        "ffn_types": types,
+        "shared_experts": shared["hidden_dim"] // mixture["expert"]["hidden_dim"],
+        **{word: router.get(word, 1) for word in ("groups", "groups_per_token")},
+        **({"normalize": router["normalize"]} if "normalize" in router else {}),
+        "router_scale": router.get("scale", 1.0),
+    }
+
+
 def _ffn(ffns: list[Node]) -> Node:
     ffn = next((ffn for ffn in ffns if ffn["kind"] == "moe"), ffns[0])
     known, expert = families()["activations"], ffn.get("expert") or ffn
@@ -149,6 +187,8 @@ def _of_config(mixer: Node) -> Node:
         found["attention_factor"] = rope["attention_factor"]
     if "rotary_dim" in rope:
         found["partial_rotary_factor"] = rope["rotary_dim"] / mixer["head_dim"]
+    if mixer.get("mscale"):
+        found |= {"mscale": mixer["mscale"], "mscale_all_dim": mixer["mscale"]}
     if mixer.get("query_scaling"):
         found["llama_4_scaling_beta"] = mixer["query_scaling"]["beta"]
     return found

@@ -12,6 +12,7 @@ from zoo.loading.files import WeightSet, existing, holds_weights, locate
 from zoo.loading.infer.architecture import Architecture
 from zoo.loading.infer.families import Node, families, keys_of
 from zoo.loading.infer.hybrid import Hybrid
+from zoo.loading.infer.latent import Latent
 from zoo.loading.infer.quantised import check_quantised
 from zoo.loading.infer.recurrent import Recurrent
 from zoo.loading.infer.settings import Settings, read_object
@@ -32,8 +33,7 @@ def infer_card(ref: str | Path) -> Node:
     folder = path if path.is_dir() else path.parent
     settings, row = _settings(folder)
     files = locate(path) if not path.is_dir() or holds_weights(path) else None
-    reader = Recurrent if "recurrent" in row else Hybrid if "layer_kinds" in row else Architecture
-    model, context = reader(settings, row).model(), _context(settings, row, folder)
+    model, context = _reader(settings, row).model(), _context(settings, row, folder)
     model["tied_embeddings"] = model["tied_embeddings"] and not _has_head(files)
     dtype = _dtype(settings, row, files)
     settings.check_all_read([*families()["inert"], *row.get("inert", ())])
@@ -48,6 +48,15 @@ def infer_card(ref: str | Path) -> Node:
         "text": _text(folder),
         "model": model,
     }
+
+
+def _reader(settings: Settings, row: Node) -> Architecture | Recurrent:
+    """What reads an architecture's settings: by its row, and by the sizes that the file has."""
+    if "recurrent" in row:
+        return Recurrent(settings, row)
+    if settings.one_of(keys_of(row, "kv_lora_rank")) is not None:
+        return Latent(settings, row)
+    return Hybrid(settings, row) if "layer_kinds" in row else Architecture(settings, row)
 
 
 def _settings(folder: Path) -> tuple[Settings, Node]:

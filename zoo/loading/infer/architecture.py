@@ -28,6 +28,7 @@ class Architecture:
             "dim": self.count("dim"),
             "vocab_size": self.count("vocab_size"),
             "tied_embeddings": self.settings.flag(self.key("tied_embeddings")),
+            **self.row.get("model", {}),
             **self.numbers(MODEL_NUMBERS),
             **({"embedding_scale": self.count("dim") ** 0.5} if self.row.get("embedding_scale") == "sqrt_dim" else {}),
             "norm": norm,
@@ -36,10 +37,11 @@ class Architecture:
 
     def layers(self, norm: Node) -> list[Node]:
         """Mixer and feed-forward of every layer."""
-        windows, mixer, ffn = self.windows(), self.mixer(norm), self.ffn()
+        windows, mixer = self.windows(), self.mixer(norm)
+        ffns = self.ffns(len(windows))
         ropes = self.ropes(mixer["rope"], windows)
         mixers = [mixer | {"rope": rope} | ({"window": w} if w else {}) for rope, w in zip(ropes, windows, strict=True)]
-        return [{"mixer": one, "ffn": ffn} for one in mixers]
+        return [{"mixer": one, "ffn": ffn} for one, ffn in zip(mixers, ffns, strict=True)]
 
     def numbers(self, words: Sequence[str]) -> Node:
         """Of these words, the ones that the architecture has and the file does not leave at null."""
@@ -117,25 +119,53 @@ class Architecture:
             raise self.settings.wrong(self.key(listed), flags, f"a list of {layers} layers")
         return [bool(flag) for flag in flags]
 
-    def ffn(self) -> Node:
+    def ffns(self, layers: int) -> list[Node]:
+        """The feed-forward of every layer; the first ones may be dense where the others are mixtures."""
+        dense = self.value("dense_layers") or 0
+        types = self.value("ffn_types") or ["dense"] * dense + ["sparse"] * (layers - dense)
+        if len(types) != layers or not {*types} <= {"dense", "sparse"}:
+            key = self.key("ffn_types" if self.value("ffn_types") else "dense_layers")
+            raise self.settings.wrong(key, types if self.value("ffn_types") else dense, f"what fits {layers} layers")
+        mixture, plain = self.ffn(), self.gated(self.count("hidden_dim"))
+        return [plain if kind == "dense" else mixture for kind in types]
+
+    def gated(self, hidden_dim: int) -> Node:
         known = families()["activations"]
         activation = self.value("activation") or self.settings.need(self.key("activation"))
         if activation not in known:
             raise self.settings.wrong(self.key("activation"), activation, f"one of {', '.join(known)}")
+        plain = {} if known[activation] == "silu" else {"activation": known[activation]}
+        return {"kind": "gated", "hidden_dim": hidden_dim, **plain}
+
+    def ffn(self) -> Node:
+        """A mixture where the settings say one, else a plain feed-forward."""
         hidden = self.count("hidden_dim")
         if self.value("expert_hidden_dim") is not None:
             hidden = self.count("expert_hidden_dim")
-        gated: Node = {"kind": "gated", "hidden_dim": hidden}
-        if known[activation] != "silu":
-            gated["activation"] = known[activation]
         if not self.is_mixture():
-            return gated
+            return self.gated(hidden)
+        shared = self.value("shared_experts") or 0
         return {
             "kind": "moe",
             "num_experts": self.count("num_experts"),
             "experts_per_token": self.count("experts_per_token"),
-            "expert": gated,
+            **self.router(),
+            "expert": self.gated(hidden),
+            **({"shared": self.gated(shared * hidden)} if shared else {}),
         }
+
+    def router(self) -> Node:
+        """The router, where the row says of which kind."""
+        if "router" not in self.row:
+            return {}
+        found = dict(self.row["router"])
+        for word in ("groups", "groups_per_token"):
+            found |= {word: self.count(word)} if self.value(word) is not None else {}
+        if keys_of(self.row, "router_scale"):
+            found["scale"] = self.settings.number(self.key("router_scale"))
+        if keys_of(self.row, "normalize"):
+            found["normalize"] = self.settings.flag(self.key("normalize"))
+        return {"router": found}
 
     def is_mixture(self) -> bool:
         """Mixtures by architecture, or by the presence of the mapping that describes them."""
