@@ -169,9 +169,10 @@ def _at_path(ref: str | Path) -> Located:
     if _there(path) and (path.is_dir() or path.name.endswith((*SUFFIXES, ".gguf", ".index.json"))):
         from zoo.loading.infer import CARD, infer_card
 
-        if (path / CARD).is_file():
-            card = load_card(path / CARD)
-            return Located(card, card.local_path() or path)
+        beside = path / CARD if path.is_dir() else path.with_name(CARD)
+        if beside.is_file():
+            card = load_card(beside)
+            return Located(card, (card.local_path() if path.is_dir() else None) or path)
         return Located(Card.from_dict(infer_card(path), origin=str(path)), path)
     if (isinstance(ref, Path) or "/" in ref) and not _there(path):
         raise _no_model(path)

@@ -20,6 +20,7 @@ from zoo.assemble import assemble
 from zoo.cli import main
 from zoo.components import linear
 from zoo.components.tuning import _has_onednn
+from zoo.loading.infer.families import families
 from zoo.loading.layouts import layout_named, read_layouts
 from zoo.loading.load import random_weights
 from zoo.registry.card import Card
@@ -118,6 +119,12 @@ def test_other_programs_settings_are_enough(layout: str, little: Little, tmp_pat
     (tmp_path / "it" / "card.yaml").unlink()
     assert saved.settings is not None
     assert torch.equal(little(tmp_path / "it").logits(TOKENS), model.logits(TOKENS))
+
+
+def test_a_weight_file_means_its_folders_card(little: Little, tmp_path: Path) -> None:
+    model = little("windows")
+    model.save(tmp_path / "it", layout="zoo")
+    assert torch.equal(little(tmp_path / "it" / "model.safetensors").logits(TOKENS), model.logits(TOKENS))
 
 
 def test_shards(little: Little, tmp_path: Path) -> None:
@@ -341,6 +348,13 @@ def test_architectures_whose_settings_are_written() -> None:
     assert {settings.values["model_type"] for settings in found if settings} >= SAID
     native = [settings_of(plan, "mistral", "bfloat16", None) for plan in plans if plan.card.family == "mistral"]
     assert {settings.values.get("model_type") for settings in native if settings} >= {None, "mamba"}
+
+
+def test_classes_are_those_of_transformers() -> None:
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named = families()["classes"]
+    assert named == {name: known[name] for name in named}
+    assert named.keys() >= SAID
 
 
 def test_one_piece_at_a_time() -> None:

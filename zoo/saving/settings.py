@@ -58,7 +58,8 @@ def settings_of(plan: Plan, layout: str, dtype: str, source: Path | None) -> Set
         if file == CONFIG:
             carried = before if before.get("model_type") == name else {}
             kept = {key: carried[key] for key in CARRIED if key in carried}
-            values = {"model_type": name, "pad_token_id": None, **kept, **values}
+            named = {"architectures": [families()["classes"][name]]} if name in families()["classes"] else {}
+            values = {**named, "model_type": name, "pad_token_id": None, **kept, **values}
         elif name != next(iter(rows)):
             values = {"model_type": name, **values}
         if _says(values, file, plan, "context_length" in rows[name]["names"]):
