@@ -32,7 +32,7 @@ from zoo.registry.spec import Rotary, Tensor
 BUFFER = 32 << 20
 """Bytes that pass through the buffer at a time, unless one row of a tensor is larger."""
 
-DECODED = 32
+DECODED = 64
 """Bytes to allow for each quantised element: its code, index, float and scale, and as much again."""
 
 DRAW = 1 << 20
