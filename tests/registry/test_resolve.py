@@ -148,8 +148,8 @@ MISTAKES = {
     "choice": (
         "hidden_dim: 24",
         "hidden_dim: 24, activation: silo",
-        "10: model.layers.0.ffn.activation: wrong value; found 'silo'; expected 'silu', 'gelu', 'gelu_tanh' or 'relu2'. "
-        "Did you mean 'silu'?",
+        "10: model.layers.0.ffn.activation: wrong value; found 'silo'; expected 'silu', 'gelu', 'gelu_tanh' or 'relu2'"
+        ". Did you mean 'silu'?",
     ),
     "cross check": (
         "num_kv_heads: 2",
