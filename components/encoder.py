@@ -16,7 +16,7 @@ class EncoderSpec(Spec):
     """
 
     medium: ClassVar[str]
-    """What a piece is called in messages: image, or audio."""
+    """What a piece is called in messages: image, or sound."""
 
     out_dim: Annotated[Count, Inherited()] = Field(description="Size of the decoder's residual stream.")
     token: Annotated[int, Field(strict=True, ge=0)] = Field(

@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from zoo import hearing
 from zoo.assemble import assemble
 from zoo.components.decoder.model import Decoder
 from zoo.device import Placement
@@ -87,11 +88,16 @@ class Model:
     # --- what it does -------------------------------------------------------------------------------------------
 
     def logits(
-        self, tokens: Sequence[int], images: Sequence[Any] | None = None, *, adapter: str | None = "auto"
+        self,
+        tokens: Sequence[int],
+        images: Sequence[Any] | None = None,
+        *,
+        audio: Sequence[Any] = (),
+        adapter: str | None = "auto",
     ) -> Tensor:
-        """Logits (T, V) in float32 of one full prefill of `tokens`; `adapter` as in `generate`."""
+        """Logits (T, V) in float32 of one full prefill of `tokens`; `audio` and `adapter` as in `generate`."""
         self._refuse_images(images)
-        return self._engine.logits(tokens, adapter)
+        return self._engine.logits(tokens, adapter, hearing.beside_ids(audio, self.plan))
 
     def generate(
         self,
@@ -99,25 +105,34 @@ class Model:
         *,
         raw: bool = False,
         images: Sequence[Any] | None = None,
+        audio: Sequence[Any] = (),
         **options: Any,
     ) -> list[Completion]:
         """One Completion per prompt, in order; all prompts run together.
 
         prompts: a text, a list of texts, lists of token ids, or lists of messages (`{"role": ..., "content": ...}`).
         A text is sent as the card says, as a chat turn or as raw text; `raw=True` forces raw.
+        audio: sounds before a text's words, or at the places of a list of ids, for each prompt anew: paths, URLs, a
+        file's bytes, pairs of samples and their rate, or float tensors (bands, frames), taken as spectrograms.
         options: fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs,
         ignore_eos, adapter, ...); an unknown one raises RequestError.
         """
         self._refuse_images(images)
         params = SamplingParams.from_options(options)
-        return self._engine.generate([self.request(p, params, raw=raw) for p in _separate(prompts)])
+        return self._engine.generate([self.request(p, params, raw=raw, audio=audio) for p in _separate(prompts)])
 
     def stream(
-        self, prompt: Prompt, *, raw: bool = False, images: Sequence[Any] | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        images: Sequence[Any] | None = None,
+        audio: Sequence[Any] = (),
+        **options: Any,
     ) -> Iterator[Chunk]:
         """Chunks of one answer as they are made; closing the iterator cancels the request. Options as `generate`."""
         self._refuse_images(images)
-        return self._engine.stream(self.request(prompt, SamplingParams.from_options(options), raw=raw))
+        return self._engine.stream(self.request(prompt, SamplingParams.from_options(options), raw=raw, audio=audio))
 
     def chat(
         self,
@@ -188,6 +203,24 @@ class Model:
             )
         ids = self._text().fill(prefix, suffix)
         return Request(ids, SamplingParams.from_options(options), self.tokenizer, continues=True)
+
+    def transcribe(self, sound: Any, *, language: str | None = None, **options: Any) -> Completion:
+        """What is said in a sound; RequestError for a model without an encoder of sounds.
+
+        sound: a path, a URL, a file's bytes, or a pair of samples (one channel) and their rate. language: two letters,
+        such as en; None lets the model find out. options: as `generate`.
+        """
+        return self._engine.generate([self.transcription_request(sound, language=language, **options)])[0]
+
+    def stream_transcribe(self, sound: Any, *, language: str | None = None, **options: Any) -> Iterator[Chunk]:
+        """As `transcribe`, in chunks."""
+        return self._engine.stream(self.transcription_request(sound, language=language, **options))
+
+    def transcription_request(self, sound: Any, *, language: str | None = None, **options: Any) -> Request:
+        """The engine's request for `transcribe`."""
+        params = SamplingParams.from_options(options)
+        hearing.encoder_of(self.plan)
+        return self._rendered(self._text().transcription(sound, language), params)
 
     def score(self, text: str | Sequence[int]) -> list[float]:
         """Natural log-probability of every token after the first, each given all before it.
@@ -276,22 +309,36 @@ class Model:
         """The raw text's token ids, beginning-of-sequence token first where the tokenizer has one."""
         return self._text().encode(text)
 
-    def request(self, prompt: Prompt, params: SamplingParams, *, raw: bool = False) -> Request:
+    def request(
+        self, prompt: Prompt, params: SamplingParams, *, raw: bool = False, audio: Sequence[Any] = ()
+    ) -> Request:
         """What `generate` sends to the engine for this prompt."""
+        if audio:
+            hearing.encoder_of(self.plan)
         if isinstance(prompt, str):
             if raw or "chat" not in self.card.text.features:
-                return Request(self.encode(prompt), params, self.tokenizer, continues=True)
-            prompt = [{"role": "user", "content": prompt}]
+                media = hearing.beside_ids(audio, self.plan)
+                return Request(self.encode(prompt), params, self.tokenizer, continues=True, media=media)
+            prompt, audio = [hearing.user_message(prompt, audio)], ()
         _check_prompt(prompt)
         if prompt and isinstance(prompt[0], Mapping):
+            hearing.refuse_loose(audio)
             return self._rendered(self._text().render(cast("Sequence[Message]", prompt)), params)
-        return Request(cast("Sequence[int]", prompt), params, self.tokenizer, continues=True)
+        media = hearing.beside_ids(audio, self.plan)
+        return Request(cast("Sequence[int]", prompt), params, self.tokenizer, continues=True, media=media)
 
     def _rendered(self, prompt: Rendered, params: SamplingParams) -> Request:
         form = prompt.form
         if "thinking" not in self.card.text.features:
             form = replace(form, thinking=False, begun=False)
-        return Request(prompt.ids, params, self.tokenizer, continues=prompt.continues, form=form)
+        return Request(
+            prompt.ids,
+            params,
+            self.tokenizer,
+            continues=prompt.continues,
+            form=form,
+            media=hearing.of_prompt(prompt.sounds, self.plan),
+        )
 
     def _text(self) -> Tokenizer:
         if isinstance(self._tokenizer, TextError):

@@ -72,7 +72,10 @@ class DecoderSpec(Spec):
         description="Runs of blocks, first to last."
     )
     vision: Annotated[EncoderSpec | None, Slot("vision", bind={"out_dim": "dim"})] = Field(
-        default=None, description="Encoder of images; null for a model that reads text only."
+        default=None, description="Encoder of images; null for a model that reads none."
+    )
+    audio: Annotated[EncoderSpec | None, Slot("audio", bind={"out_dim": "dim"})] = Field(
+        default=None, description="Encoder of sounds; null for a model that hears none."
     )
 
     @field_validator("layers")
@@ -136,7 +139,8 @@ class DecoderSpec(Spec):
 
     def encoders(self) -> dict[str, EncoderSpec]:
         """The encoders of media by the name of their node, which is the module's too."""
-        return {} if self.vision is None else {"vision": self.vision}
+        found = {"vision": self.vision, "audio": self.audio}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
 
     def states(self) -> tuple[StateSpec | None, ...]:
         """What each layer keeps of a sequence, first to last; None for a layer that keeps nothing."""

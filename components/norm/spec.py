@@ -32,3 +32,18 @@ class RMSPlusOneSpec(Spec):
 
     def parameters(self) -> dict[str, Param]:
         return {"weight": Param((self.dim,), init="zeros", product=False)}
+
+
+class LayerNormSpec(Spec):
+    """Takes the mean away, divides by the standard deviation, multiplies with a weight and adds a bias (Ba et al.,
+    arXiv 1607.06450)."""
+
+    module: ClassVar[str] = "zoo.components.norm.layer:LayerNorm"
+
+    kind: Literal["layer"] = "layer"
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the vectors that are normalised.")
+    eps: Positive = Field(description="Added to the variance before the root.")
+
+    def parameters(self) -> dict[str, Param]:
+        weight, bias = Param((self.dim,), init="ones", product=False), Param((self.dim,), init="zeros", product=False)
+        return {"weight": weight, "bias": bias}

@@ -156,6 +156,18 @@ def checkpoint(
     return make
 
 
+@pytest.fixture(scope="session")
+def tekken(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """tekken(version, vocabulary) -> a folder with that tokenizer and nothing else."""
+
+    def make(version: str, vocab: int) -> Path:
+        folder = tmp_path_factory.mktemp(version)
+        text._write_tekken(shipped / text.SHIPPED["v3-tekken"], folder / "tekken.json", version, vocab)
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def desk(
     checkpoint: Callable[[str], Path],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zoo.components.norm.rms import rms_reference
-from zoo.components.norm.spec import RMSPlusOneSpec, RMSSpec
+from zoo.components.norm.spec import LayerNormSpec, RMSPlusOneSpec, RMSSpec
 
 SPEC = RMSSpec(dim=48, eps=1e-3)
 
@@ -51,3 +51,13 @@ def test_weights_stored_less_one(filled: Callable[..., Any], close: Callable[...
     expected = rms_reference(x_TD.float(), 1 + norm.weight.float(), 1e-3)
     assert torch.equal(norm(x_TD), expected.bfloat16())
     close(norm(x_TD.float()), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (5, 3, 48)])
+def test_layer_norm_equals_the_formula(
+    shape: tuple[int, ...], filled: Callable[..., Any], close: Callable[..., None]
+) -> None:
+    norm, x = filled(LayerNormSpec(dim=48, eps=1e-3)), torch.randn(shape) * 3 + 1
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight + norm.bias
+    close(norm(x), expected)

@@ -90,6 +90,18 @@ VISION: dict[str, Any] = {
     "norm": {"kind": "rms", "eps": 1e-5},
     "projector": PROJECTOR,
 }
+AUDIO: dict[str, Any] = {
+    "kind": "whisper",
+    "token": 7,
+    "dim": 12,
+    "num_layers": 2,
+    "num_heads": 3,
+    "hidden_dim": 20,
+    "num_mel_bins": 5,
+    "positions": 4,
+    "stack": 4,
+    "norm": {"kind": "layer", "eps": 1e-5},
+}
 BCDT_NORM = {"eps": 1e-3, "weights": False}
 
 SHARED: dict[str, Any] = {"kind": "transformer", "mixer": ATTENTION, "ffn": EXPERT, "adapter_rank": 3}
@@ -125,6 +137,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "norm": ({}, {"norm": {"kind": "rms", "eps": 0.1}}),
         "shared": (sharing(), sharing(adapter_rank=4)),
         "vision": ({}, {"vision": VISION}),
+        "audio": ({}, {"audio": AUDIO}),
         "layers": (
             {},
             {
@@ -152,6 +165,20 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
             "theta": 3.0,
             "norm": {"kind": "rms", "eps": 0.1},
             "projector": PROJECTOR | {"bias": True},
+        }.items()
+    },
+    ("audio", "whisper"): {
+        name: ({"audio": AUDIO}, {"audio": AUDIO | {name: value}})
+        for name, value in {
+            "token": 16,
+            "dim": 24,
+            "num_layers": 1,
+            "num_heads": 1,
+            "hidden_dim": 16,
+            "num_mel_bins": 6,
+            "positions": 8,
+            "stack": 2,
+            "norm": {"kind": "layer", "eps": 0.1},
         }.items()
     },
     ("projector", "mlp"): {
@@ -271,6 +298,9 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
     ("norm", "rms_plus_one"): {
         "eps": ({"norm": {"kind": "rms_plus_one", "eps": 1e-5}}, {"norm": {"kind": "rms_plus_one", "eps": 0.01}})
     },
+    ("norm", "layer"): {
+        "eps": ({"norm": {"kind": "layer", "eps": 1e-5}}, {"norm": {"kind": "layer", "eps": 0.01}}),
+    },
     ("rope", "default"): {
         "theta": ({}, {"mixer": {"rope": {"theta": 100.0}}}),
         "rotary_dim": ({}, {"mixer": {"rope": ROPE | {"rotary_dim": 4}}}),
@@ -345,12 +375,21 @@ FIELDS = [(key, name) for key, fields in CASES.items() for name in fields]
 def _behaviour(spec: Any, filled: Callable[..., Any]) -> tuple[Any, Any, torch.Tensor]:
     shapes = {name: param.shape for name, param in spec.all_parameters().items()}
     module, step = filled(spec), fresh_step(spec, [len(TOKENS)])
-    if spec.vision is None:
+    if not spec.encoders():
         return shapes, spec.states(), module(TOKENS, step)
-    image = torch.randn(3, spec.vision.cell, spec.vision.cell, generator=torch.Generator().manual_seed(0))
-    rows = Rows((spec.vision.token == TOKENS).nonzero()[:, 0], module.vision([image])[0])
-    tokens = spec.vision.image_tokens(20, 14)
+    ((name, encoder),) = spec.encoders().items()
+    size, tokens = _piece(spec)
+    piece = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    rows_N = (encoder.token == TOKENS).nonzero()[:, 0]
+    rows = Rows(rows_N, getattr(module, name)([piece])[0][: len(rows_N)])
     return (shapes, tokens), spec.states(), module(TOKENS, replace(step, media=rows))
+
+
+def _piece(spec: Any) -> tuple[tuple[int, ...], int]:
+    """The size of the smallest image or sound, and the tokens of a certain one."""
+    if spec.vision is None:
+        return (spec.audio.num_mel_bins, spec.audio.chunk_frames), spec.audio.audio_tokens(1)
+    return (3, spec.vision.cell, spec.vision.cell), spec.vision.image_tokens(20, 14)
 
 
 @pytest.mark.parametrize(("key", "field"), FIELDS, ids=[f"{kind}.{name}" for (_, kind), name in FIELDS])

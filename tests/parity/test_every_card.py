@@ -20,10 +20,13 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 import zoo
 from zoo.assemble import assemble
+from zoo.engine.request import Media
 from zoo.loading.infer import infer_card
 from zoo.loading.infer.families import families, keys_of
 from zoo.loading.layouts import detect, layouts
@@ -49,6 +52,7 @@ RECURRENT: dict[str, dict[str, int]] = {
     "mamba1": {"inner_dim": 80, "state_size": 6, "dt_rank": 3},
 }
 """Sizes of a shrunk mixer; twice the model's, together, as transformers asks for."""
+AUDIO = {"dim": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "num_mel_bins": 5, "positions": 8}
 TOLERANCE = 1e-4
 
 
@@ -65,7 +69,7 @@ def plain(name: str) -> dict[str, Any]:
 def shrunk(name: str) -> dict[str, Any]:
     """The card with small sizes, and each of its patterns once, or twice where it is one layer."""
     card = plain(name)
-    row = families()["config.json"][reference(name)]
+    _, row = rows_of(name)
     card["context_length"] = 64 if keys_of(row, "context_length") else families()["assumed_context"]
     for run in card["model"]["layers"]:
         run["repeat"] = 1 if len(run["pattern"]) > 1 else 2
@@ -78,6 +82,8 @@ def shrunk(name: str) -> dict[str, Any]:
     if card["model"].get("embedding_scale") == card["model"]["dim"] ** 0.5:
         card["model"]["embedding_scale"] = dim**0.5
     card["model"] |= {"dim": dim, "vocab_size": 131}
+    if "audio" in card["model"]:
+        card["model"]["audio"] |= AUDIO
     if shared:
         card["model"]["shared"] = [_wide(node, dim) for node in shared]
     return card
@@ -148,10 +154,17 @@ def reference(name: str) -> str:
     return next(kind for pattern, kind in REFERENCES.items() if fnmatch(place, pattern))
 
 
+def rows_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rows of families.yaml for a card, and for its language model where that is a part of a larger one."""
+    rows = families()["config.json"]
+    row = rows[reference(name)]
+    return row, rows[row["inside"]["model_type"]] if "inside" in row else row
+
+
 def transformers_model(card: dict[str, Any]) -> Any:
     """transformers' model of the same shape: the words of families.yaml, read the other way."""
     model_type = reference(card["name"])
-    row = families()["config.json"][model_type]
+    outer, row = rows_of(card["name"])
     keys = {word: keys_of(row, word) for word in row["names"]}
     settings: dict[str, Any] = {"pad_token_id": None}  # some defaults lie beyond a shrunk vocabulary
     settings |= {key: allowed[0] for key, allowed in row["only"].items()}
@@ -165,8 +178,21 @@ def transformers_model(card: dict[str, Any]) -> Any:
     }
     if ropes:
         settings["rope_parameters"] = ropes if "local_theta" in keys else next(iter(ropes.values()))
+    if outer is not row:
+        config = transformers.AutoConfig.for_model(model_type, **larger_settings(card, outer, settings))
+        return transformers.AutoModelForMultimodalLM.from_config(config)
     config = transformers.AutoConfig.for_model(model_type, **settings)
     return class_of(config)(config) if class_of(config) else around(config)
+
+
+def larger_settings(card: dict[str, Any], row: dict[str, Any], inner: dict[str, Any]) -> dict[str, Any]:
+    """What a model says that has a language model of these settings inside, and encoders beside it."""
+    settings = {row["inside"]["key"]: inner | {"model_type": row["inside"]["model_type"]}}
+    for name, part in row["encoders"].items():
+        for word in part["names"].keys() & card["model"][name].keys():
+            group, _, leaf = keys_of(part, word)[0].rpartition(".")
+            (settings.setdefault(group, {}) if group else settings)[leaf] = card["model"][name][word]
+    return settings
 
 
 def class_of(config: Any) -> Any:
@@ -206,7 +232,7 @@ def on_disk(model: Any) -> dict[str, torch.Tensor]:
 def save(model: Any, folder: str) -> None:
     """As transformers saves it; of a model with an image encoder, the language model alone."""
     model.save_pretrained(folder)
-    if "text_config" in model.config.sub_configs:
+    if "vision_config" in model.config.sub_configs:
         model.config.text_config.save_pretrained(folder)
         save_file({name: tensor.contiguous() for name, tensor in on_disk(model).items()}, f"{folder}/model.safetensors")
 
@@ -343,7 +369,21 @@ def random_model(card: dict[str, Any]) -> Any:
     for name, buffer in model.named_buffers():
         if name in model.state_dict():
             torch.nn.init.normal_(buffer, std=0.15)
+    for name, parameter in model.named_parameters():
+        if name.endswith("embed_positions.weight"):
+            parameter.data = sinusoids(*parameter.shape)
     return model
+
+
+def with_sound(card: dict[str, Any], tokens: list[int]) -> tuple[list[int], list[Tensor], dict[str, Tensor]]:
+    """For a model that hears: the tokens with one sound in them, the sound, and how transformers takes it."""
+    audio = card["model"].get("audio")
+    if audio is None:
+        return tokens, [], {}
+    sound = torch.randn(audio["num_mel_bins"], 2 * audio["positions"])
+    count = audio["positions"] // audio["stack"]
+    words = [token + (token == audio["token"]) for token in tokens]
+    return [*words[:3], *[audio["token"]] * count, *words[3 + count :]], [sound], {"input_features": sound[None]}
 
 
 @cache
@@ -351,28 +391,30 @@ def errors(text: str) -> tuple[float, ...]:
     """Of a full prefill, of chunks and of single tokens; once for all cards that shrink to the same."""
     card = json.loads(text)
     model = random_model(card)
-    tokens = torch.randint(card["model"]["vocab_size"], (LENGTH,)).tolist()
+    drawn = torch.randint(card["model"]["vocab_size"], (LENGTH,)).tolist()
+    tokens, sounds, given = with_sound(card, drawn)
+    media = [Media("audio", sound) for sound in sounds]
     with torch.inference_mode():
-        expected_TV = model(torch.tensor([tokens])).logits[0]
+        expected_TV = model(torch.tensor([tokens]), **given).logits[0]
     with TemporaryDirectory() as folder:
         save(model, folder)
         assert resolve(Card.from_dict(infer_card(folder))).model == resolve(Card.from_dict(card)).model
         with zoo.load(card, weights=folder, device="cpu", dtype="float32") as ours:
-            steps = [step_through(ours.module, [tokens], chunk)[0] for chunk in (5, 1)]
-            whole_TV = ours.logits(tokens)
-            again_TV = saved_again(ours, tokens)
+            steps = [step_through(ours.module, [tokens], chunk, media=[media])[0] for chunk in (5, 1)]
+            whole_TV = ours.logits(tokens, audio=sounds)
+            again_TV = saved_again(ours, tokens, sounds)
         return tuple(relative_error(found_TV, expected_TV) for found_TV in (whole_TV, *steps, again_TV))
 
 
-def saved_again(ours: zoo.Model, tokens: list[int]) -> torch.Tensor:
+def saved_again(ours: zoo.Model, tokens: list[int], sounds: list[Tensor]) -> torch.Tensor:
     """What transformers computes from what zoo saves; what zoo computes from it is the same to the last bit."""
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "saved"
         saved = ours.save(folder, layout="huggingface")
         with zoo.load(folder, device="cpu") as same:
-            assert torch.equal(same.logits(tokens), ours.logits(tokens))
+            assert torch.equal(same.logits(tokens, audio=sounds), ours.logits(tokens, audio=sounds))
         if saved.settings is None:  # tests/saving says for whom that must not be
-            return ours.logits(tokens)
+            return ours.logits(tokens, audio=sounds)
         (folder / "card.yaml").unlink()  # read by config.json from here on
         assert resolve(Card.from_dict(infer_card(folder))).model == ours.plan.model
         theirs = opened(folder)
@@ -419,9 +461,10 @@ def test_layouts_close_at_full_size(name: str, mistral_inference: ModuleType) ->
     card = plain(name)
     with torch.device("meta"):
         model = transformers_model(card)
-        wrapped = "text_config" in model.config.sub_configs
+        wrapped = "vision_config" in model.config.sub_configs
         models = {"mistral" if wrapped else "huggingface": on_disk(model) if wrapped else in_memory(model)}
-        if load_card(name).family in NATIVE and layers_of(card)[0]["mixer"]["kind"] == "attention":
+        mixer = "" if "audio" in card["model"] else layers_of(card)[0]["mixer"]["kind"]
+        if load_card(name).family in NATIVE and mixer == "attention":
             models["mistral"] = in_memory(native_model(mistral_inference, card))
         assemble(resolve(Card.from_dict(card)), torch.bfloat16)
     for layout, tensors in models.items():

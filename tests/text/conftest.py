@@ -23,7 +23,7 @@ SHIPPED = {
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
     "v3-tekken": "tekken_240718.json",
 }
-KEPT = {"v7-tekken": 30000, "v11": 30000, "v13": 30000, "v15": 131072}
+KEPT = {"v7-tekken": 30000, "v7-audio": 30000, "v11": 30000, "v13": 30000, "v15": 131072}
 """Vocabulary of the variants; the smaller ones load faster and hold the words of the tests."""
 
 NAMES = {
@@ -47,6 +47,9 @@ NAMES = {
     17: "[SYSTEM_PROMPT]",
     18: "[/SYSTEM_PROMPT]",
     19: "[TOOL_CONTENT]",
+    24: "[AUDIO]",
+    25: "[BEGIN_AUDIO]",
+    27: "[TRANSCRIBE]",
     32: "[ARGS]",
     33: "[CALL_ID]",
     34: "[THINK]",
@@ -54,16 +57,25 @@ NAMES = {
     36: "[MODEL_SETTINGS]",
     37: "[/MODEL_SETTINGS]",
 }
+AUDIO = {
+    "sampling_rate": 16000,
+    "frame_rate": 12.5,
+    "audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400},
+    "chunk_length_s": 30.0,
+}
 EFFORT = {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]}
 
 
-def _write_tekken(source: Path, target: Path, version: str, size: int) -> None:
+def _write_tekken(source: Path, target: Path, name: str, size: int) -> None:
+    version, _, variant = name.partition("-")
     data = json.loads(source.read_bytes())
     data["config"] |= {"version": version, "default_vocab_size": size, "num_vocab_tokens": size - 1000}
     data["vocab"] = data["vocab"][: size - 1000]
     data["special_tokens"] = [
         {"rank": i, "token_str": NAMES.get(i, f"<SPECIAL_{i}>"), "is_control": True} for i in range(1000)
     ]
+    if variant == "audio":
+        data["audio"] = AUDIO
     if version == "v15":
         data["model_settings_builder"] = {"reasoning_effort": EFFORT}
     target.write_text(json.dumps(data))
@@ -85,7 +97,7 @@ def mistral_folder(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         if name in SHIPPED:
             shutil.copy(shipped / SHIPPED[name], made)
         else:
-            _write_tekken(shipped / SHIPPED["v3-tekken"], made / "tekken.json", name.partition("-")[0], KEPT[name])
+            _write_tekken(shipped / SHIPPED["v3-tekken"], made / "tekken.json", name, KEPT[name])
         return made
 
     return folder

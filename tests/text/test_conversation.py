@@ -49,7 +49,7 @@ FAULTS = {
     ),
     "audio part": (
         [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio"}]}],
-        "message 1 (user): part 2 is audio",
+        "message 1 (user): part 2 is a sound",
     ),
     "unknown part": (
         [{"role": "user", "content": [{"type": "txt", "text": "x"}]}],

@@ -19,6 +19,7 @@ BUILTIN = {
     "run": "zoo.cli.run:run",
     "chat": "zoo.cli.chat:chat",
     "fim": "zoo.cli.fim:fim",
+    "transcribe": "zoo.cli.transcribe:transcribe",
     "list": "zoo.cli.cards:list_cards",
     "inspect": "zoo.cli.inspect:inspect",
     "diff": "zoo.cli.cards:diff",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--system", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, not as a chat turn.")
 @click.option("--image", "images", multiple=True, help="Picture to show the model; may be repeated.")
+@click.option("--audio", "sounds", multiple=True, help="Sound to let the model hear; may be repeated.")
 @click.option("--tools", metavar="FILE", help="Functions that the model may call: a JSON list in OpenAI's form.")
 @effort_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
@@ -34,6 +35,7 @@ def run(
     system: str | None,
     raw: bool,
     images: tuple[str, ...],
+    sounds: tuple[str, ...],
     tools: str | None,
     as_json: bool,
     **flags: Any,
@@ -42,17 +44,21 @@ def run(
     from zoo.cli.console import emit
 
     if raw:
-        _refuse_with_raw({"--system": system, "--tools": tools, "--reasoning-effort": flags["reasoning_effort"]})
-    text = _prompt(prompt)
+        others = {"--system": system, "--tools": tools, "--reasoning-effort": flags["reasoning_effort"]}
+        _refuse_with_raw({**others, "--audio": sounds or None})
+    text = "" if sounds and prompt is None else _prompt(prompt)
+    heard = read_sounds(sounds)
     definitions = None if tools is None else read_tools(tools)
     form = chat_options(flags)
     options = {**sample_arguments(flags), "images": images}
     with load_model(ref, flags) as model:
         if system is None and definitions is None and not form:
-            stream = model.stream(text, raw=raw, **options)
+            stream = model.stream(text, raw=raw, audio=heard, **options)
         else:
+            from zoo.hearing import user_message
+
             turns = [{"role": "system", "content": system}] if system else []
-            messages = [*turns, {"role": "user", "content": text}]
+            messages = [*turns, user_message(text, heard)]
             stream = model.stream_chat(messages, definitions, chat_options=form, **options)
         if as_json:
             emit(collect(stream).to_dict())
@@ -60,12 +66,19 @@ def run(
             write_stream(stream)
 
 
-def _refuse_with_raw(given: dict[str, str | None]) -> None:
+def _refuse_with_raw(given: dict[str, Any]) -> None:
     for flag, value in given.items():
         if value is not None:
             raise RequestError(
                 f"{flag} needs the chat format", where=flag, found="--raw as well", expected="one of the two"
             )
+
+
+def read_sounds(sounds: tuple[str, ...]) -> list[bytes]:
+    """The sounds' samples, read before the model is, so that a wrong path is told at once."""
+    from zoo.text.sound import wav_of
+
+    return [wav_of(sound, sound) for sound in sounds]
 
 
 def read_tools(name: str) -> list[Any]:

@@ -80,7 +80,9 @@ def _says(values: Node, file: str, plan: Plan, whole: bool) -> bool:
 
 
 def _values(card: Card, row: Node, file: str, dtype: str) -> Node | None:
-    """The keys of an architecture's file; None where it has none for the card's layers or ropes."""
+    """The keys of an architecture's file; None where it has none for the card's layers or ropes, or for encoders."""
+    if "inside" in row:
+        return None
     native = file == PARAMS
     said, ropes = words(card, row, listed=native), rope_keys(card, row)
     if said is None or ropes is None:

@@ -6,7 +6,7 @@ calls is followed by one tool message per call. What a format itself cannot expr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from zoo.registry.errors import TextError, nearest
@@ -20,6 +20,7 @@ KEYS = {
     "tool": ("role", "content", "tool_call_id", "name"),
 }
 PARTS = {"text": "text", "thinking": "thinking"}
+MEDIA = {"image": "an image", "image_url": "an image"} | dict.fromkeys(("audio", "input_audio", "audio_url"), "a sound")
 FOLLOWERS = {
     None: ("system", "user"),
     "system": ("user",),
@@ -30,17 +31,22 @@ FOLLOWERS = {
 
 
 def check_messages(
-    messages: Sequence[Mapping[str, Any]], *, continue_final: bool = False, merge: bool = False
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    continue_final: bool = False,
+    merge: bool = False,
+    takes: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Copies of `messages` without null fields, tool arguments as objects.
 
-    merge: consecutive messages of one role are allowed. Raises TextError naming the message at fault.
+    merge: consecutive messages of one role are allowed. takes: types of parts beside text that the chat format reads
+    itself. Raises TextError naming the message at fault.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise TextError("a conversation is a list of messages", found=type(messages).__name__)
     if not messages:
         raise TextError("the conversation is empty", expected="at least one user message")
-    checked = [_message(number, message) for number, message in enumerate(messages, 1)]
+    checked = [_message(number, message, takes) for number, message in enumerate(messages, 1)]
     _check_order(checked, merge)
     _check_results(checked)
     _check_end(checked, continue_final)
@@ -82,7 +88,7 @@ def _parts(content: str | list[Any]) -> list[Any]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _message(number: int, message: Any) -> dict[str, Any]:
+def _message(number: int, message: Any, takes: Collection[str]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise TextError(
             "not a message",
@@ -104,7 +110,7 @@ def _message(number: int, message: Any) -> dict[str, Any]:
                 expected=f"only {', '.join(KEYS[role])}",
                 hint=nearest(str(key), KEYS[role]),
             )
-    _check_content(number, checked)
+    _check_content(number, checked, takes)
     if "tool_calls" in checked:
         checked["tool_calls"] = check_calls(checked["tool_calls"], f"message {number} (assistant)")
         if not checked["tool_calls"]:
@@ -112,7 +118,7 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     return checked
 
 
-def _check_content(number: int, message: dict[str, Any]) -> None:
+def _check_content(number: int, message: dict[str, Any], takes: Collection[str]) -> None:
     role, content = message["role"], message.get("content")
     if role == "assistant" and not content and (message.get("tool_calls") or message.get("reasoning_content")):
         message.pop("content", None)
@@ -122,7 +128,7 @@ def _check_content(number: int, message: dict[str, Any]) -> None:
         raise fault(number, message, "the content is missing or null", expected="a text", hint=hint)
     if isinstance(content, list):
         for place, part in enumerate(content, 1):
-            _check_part(number, message, place, part)
+            _check_part(number, message, place, part, takes)
     elif isinstance(content, str):
         check_text(content, f"message {number} ({role})")
     else:
@@ -133,11 +139,12 @@ def _check_content(number: int, message: dict[str, Any]) -> None:
         raise fault(number, message, "the content is empty", hint="leave the message out")
 
 
-def _check_part(number: int, message: dict[str, Any], place: int, part: Any) -> None:
+def _check_part(number: int, message: dict[str, Any], place: int, part: Any, takes: Collection[str]) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in ("image", "image_url", "input_audio", "audio_url"):
-        what = "an image" if str(kind).startswith("image") else "audio"
-        raise fault(number, message, f"part {place} is {what}, which this tokenizer cannot take: it reads text only")
+    if kind in takes and message["role"] == "user" and kind in part:
+        return
+    if kind in MEDIA:
+        raise fault(number, message, f"part {place} is {MEDIA[kind]}, {_why_not(kind, message, takes)}")
     if kind not in PARTS:
         found = f"type {kind!r}" if isinstance(part, Mapping) else type(part).__name__
         expected = 'a dict such as {"type": "text", "text": "..."}'
@@ -145,6 +152,12 @@ def _check_part(number: int, message: dict[str, Any], place: int, part: Any) -> 
     if not isinstance(part.get(PARTS[kind]), str):
         raise fault(number, message, f"part {place} has no text in {PARTS[kind]!r}", found=repr(part.get(PARTS[kind])))
     check_text(part[PARTS[kind]], f"message {number} ({message['role']}), part {place}")
+
+
+def _why_not(kind: str, message: dict[str, Any], takes: Collection[str]) -> str:
+    if kind not in takes:
+        return f"which this tokenizer cannot take{'' if takes else ': it reads text only'}"
+    return f"but has no {kind!r}" if message["role"] == "user" else "which only a user's message may hold"
 
 
 def _check_order(messages: list[dict[str, Any]], merge: bool) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from zoo.registry.errors import TextError, nearest
+from zoo.text import mistral_sound
 from zoo.text.answer import AnswerForm
 from zoo.text.conversation import check_messages, fault
 from zoo.text.detokenize import decode
@@ -15,6 +16,9 @@ from zoo.text.mistral import MistralCodec
 from zoo.text.spec import MistralChatSpec
 from zoo.text.tokenizer import Message, Prompt
 from zoo.text.tools import check_tools, short_id
+
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers.base import Tokenized
 
 WITHOUT_TOOLS = ("v1",)
 SHORT_IDS = ("v3", "v7", "v11")
@@ -53,19 +57,26 @@ class MistralChat:
         merge: bool,
         options: Mapping[str, Any],
     ) -> Prompt:
-        checked = check_messages(messages, continue_final=continue_final, merge=merge)
+        hears = self._codec.library.instruct_tokenizer.audio_encoder is not None
+        checked = check_messages(
+            messages, continue_final=continue_final, merge=merge, takes=mistral_sound.KINDS if hears else ()
+        )
         self._check_options(options)
         definitions = self._tools(tools, checked)
-        ids = self._encode(
+        encoded = self._encode(
             [self._message(*item) for item in enumerate(checked, 1)], definitions, continue_final, options
         )
         plain = self._codec.version not in THINKING_IDS and not continue_final
-        return Prompt(
-            ids,
-            lambda: decode(self._codec, ids, special=True),
-            continues=continue_final,
-            form=AnswerForm(thinking=plain),
-        )
+        return self._prompt(encoded, continues=continue_final, form=AnswerForm(thinking=plain))
+
+    def transcription(self, sound: Any, language: str | None) -> Prompt:
+        """The prompt that asks for what is said in a sound. Raises TextError for a tokenizer without sound."""
+        return self._prompt(mistral_sound.transcription(self._codec, sound, language))
+
+    def _prompt(self, encoded: Tokenized, **details: Any) -> Prompt:
+        ids = [*encoded.tokens]
+        sounds = tuple(audio.audio_array for audio in encoded.audios)
+        return Prompt(ids, lambda: decode(self._codec, ids, special=True), sounds=sounds, **details)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         for name in options:
@@ -86,11 +97,17 @@ class MistralChat:
     def _message(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
         """The message in mistral-common's terms: arguments as JSON text, call ids as the version demands."""
         ready = dict(message)
+        if isinstance(message.get("content"), list):
+            ready["content"] = [self._part(number, message, *item) for item in enumerate(message["content"], 1)]
         if "tool_calls" in message:
             ready["tool_calls"] = [self._call(number, message, call) for call in message["tool_calls"]]
         if message["role"] == "tool":
             ready["tool_call_id"] = self._id(number, message, message.get("tool_call_id"))
         return ready
+
+    def _part(self, number: int, message: dict[str, Any], place: int, part: dict[str, Any]) -> dict[str, Any]:
+        where = f"message {number} ({message['role']}), part {place}"
+        return mistral_sound.sound_part(part, where) if part["type"] in mistral_sound.KINDS else part
 
     def _call(self, number: int, message: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
@@ -112,7 +129,7 @@ class MistralChat:
         tools: list[dict[str, Any]] | None,
         continue_final: bool,
         options: Mapping[str, Any],
-    ) -> list[int]:
+    ) -> Tokenized:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
@@ -120,11 +137,12 @@ class MistralChat:
             request: Any = ChatCompletionRequest.from_openai(
                 messages, tools, continue_final_message=continue_final, **options
             )
-            return [*self._codec.library.encode_chat_completion(request).tokens]
+            encoded: Tokenized = self._codec.library.encode_chat_completion(request)
         except (MistralCommonException, ValueError, AssertionError, NotImplementedError) as refusal:
             raise TextError(
                 f"Mistral's tokenizer {self._codec.version} cannot express the conversation", found=_reason(refusal)
             ) from refusal
+        return encoded
 
 
 def _reason(refusal: Exception) -> str:

@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from zoo.registry.errors import TextError
 from zoo.registry.spec import Spec
@@ -25,6 +25,7 @@ class Prompt:
 
     ids: token ids, the beginning-of-sequence id included. shown: makes `text`, which few callers want.
     images: pictures in the order of their places in `ids`, float arrays (C, H, W).
+    sounds: the same of sounds, float arrays (samples,) of one channel at 16 kHz.
     continues: what is generated goes on from the prompt's last word (see `Detokenizer`).
     form: how the answer to it is to be read.
     """
@@ -32,6 +33,7 @@ class Prompt:
     ids: list[int]
     shown: Callable[[], str] = field(repr=False, compare=False)
     images: tuple[Any, ...] = ()
+    sounds: tuple[Any, ...] = ()
     continues: bool = False
     form: AnswerForm = PLAIN
 
@@ -80,6 +82,13 @@ class ChatFormat(Protocol):
         """The control ids that end an assistant's turn."""
 
 
+@runtime_checkable
+class Transcribing(Protocol):
+    """A chat format that can also ask for what is said in a sound."""
+
+    def transcription(self, sound: Any, language: str | None) -> Prompt: ...
+
+
 class Tokenizer(Protocol):
     """What the engine, the API and the command line use."""
 
@@ -113,6 +122,7 @@ class Tokenizer(Protocol):
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> Prompt: ...
     def fill(self, prefix: str, suffix: str) -> list[int]: ...
+    def transcription(self, sound: Any, language: str | None = None) -> Prompt: ...
 
 
 class CheckpointTokenizer:
@@ -182,6 +192,15 @@ class CheckpointTokenizer:
         check_text(prefix, "prefix")
         check_text(suffix, "suffix")
         return self._codec.fill(prefix, suffix)
+
+    def transcription(self, sound: Any, language: str | None = None) -> Prompt:
+        """The prompt that asks for what is said in a sound (see zoo.text.sound), in a language of two letters or any.
+
+        Raises TextError if there is no such prompt, RequestError for a sound that cannot be read.
+        """
+        if not isinstance(self._chat, Transcribing):
+            raise TextError("the model's chat format cannot ask for a transcription", expected="a model that hears")
+        return self._chat.transcription(sound, language)
 
 
 class NoChat:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from zoo.loading.files import WeightSet, existing, holds_weights, locate
 from zoo.loading.infer.architecture import Architecture
+from zoo.loading.infer.encoders import encoders, opened
 from zoo.loading.infer.families import Node, families, keys_of
 from zoo.loading.infer.hybrid import Hybrid
 from zoo.loading.infer.latent import Latent
@@ -33,7 +34,7 @@ def infer_card(ref: str | Path) -> Node:
     folder = path if path.is_dir() else path.parent
     settings, row = _settings(folder)
     files = locate(path) if not path.is_dir() or holds_weights(path) else None
-    model, context = _reader(settings, row).model(), _context(settings, row, folder)
+    model, context = _reader(settings, row).model() | encoders(settings, row), _context(settings, row, folder)
     model["tied_embeddings"] = model["tied_embeddings"] and not _has_head(files)
     dtype = _dtype(settings, row, files)
     settings.check_all_read([*families()["inert"], *row.get("inert", ())])
@@ -79,11 +80,15 @@ def _settings(folder: Path) -> tuple[Settings, Node]:
             expected=f"model_type {', '.join(rows)}",
             hint=nearest(str(architecture), rows),
         )
-    settings = Settings(values, str(file), rows[architecture]["defaults"])
-    settings.check_later(families()["later"])
-    settings.check_only(rows[architecture]["only"])
+    values, row = opened(values, rows[architecture], rows, str(file))
+    parts = row.get("encoders", {}).values()
+    settings = Settings(
+        values, str(file), row["defaults"] | {k: v for part in parts for k, v in part["defaults"].items()}
+    )
+    settings.check_later(families()["later"], [part["when"] for part in parts])
+    settings.check_only(row["only"])
     check_quantised(settings)
-    return settings, rows[architecture]
+    return settings, row
 
 
 def _no_settings(folder: Path) -> CardError:

@@ -84,10 +84,10 @@ class Settings:
         prefixes = list(prefixes)
         self.read |= {key for key in self.values if any(_within(key, prefix) for prefix in prefixes)}
 
-    def check_later(self, later: Mapping[str, str]) -> None:
-        """Raises CardError for keys of what is not supported yet."""
+    def check_later(self, later: Mapping[str, str], known: Sequence[str] = ()) -> None:
+        """Raises CardError for keys of what is not supported yet, but for those above what is `known`."""
         for key, what in later.items():
-            if self.has(key):
+            if self.has(key) and not any(_within(path, key) and self.has(path) for path in known):
                 raise CardError(f"not supported yet: {what}", where=self.where, found=f"the key {key!r}")
 
     def check_all_read(self, inert: Iterable[str]) -> None:
