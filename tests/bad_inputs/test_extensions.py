@@ -267,7 +267,7 @@ PARTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model.layers.0.ffn.kind": "gatted"},
         [
             "model.layers.0.ffn.kind: unknown kind of ffn; found 'gatted'",
-            "expected one of gated, moe",
+            "expected one of gated,",
             "Did you mean 'gated'?",
         ],
     ),
