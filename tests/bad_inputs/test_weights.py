@@ -425,7 +425,7 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         CardError,
         [
             "architecture 'mistrall' is not supported yet; expected model_type mistral, mixtral",
-            "Did you mean 'mistral'?",
+            "Did you mean 'mistral'",
         ],
     ),
     "an architecture unsaid": (config(model_type=...), CardError, ["config.json: the key 'model_type' is missing"]),

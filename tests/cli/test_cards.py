@@ -161,7 +161,7 @@ def test_plugins_and_doctor(zoo_command: Command) -> None:
 
 
 def test_bench_measures(zoo_command: Command) -> None:
-    sizes = ("--prompt-tokens", "9", "--new-tokens", "3", "--repeats", "1", "--batch", "1", "--batch", "2")
+    sizes = ("--prompt-tokens", "9", "--new-tokens", "40", "--repeats", "1", "--batch", "1", "--batch", "2")
     found = json.loads(zoo_command("bench", "tiny", "--weights", "random", "--json", *sizes).out)
     assert [row["batch"] for row in found["results"]] == [1, 2]
     assert all(row["decode_tokens_per_second"] > 0 for row in found["results"])
