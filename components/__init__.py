@@ -27,6 +27,7 @@ def register_components(register: Callable[[str, str, str], None]) -> None:
     register("indexer", "lightning", "zoo.components.indexer.spec:LightningIndexerSpec")
     register("indexer", "shared", "zoo.components.indexer.spec:SharedIndexerSpec")
     register("ffn", "gated", "zoo.components.ffn.spec:GatedSpec")
+    register("ffn", "clamped", "zoo.components.ffn.spec:ClampedSpec")
     register("ffn", "mlp", "zoo.components.ffn.spec:MLPSpec")
     register("ffn", "moe", "zoo.components.ffn.spec:MoESpec")
     register("router", "softmax_topk", "zoo.components.ffn.spec:SoftmaxTopkSpec")

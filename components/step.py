@@ -39,11 +39,13 @@ class KVState(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Append this step's keys and values, then attend causally within each sequence.
 
         Returns (T, H, d) in q's dtype. `window`: how many positions a token sees, itself included; None for all.
-        `softcap` bounds the scores; None leaves them.
+        `softcap` bounds the scores; None leaves them. `sinks_H`: a score of each head that takes a share of the softmax
+        and adds nothing; None for none.
         """
         ...
 

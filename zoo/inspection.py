@@ -45,7 +45,8 @@ class Inspection:
     @property
     def active_parameters(self) -> int:
         """Parameters that one token uses, embeddings counted whole: of a mixture, the chosen experts only."""
-        return round(sum(p.numel * (p.active if p.product else 1) for p in self.plan.model.all_parameters().values()))
+        parameters = self.plan.model.all_parameters().items()
+        return round(sum(p.numel * (1 if name == "embed.weight" else p.active) for name, p in parameters))
 
     @property
     def weight_bytes(self) -> int:

@@ -26,6 +26,7 @@ class Attention(nn.Module):
         self.q_norm = make(children["q_norm"]) if "q_norm" in children else None
         self.k_norm = make(children["k_norm"]) if "k_norm" in children else None
         self.rope = None if spec.rope is None else make(spec.rope)
+        self.sinks = nn.Parameter(torch.empty(spec.num_heads)) if spec.sinks else None
 
     def forward(self, x_TD: Tensor, step: Step, state: KVState, added_TI: Tensor | None = None) -> Tensor:
         """(T, D) to (T, D); appends this step's keys and values to `state`.
@@ -43,7 +44,9 @@ class Attention(nn.Module):
         q_THd, k_TGd = qk_TAd.split_with_sizes(self.heads[:2], 1)
         if spec.query_scaling is not None:
             q_THd = scaled(q_THd, spec.query_scaling, step)
-        o_THd = state.attend(q_THd, k_TGd, v_TGd, scale=self.scale, window=spec.window, softcap=spec.softcap)
+        o_THd = state.attend(
+            q_THd, k_TGd, v_TGd, scale=self.scale, window=spec.window, softcap=spec.softcap, sinks_H=self.sinks
+        )
         o_TD: Tensor = self.o(o_THd.flatten(1))
         return o_TD
 

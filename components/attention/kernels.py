@@ -30,11 +30,15 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float, int, int | None, Memo], Tensor
 
 
 class Scores(TypedDict):
-    """How scores are made: scaled, masked but for the last `window` keys, bounded smoothly by `softcap`."""
+    """How scores are made: scaled, masked but for the last `window` keys, bounded smoothly by `softcap`.
+
+    sinks_H: a further score of each query head that no value belongs to, so that weights add up to less than one.
+    """
 
     scale: float
     window: int | None
     softcap: float | None
+    sinks_H: Tensor | None
 
 
 def attention(
@@ -47,23 +51,26 @@ def attention(
     window: int | None,
     memo: Memo | None = None,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """(T, H, d) of queries over (G, S, d) keys and values; H is a multiple of G and S = past + T.
 
     `memo` keeps masks, and the choice of a kernel, between the layers of a step. ZOO_ATTENTION forces a kernel;
-    raises ZooError for a name that is none. Scores with a `softcap` are computed by the formula: no kernel has them.
+    raises ZooError for a name that is none. Scores with a `softcap` or sinks are computed by the formula: no kernel of
+    prompts has them.
     """
     memo = {} if memo is None else memo
+    how: Scores = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
     if window is not None:
         k_GSd, v_GSd, past = _trimmed(k_GSd, v_GSd, past, window)
         if q_THd.shape[0] > max(window, BLOCK):
-            return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, {"scale": scale, "window": window, "softcap": softcap})
+            return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, how)
         if past + q_THd.shape[0] <= window:
             window = None
-    if softcap is not None:
+    if softcap is not None or sinks_H is not None:
         if q_THd.shape[0] > max(window or 0, BLOCK):
-            return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, {"scale": scale, "window": window, "softcap": softcap})
-        return reference(q_THd, k_GSd, v_GSd, scale, past, window, memo, softcap)
+            return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, how)
+        return reference(q_THd, k_GSd, v_GSd, scale, past, window, memo, softcap, sinks_H)
     return _kernel(memo)(q_THd, k_GSd, v_GSd, scale, past, window, memo)
 
 
@@ -76,20 +83,22 @@ def attention_rows(
     seen_BS: Tensor,
     memo: Memo,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """(B, H, d): one new row of each of B sequences, over its own keys as far as `seen_BS` is true.
 
     By SDPA, also where ZOO_ATTENTION says "xformers": single rows need no mask of its kind. By the formula in
-    float32 where it says "reference", or with a `softcap`.
+    float32 where it says "reference", or with a `softcap` or sinks.
     """
-    exact = _kernel(memo) is reference or softcap is not None
+    exact = _kernel(memo) is reference or softcap is not None or sinks_H is not None
     q, k, v = (x.float() if exact else x for x in (q_BHd, k_BGSd, v_BGSd))
     q_BGJd = q.view(len(q), k.shape[1], -1, q.shape[-1])
     seen_B11S = seen_BS[:, None, None]
     if not exact:
         return F.scaled_dot_product_attention(q_BGJd, k, v, attn_mask=seen_B11S, scale=scale).view(q_BHd.shape)
     scores_BGJS = _capped(q_BGJd @ k.transpose(-1, -2) * scale, softcap).masked_fill(~seen_B11S, float("-inf"))
-    return (scores_BGJS.softmax(-1) @ v).view(q_BHd.shape).to(q_BHd.dtype)
+    sinks = None if sinks_H is None else sinks_H.view(k.shape[1], -1, 1)
+    return (_shares(scores_BGJS, sinks) @ v).view(q_BHd.shape).to(q_BHd.dtype)
 
 
 def attention_chosen(
@@ -121,6 +130,13 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
+def _shares(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax over the keys, and over a sink that takes its share and is dropped."""
+    if sinks is None:
+        return scores.softmax(-1)
+    return (scores - torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.float())).exp()
+
+
 def _in_blocks(q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, past: int, memo: Memo, how: Scores) -> Tensor:
     """Block by block: rows need the keys of their own block and of one window before it, not a mask of T by S."""
     blocks = []
@@ -141,13 +157,15 @@ def reference(
     window: int | None,
     memo: Memo,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """The formula in float32."""
     rows, groups = len(q_THd), len(k_GSd)
     q_GJTd = q_THd.float().view(rows, groups, -1, q_THd.shape[-1]).permute(1, 2, 0, 3)
     scores_GJTS = q_GJTd @ k_GSd.float().unsqueeze(1).transpose(-1, -2) * scale
     scores_GJTS = _capped(scores_GJTS, softcap).masked_fill(~visible(rows, past, window, q_THd.device), float("-inf"))
-    o_GJTd = scores_GJTS.softmax(-1) @ v_GSd.float().unsqueeze(1)
+    sinks = None if sinks_H is None else sinks_H.view(groups, -1, 1, 1)
+    o_GJTd = _shares(scores_GJTS, sinks) @ v_GSd.float().unsqueeze(1)
     return o_GJTd.permute(2, 0, 1, 3).reshape(q_THd.shape).to(q_THd.dtype)
 
 

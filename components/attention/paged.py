@@ -33,6 +33,7 @@ def attention_pages(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """(B, H, d): one row of each of B sequences over its own first `filled_B` slots.
 
@@ -72,6 +73,7 @@ def attention_pages(
         parts,
         sums[0],
         sums[1],
+        sums if sinks_H is None else sinks_H,
         o_BHd,
         groups,
         splits,
@@ -79,6 +81,7 @@ def attention_pages(
         width,
         WIDE=wide,
         SPLITS=1 << (splits - 1).bit_length(),
+        SUNK=sinks_H is not None,
     )
     return o_BHd
 

@@ -76,6 +76,7 @@ def add(
     parts,
     peaks,
     totals,
+    sinks,
     o,
     groups,
     splits,
@@ -83,16 +84,24 @@ def add(
     width,
     WIDE: tl.constexpr,
     SPLITS: tl.constexpr,
+    SUNK: tl.constexpr,
 ):
-    """One query head of one sequence: its splits together."""
+    """One query head of one sequence: its splits together, and the share that a sink takes of them."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split_, lane = tl.arange(0, SPLITS), tl.arange(0, WIDE)
     place = ((b * groups + h // shared) * splits + split_) * shared + h % shared
     there = split_ < splits
     peak = tl.load(peaks + place, mask=there, other=float("-inf"))
     total = tl.load(totals + place, mask=there, other=0.0)
-    weight = tl.exp(peak - tl.max(peak, 0))
+    highest = tl.max(peak, 0)
+    if SUNK:
+        sink = tl.load(sinks + h).to(tl.float32)
+        highest = tl.maximum(highest, sink)
+    weight = tl.exp(peak - highest)
     mask = there[:, None] & (lane < width)[None, :]
     part = tl.load(parts + place[:, None] * width + lane[None, :], mask=mask, other=0.0)
-    value = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
+    whole = tl.sum(total * weight, 0)
+    if SUNK:
+        whole += tl.exp(sink - highest)
+    value = tl.sum(part * weight[:, None], 0) / whole
     tl.store(o + (b * groups * shared + h) * width + lane, value.to(o.dtype.element_ty), mask=lane < width)

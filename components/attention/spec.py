@@ -59,6 +59,10 @@ class AttentionSpec(Spec):
     softcap: Positive | None = Field(
         default=None, description="Bounds scores smoothly: softcap tanh(score / softcap); null leaves them."
     )
+    sinks: Flag = Field(
+        default=False,
+        description="Whether each query head has a learned score that takes a share of the softmax and adds nothing.",
+    )
     query_scaling: QueryScaling | None = Field(
         default=None, description="Scaling of queries far into a long context; null for none."
     )
@@ -91,6 +95,8 @@ class AttentionSpec(Spec):
         found["o.weight"] = Param((self.output, width), shard=1)
         if self.o_bias:
             found["o.bias"] = Param((self.output,), init="zeros", product=False)
+        if self.sinks:
+            found["sinks"] = Param((self.num_heads,), shard=0, init="zeros", product=False)
         return found
 
     def _parts(self, leaf: str) -> dict[str, Part]:

@@ -26,12 +26,13 @@ class FreshKV:
         scale: float,
         window: int | None,
         softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Causal attention within each sequence, (T, H, d)."""
         parts = zip(
             torch.split(q_THd, self.rows), torch.split(k_TGd, self.rows), torch.split(v_TGd, self.rows), strict=True
         )
-        how: Scores = {"scale": scale, "window": window, "softcap": softcap}
+        how: Scores = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
         return torch.cat(
             [attention(q, k.transpose(0, 1), v.transpose(0, 1), past=0, memo=self.memo, **how) for q, k, v in parts]
         )

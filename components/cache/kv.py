@@ -187,10 +187,11 @@ class KVView:
         scale: float,
         window: int | None,
         softcap: float | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Appends the step's keys and values, then attends causally within each sequence, (T, H, d)."""
         plan, pages = self.plan, self.storage
-        how: Scores = {"scale": scale, "window": window, "softcap": softcap}
+        how: Scores = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
         if not isinstance(pages, Pages):
             return self._attend_each(0, q_THd, k_TGd, v_TGd, how)
         single = plan.single
@@ -224,6 +225,7 @@ class KVView:
             v_BGSd,
             scale=how["scale"],
             softcap=how["softcap"],
+            sinks_H=how["sinks_H"],
             seen_BS=plan.seen(rows, k_BGSd.shape[2], window),
             memo=plan.memo,
         )

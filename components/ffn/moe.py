@@ -21,10 +21,12 @@ class MoE(nn.Module):
     def __init__(self, spec: MoESpec) -> None:
         super().__init__()
         self.spec = spec
-        hidden = spec.form.hidden_dim
+        hidden, width = spec.form.hidden_dim, sum(spec.form.inputs.values())
         self.between: Callable[[Any, Tensor], Tensor] = load(spec.form.module).between
-        self.experts_in = nn.Parameter(torch.empty(spec.num_experts, len(spec.form.inputs) * hidden, spec.dim))
+        self.experts_in = nn.Parameter(torch.empty(spec.num_experts, width, spec.dim))
         self.experts_down = nn.Parameter(torch.empty(spec.num_experts, spec.dim, hidden))
+        self.experts_in_bias = nn.Parameter(torch.empty(spec.num_experts, width)) if spec.biased else None
+        self.experts_down_bias = nn.Parameter(torch.empty(spec.num_experts, spec.dim)) if spec.biased else None
         self.router = make(spec.router)
         self.shared = None if spec.shared is None else make(spec.shared)
         self.packed: list[tuple[Tensor, Tensor]] = []
@@ -60,7 +62,8 @@ class MoE(nn.Module):
 
     def _expert(self, index: int, x_TD: Tensor) -> Tensor:
         first, down = self.packed[index] if self.packed else (self.experts_in[index], self.experts_down[index])
-        return product(self.between(self.spec.form, product(x_TD, first)), down)
+        in_bias, down_bias = _of(self.experts_in_bias, index), _of(self.experts_down_bias, index)
+        return product(self.between(self.spec.form, product(x_TD, first, in_bias)), down, down_bias)
 
     def _by_expert(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """One product per chosen expert. Choices are host integers, which costs nothing on the CPU."""
@@ -79,9 +82,11 @@ class MoE(nn.Module):
         counts_E = torch.zeros(self.spec.num_experts, dtype=torch.int32, device=x_TD.device)
         counts_E.index_add_(0, experts_TK.flatten(), torch.ones_like(tokens_N, dtype=torch.int32))
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
+        experts_N = experts_TK.flatten()[order_N]
         first_NR = F.grouped_mm(x_TD[tokens_N], self.experts_in.transpose(1, 2), offs=ends_E)
-        hidden_NF = self.between(self.spec.form, first_NR)
+        hidden_NF = self.between(self.spec.form, _plus(first_NR, self.experts_in_bias, experts_N))
         y_ND = F.grouped_mm(hidden_NF, self.experts_down.transpose(1, 2), offs=ends_E)
+        y_ND = _plus(y_ND, self.experts_down_bias, experts_N)
         # Back in the tokens' order and added up there: a device adds to one place in no certain order.
         y_TKD = y_ND[order_N.argsort()].unflatten(0, experts_TK.shape)
         total_TD: Tensor = (y_TKD * weights_TK.unsqueeze(-1)).sum(1)
@@ -94,10 +99,20 @@ def moe_reference(moe: MoE, x_TD: Tensor) -> Tensor:
     total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for e in range(moe.spec.num_experts):
         share_T1 = (weights_TK * (experts_TK == e)).sum(-1, keepdim=True)
-        hidden_TF = moe.between(moe.spec.form, F.linear(x_TD, moe.experts_in[e]))
-        total_TD = total_TD + share_T1 * F.linear(hidden_TF, moe.experts_down[e])
+        first_TR = F.linear(x_TD, moe.experts_in[e], _of(moe.experts_in_bias, e))
+        hidden_TF = moe.between(moe.spec.form, first_TR)
+        total_TD = total_TD + share_T1 * F.linear(hidden_TF, moe.experts_down[e], _of(moe.experts_down_bias, e))
     routed_TD = total_TD.to(x_TD.dtype)
     return routed_TD if moe.shared is None else routed_TD + moe.shared(x_TD)
+
+
+def _of(bias_EO: Tensor | None, expert: int) -> Tensor | None:
+    return None if bias_EO is None else bias_EO[expert]
+
+
+def _plus(y_NO: Tensor, bias_EO: Tensor | None, experts_N: Tensor) -> Tensor:
+    """Each row with the bias of its expert, where experts have biases."""
+    return y_NO if bias_EO is None else y_NO + bias_EO[experts_N]
 
 
 def _sorted(experts_TK: Tensor) -> tuple[Tensor, Tensor]:

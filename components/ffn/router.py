@@ -17,10 +17,11 @@ class SoftmaxTopk(nn.Module):
         super().__init__()
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.dim))
+        self.bias = nn.Parameter(torch.empty(spec.num_experts)) if spec.bias else None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) to float32 weights (T, K) that sum to one, and int64 experts (T, K), the best first."""
-        logits_TE = product(x_TD, self.weight).float()
+        logits_TE = product(x_TD, self.weight, self.bias).float()
         best_TK, experts_TK = logits_TE.topk(self.spec.experts_per_token, dim=-1)
         return best_TK.softmax(dim=-1), experts_TK
 

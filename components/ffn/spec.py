@@ -24,9 +24,9 @@ class GatedSpec(Spec):
     )
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """The projections of the input, in the order in which they are stored, `hidden_dim` rows each."""
-        return ("gate", "up")
+    def inputs(self) -> dict[str, int]:
+        """The projections of the input and their rows, in the order in which they are stored."""
+        return {"gate": self.hidden_dim, "up": self.hidden_dim}
 
     def parameters(self) -> dict[str, Param]:
         rows = self.hidden_dim
@@ -51,9 +51,9 @@ class MLPSpec(Spec):
     )
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """The projections of the input, `hidden_dim` rows each."""
-        return ("up",)
+    def inputs(self) -> dict[str, int]:
+        """The projections of the input and their rows."""
+        return {"up": self.hidden_dim}
 
     def parameters(self) -> dict[str, Param]:
         return {
@@ -62,10 +62,40 @@ class MLPSpec(Spec):
         }
 
 
-EXPERTS = (GatedSpec, MLPSpec)
+class ClampedSpec(Spec):
+    """gpt-oss's feed-forward: down(g sigmoid(gain g) (u + 1)), with g and u limited and a bias for each projection.
+
+    Gate and up are one projection, whose rows alternate: gate 0, up 0, gate 1, ... Source: gpt_oss/torch/model.py of
+    openai/gpt-oss.
+    """
+
+    module: ClassVar[str] = "zoo.components.ffn.clamped:Clamped"
+
+    kind: Literal["clamped"] = "clamped"
+    dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
+    hidden_dim: Count = Field(description="Size between the projections.")
+    gain: Positive = Field(description="What the gate is multiplied with within its sigmoid.")
+    limit: Positive = Field(description="The largest gate, and the largest size of up.")
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """The projection of the input and its rows."""
+        return {"gate_up": 2 * self.hidden_dim}
+
+    def parameters(self) -> dict[str, Param]:
+        rows = 2 * self.hidden_dim
+        return {
+            "gate_up.weight": Param((rows, self.dim), shard=0),
+            "gate_up.bias": Param((rows,), shard=0, init="zeros", product=False),
+            "down.weight": Param((self.dim, self.hidden_dim), shard=1),
+            "down.bias": Param((self.dim,), init="zeros", product=False),
+        }
+
+
+EXPERTS = (GatedSpec, MLPSpec, ClampedSpec)
 """What an expert of a mixture may be: kinds that name their `inputs`, and whose modules have `between`."""
 
-Expert = GatedSpec | MLPSpec
+Expert = GatedSpec | MLPSpec | ClampedSpec
 
 
 class SoftmaxTopkSpec(Spec):
@@ -77,9 +107,11 @@ class SoftmaxTopkSpec(Spec):
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
     num_experts: Annotated[Count, Inherited()] = Field(description="Experts to choose from.")
     experts_per_token: Annotated[Count, Inherited()] = Field(description="Experts chosen for each token.")
+    bias: Flag = Field(default=False, description="Whether each logit has a learned bias.")
 
     def parameters(self) -> dict[str, Param]:
-        return {"weight": Param((self.num_experts, self.dim))}
+        found = {"weight": Param((self.num_experts, self.dim))}
+        return found | ({"bias": Param((self.num_experts,), init="zeros", product=False)} if self.bias else {})
 
 
 class _Grouped(Spec):
@@ -178,23 +210,43 @@ class MoESpec(Spec):
         return self
 
     @property
+    def biased(self) -> bool:
+        """Whether the experts' projections add biases."""
+        return "down.bias" in self.form.parameters()
+
+    @property
     def form(self) -> Expert:
         """The expert, by its own type."""
         assert isinstance(self.expert, EXPERTS)
         return self.expert
 
     def parameters(self) -> dict[str, Param]:
-        experts, rows, share = self.num_experts, self.form.hidden_dim, self.experts_per_token / self.num_experts
-        inputs: dict[str, Part] = {}
-        for e in range(experts):
-            for i, name in enumerate(self.form.inputs):
-                inputs[f"experts.{e}.{name}.weight"] = Part((e, (i * rows, (i + 1) * rows)))
-        down = {f"experts.{e}.down.weight": Part((e,)) for e in range(experts)}
-        width = len(self.form.inputs) * rows
-        return {
-            "experts_in": Param((experts, width, self.dim), shard=1, parts=inputs, active=share),
-            "experts_down": Param((experts, self.dim, rows), shard=2, parts=down, active=share),
+        experts, share = self.num_experts, self.experts_per_token / self.num_experts
+        first, down = self._parts("weight")
+        width, hidden = sum(self.form.inputs.values()), self.form.hidden_dim
+        found = {
+            "experts_in": Param((experts, width, self.dim), shard=1, parts=first, active=share),
+            "experts_down": Param((experts, self.dim, hidden), shard=2, parts=down, active=share),
         }
+        if self.biased:
+            first, down = self._parts("bias")
+            found["experts_in_bias"] = Param(
+                (experts, width), shard=1, parts=first, init="zeros", active=share, product=False
+            )
+            found["experts_down_bias"] = Param(
+                (experts, self.dim), parts=down, init="zeros", active=share, product=False
+            )
+        return found
+
+    def _parts(self, leaf: str) -> tuple[dict[str, Part], dict[str, Part]]:
+        """Where the checkpoint's experts stand among the stacked ones: their first projections, and their last."""
+        first: dict[str, Part] = {}
+        for e in range(self.num_experts):
+            at = 0
+            for name, rows in self.form.inputs.items():
+                first[f"experts.{e}.{name}.{leaf}"] = Part((e, (at, at + rows)))
+                at += rows
+        return first, {f"experts.{e}.down.{leaf}": Part((e,)) for e in range(self.num_experts)}
 
     def children(self) -> dict[str, Spec]:
         """The router and what is shared: experts are stacked in this component's own parameters."""

@@ -27,13 +27,21 @@ def _qkv(rows: int, past: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _loops(q: Tensor, k: Tensor, v: Tensor, past: int, window: int | None, oracle: ModuleType) -> Tensor:
+def _loops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: int,
+    window: int | None,
+    oracle: ModuleType,
+    sinks: Tensor | None = None,
+) -> Tensor:
     spec = SimpleNamespace(num_heads=HEADS, num_kv_heads=GROUPS, head_dim=WIDTH, scale=None, softcap=None)
     rows = []
     for t in range(len(q)):
         first = 0 if window is None else max(0, past + t - window + 1)
         keys, values = (x[:, first : past + t + 1].transpose(0, 1) for x in (k, v))
-        rows.append(oracle._row(spec, q[t], keys, values).view(HEADS, WIDTH))
+        rows.append(oracle._row(spec, q[t], keys, values, sinks).view(HEADS, WIDTH))
     return torch.stack(rows)
 
 
@@ -79,16 +87,39 @@ def test_blocks_equal_loops(
 
 
 @pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 9), (9, 0), (7, 6)])
+def test_sinks_equal_loops(
+    kernel: str,
+    window: int | None,
+    rows: int,
+    past: int,
+    oracle: ModuleType,
+    close: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever kernel is chosen, and in blocks of rows."""
+    monkeypatch.setenv("ZOO_ATTENTION", kernel)
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    q, k, v = _qkv(rows, past)
+    sinks = torch.linspace(-1.0, 30.0, HEADS)
+    found = attention(q, k, v, scale=WIDTH**-0.5, past=past, window=window, sinks_H=sinks)
+    close(found, _loops(q, k, v, past, window, oracle, sinks))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2.0, 3.0, HEADS)], ids=["", "sinks"])
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
 def test_masked_rows_equal_single_rows(
-    kernel: str, close: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    kernel: str, sinks: Tensor | None, close: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZOO_ATTENTION", kernel)
     lengths = [1, 7, 4]
     parts = [_qkv(1, length - 1) for length in lengths]
     padded = [torch.stack([torch.nn.functional.pad(p[i], (0, 0, 0, 7 - p[i].shape[1])) for p in parts]) for i in (1, 2)]
     seen = torch.arange(7) < torch.tensor(lengths)[:, None]
-    found = attention_rows(torch.cat([q for q, _, _ in parts]), *padded, scale=0.3, seen_BS=seen, memo={})
-    expected = [attention(q, k, v, scale=0.3, past=k.shape[1] - 1, window=None) for q, k, v in parts]
+    rows = torch.cat([q for q, _, _ in parts])
+    found = attention_rows(rows, *padded, scale=0.3, seen_BS=seen, memo={}, sinks_H=sinks)
+    expected = [attention(q, k, v, scale=0.3, past=k.shape[1] - 1, window=None, sinks_H=sinks) for q, k, v in parts]
     close(found, torch.cat(expected))
 
 

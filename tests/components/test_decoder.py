@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "query scaling": {"mixer": {"query_scaling": {"beta": 0.3, "original_context": 3}}},
     "bounded scores": {"mixer": {"scale": 0.9, "softcap": 0.7}},
     "bounded scores, window": {"mixer": {"softcap": 0.7, "window": 5}},
+    "sinks": {"mixer": {"sinks": True, "softcap": 0.7}},
+    "sinks, window": {"mixer": {"sinks": True, "window": 5}},
     "tied": {"tied_embeddings": True},
     "mixture": {"ffn": MOE},
     "gelu": {"ffn": {"kind": "gated", "hidden_dim": 20, "activation": "gelu"}},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.ffn.moe import MoE, moe_reference
-from zoo.components.ffn.spec import GatedSpec, MLPSpec, MoESpec, SigmoidSpec, SoftmaxSpec, SoftmaxTopkSpec
+from zoo.components.ffn.spec import ClampedSpec, GatedSpec, MLPSpec, MoESpec, SigmoidSpec, SoftmaxSpec, SoftmaxTopkSpec
 
 
 def _moe_spec(experts: int = 5, chosen: int = 2) -> MoESpec:
@@ -195,3 +195,44 @@ def test_mixture_of_other_experts_with_a_shared_one(
     close(expected, by_hand)
     found = moe(x) if way == "forward" else moe._grouped(x, weights_TK, experts_TK) + moe.shared(x)
     close(found, expected)
+
+
+@pytest.mark.parametrize("way", ["forward", "_grouped", "reference"])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_clamped_experts_equal_transformers(
+    way: str, rows: int, filled: Callable[..., Any], close: Callable[..., None]
+) -> None:
+    """Inputs so large that the limits are reached on both sides."""
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+    sizes: dict[str, Any] = {"dim": 16, "num_experts": 5, "experts_per_token": 3}
+    expert = ClampedSpec(dim=16, hidden_dim=24, gain=1.702, limit=7.0)
+    moe = filled(MoESpec(**sizes, router=SoftmaxTopkSpec(**sizes, bias=True), expert=expert))
+    config = GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=5, num_experts_per_tok=3)
+    config._experts_implementation = "eager"
+    theirs = GptOssMLP(config)
+    theirs.router.weight.data, theirs.router.bias.data = moe.router.weight.detach(), moe.router.bias.detach()
+    theirs.experts.gate_up_proj.data = moe.experts_in.detach().transpose(1, 2)
+    theirs.experts.gate_up_proj_bias.data = moe.experts_in_bias.detach()
+    theirs.experts.down_proj.data = moe.experts_down.detach().transpose(1, 2)
+    theirs.experts.down_proj_bias.data = moe.experts_down_bias.detach()
+    x = 9 * torch.randn(rows, 16)
+    between = moe.experts_in[0] @ x.T
+    assert between.max() > 7 and between.min() < -7
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "forward": moe,
+        "_grouped": lambda x: moe._grouped(x, *moe.router(x)),
+        "reference": lambda x: moe_reference(moe, x),
+    }
+    close(ways[way](x), theirs(x[None])[0][0])
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_clamped_equals_the_formula(rows: int, filled: Callable[..., Any], close: Callable[..., None]) -> None:
+    spec = ClampedSpec(dim=16, hidden_dim=24, gain=1.702, limit=0.5)
+    one, x = filled(spec), torch.randn(rows, 16)
+    gate, up = (x @ one.gate_up.weight[i::2].T + one.gate_up.bias[i::2] for i in range(2))
+    gate, up = gate.clamp(max=0.5), up.clamp(-0.5, 0.5)
+    hidden = gate / (1 + (-1.702 * gate).exp()) * (up + 1)
+    close(one(x), hidden @ one.down.weight.T + one.down.bias)

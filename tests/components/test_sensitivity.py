@@ -47,6 +47,7 @@ EXPERT = {"kind": "gated", "hidden_dim": 24}
 SCALED: dict[str, Any] = {"kind": "scaled", "residual_scale": 0.3, "mixer": ATTENTION, "ffn": EXPERT}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": EXPERT}
 MLP = {"kind": "mlp", "hidden_dim": 24, "activation": "relu2"}
+CLAMPED = {"kind": "clamped", "hidden_dim": 24, "gain": 1.7, "limit": 2.0}
 
 
 def routed(kind: str, **fields: Any) -> dict[str, Any]:
@@ -196,6 +197,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "qk_norm": ({}, {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}}),
         "scale": ({}, {"mixer": {"scale": 0.1}}),
         "softcap": ({}, {"mixer": {"softcap": 1.0}}),
+        "sinks": ({}, {"mixer": {"sinks": True}}),
         "qk_norm_span": (
             {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}}},
             {"mixer": {"qk_norm": {"kind": "rms", "eps": 1e-5}, "qk_norm_span": "projection"}},
@@ -281,7 +283,11 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "hidden_dim": ({"ffn": MLP}, {"ffn": MLP | {"hidden_dim": 20}}),
         "activation": ({"ffn": MLP}, {"ffn": MLP | {"activation": "silu"}}),
     },
-    ("router", "softmax_topk"): {},
+    ("ffn", "clamped"): {
+        name: ({"ffn": CLAMPED}, {"ffn": CLAMPED | {name: value}})
+        for name, value in {"hidden_dim": 20, "gain": 1.0, "limit": 0.1}.items()
+    },
+    ("router", "softmax_topk"): {"bias": (routed("softmax_topk"), routed("softmax_topk", bias=True))},
     ("router", "softmax"): {
         "normalize": (routed("softmax"), routed("softmax", normalize=True)),
         "groups": (routed("softmax"), routed("softmax", groups=2)),

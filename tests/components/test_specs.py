@@ -120,7 +120,7 @@ def test_rotary_rows_are_marked() -> None:
         (AttentionSpec, ATTENTION | {"query_scaling": {"beta": 0.1}}, "original_context"),
         (AttentionSpec, {k: v for k, v in ATTENTION.items() if k != "rope"}, "Field required"),
         (MoESpec, MOE | {"experts_per_token": 5}, "experts_per_token must not exceed num_experts; found"),
-        (MoESpec, MOE | {"expert": MoESpec(**MOE)}, "a mixture must be of kind 'gated' or 'mlp'; found kind 'moe'"),
+        (MoESpec, MOE | {"expert": MoESpec(**MOE)}, "be of kind 'gated' or 'mlp' or 'clamped'; found kind 'moe'"),
         (SoftmaxSpec, ROUTES | {"groups": 3}, "groups must divide num_experts; found groups 3 and num_experts 8"),
         (SoftmaxSpec, ROUTES | {"groups": 2, "groups_per_token": 3}, "groups_per_token must not exceed groups; found"),
         (SigmoidSpec, ROUTES | {"groups": 4}, "the groups of a token must hold experts_per_token experts; found 1 gro"),

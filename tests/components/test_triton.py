@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_interpreted_kernels() -> None:
     command = [sys.executable, "-m", "pytest", "-v", "--import-mode=importlib", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "32 passed" in done.stdout
+    assert "38 passed" in done.stdout
 
 
 each_kernel = pytest.mark.skipif(
@@ -51,6 +52,7 @@ each_kernel = pytest.mark.skipif(
 
 
 @each_kernel
+@pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize(
     ("batch", "heads", "groups", "width", "pages", "window", "softcap"),
     [
@@ -63,7 +65,7 @@ each_kernel = pytest.mark.skipif(
     ],
 )
 def test_attention_over_pages(
-    batch: int, heads: int, groups: int, width: int, pages: int, window: int | None, softcap: float | None
+    batch: int, heads: int, groups: int, width: int, pages: int, window: int | None, softcap: float | None, sunk: bool
 ) -> None:
     generator = torch.Generator().manual_seed(pages)
     pool = torch.randn(batch * pages + 1, 2, PAGE, groups, width, generator=generator)
@@ -71,14 +73,17 @@ def test_attention_over_pages(
     filled_B = torch.randint(1, pages * PAGE + 1, (batch,), generator=generator)
     filled_B[0] = pages * PAGE
     q_BHd = torch.randn(batch, heads, width, generator=generator)
+    sinks_H = torch.linspace(-1.0, 8.0, heads) if sunk else None
+    sunk_H = None if sinks_H is None else sinks_H.to(DEVICE)
     k_BGSd, v_BGSd = (pool[:, i][tables_BP].flatten(1, 2).transpose(1, 2) for i in range(2))
     slots_S = torch.arange(pages * PAGE)
     seen_BS = slots_S < filled_B[:, None]
     if window is not None:
         seen_BS &= slots_S >= filled_B[:, None] - window
-    expected = attention_rows(q_BHd, k_BGSd, v_BGSd, scale=0.3, seen_BS=seen_BS, memo={}, softcap=softcap)
+    how: dict[str, Any] = {"scale": 0.3, "softcap": softcap}
+    expected = attention_rows(q_BHd, k_BGSd, v_BGSd, seen_BS=seen_BS, memo={}, sinks_H=sinks_H, **how)
     inputs = [value.to(DEVICE) for value in (q_BHd, pool, tables_BP, filled_B)]
-    found = attention_pages(*inputs, scale=0.3, window=window, softcap=softcap)
+    found = attention_pages(*inputs, window=window, sinks_H=sunk_H, **how)
     assert relative_error(found.cpu(), expected) < 1e-5
 
 

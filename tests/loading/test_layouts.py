@@ -32,6 +32,7 @@ def test_built_in_layouts() -> None:
         "mistral",
         "huggingface",
         "huggingface_glm4",
+        "huggingface_gpt_oss",
         "huggingface_latent",
         "huggingface_postnorm",
         "zoo",

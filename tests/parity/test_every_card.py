@@ -298,6 +298,7 @@ def ffn_words(ffns: list[dict[str, Any]]) -> dict[str, Any]:
         "activation": next(k for k, v in families()["activations"].items() if v == ffn.get("activation", "silu")),
         **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
         **{name: ffn.get(name, 0) for name in ("num_experts", "experts_per_token")},
+        **{name: ffn["expert"][name] for name in ("gain", "limit") if name in ffn.get("expert", {})},
     }
 
 

@@ -76,12 +76,12 @@ def attention(spec: Any, weights: Tensors, x: Tensor) -> Tensor:
     for t in range(len(x)):
         query = q[t] * query_scale(spec.query_scaling, t)
         first = 0 if spec.window is None else max(0, t - spec.window + 1)
-        rows.append(_row(spec, query, k[first : t + 1], v[first : t + 1]))
+        rows.append(_row(spec, query, k[first : t + 1], v[first : t + 1], weights.get("sinks")))
     y = torch.stack(rows) @ weights["o.weight"].T
     return y + weights["o.bias"] if spec.o_bias else y
 
 
-def _row(spec: Any, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _row(spec: Any, query: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
     shared = spec.num_heads // spec.num_kv_heads
     heads = []
     for h in range(spec.num_heads):
@@ -89,8 +89,9 @@ def _row(spec: Any, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = [float(query[h] @ key[h // shared]) * scale for key in k]
         if spec.softcap is not None:
             scores = [spec.softcap * math.tanh(score / spec.softcap) for score in scores]
-        powers = [math.exp(score - max(scores)) for score in scores]
-        heads.append(sum(p / sum(powers) * value[h // shared] for p, value in zip(powers, v, strict=True)))
+        powers = [math.exp(score) for score in scores]
+        total = sum(powers) + (0.0 if sinks is None else math.exp(sinks[h]))
+        heads.append(sum(p / total * value[h // shared] for p, value in zip(powers, v, strict=True)))
     return torch.cat(heads)
 
 

@@ -21,7 +21,7 @@ FFN = "ffn: {kind: gated, hidden_dim: 24}"
 ROPE = "rope: {theta: 1.0e4}"
 HEADS = "head_dim: 4,"
 MIXER_KEYS = "kind, num_heads, num_kv_heads, head_dim, window, rope, qkv_bias, o_bias, qk_norm, "
-MIXER_KEYS += "qk_norm_span, scale, softcap, query_scaling, cache"
+MIXER_KEYS += "qk_norm_span, scale, softcap, sinks, query_scaling, cache"
 
 MISTAKES = {
     "wrong type": ("dim: 16", "dim: '16'", "4: model.dim: wrong value; found the text '16'; expected an integer."),
@@ -64,7 +64,7 @@ MISTAKES = {
     "missing kind": (
         "kind: gated, ",
         "",
-        "10: model.layers.0.ffn: the key 'kind' is missing; expected one of gated, mlp, moe.",
+        "10: model.layers.0.ffn: the key 'kind' is missing; expected one of gated, clamped, mlp, moe.",
     ),
     "unknown key at the root": (
         "vocab_size",
@@ -111,14 +111,14 @@ MISTAKES = {
     "unknown kind": (
         "kind: gated",
         "kind: gatd",
-        "10: model.layers.0.ffn.kind: unknown kind of ffn; found 'gatd'; expected one of gated, mlp, moe. "
+        "10: model.layers.0.ffn.kind: unknown kind of ffn; found 'gatd'; expected one of gated, clamped, mlp, moe. "
         "Did you mean 'gated'?",
     ),
     "kind of another slot": (
         "kind: gated",
         "kind: attention",
-        "10: model.layers.0.ffn.kind: unknown kind of ffn; found 'attention'; expected one of gated, mlp, moe. "
-        "'attention' is a kind of mixer.",
+        "10: model.layers.0.ffn.kind: unknown kind of ffn; found 'attention'; expected one of gated, clamped, mlp, "
+        "moe. 'attention' is a kind of mixer.",
     ),
     "kind is a number": (
         "kind: gated",
@@ -201,7 +201,8 @@ MISTAKES = {
         "name: small",
         "name: small\nsource: {layout: mistrl}",
         "2: source.layout: unknown weight layout; found 'mistrl'; expected one of auto, mistral, huggingface, "
-        "huggingface_glm4, huggingface_latent, huggingface_postnorm, zoo. "
+        "huggingface_glm4, huggingface_gpt_oss, huggingface_latent, "
+        "huggingface_postnorm, zoo. "
         "Did you mean 'mistral'?",
     ),
     "unknown chat": (

@@ -8,9 +8,12 @@ from importlib.resources.abc import Traversable
 
 from zoo.registry.hooks import hookimpl
 
+OF_FAMILIES = ("glm4", "gpt_oss", "latent", "postnorm")
+NAMES = ("mistral", "huggingface", *(f"huggingface_{name}" for name in OF_FAMILIES), "zoo")
+
 
 @hookimpl
 def register_layouts(register: Callable[[Traversable], None]) -> None:
     """One table for each way of naming a model's tensors."""
-    for name in ("mistral", "huggingface", "huggingface_glm4", "huggingface_latent", "huggingface_postnorm", "zoo"):
+    for name in NAMES:
         register(resources.files("zoo.loading") / f"{name}.yaml")

@@ -12,6 +12,7 @@ from zoo.loading.infer.settings import Settings
 MODEL_NUMBERS = ("embedding_scale", "logits_divisor", "logits_softcap")
 MIXER_NUMBERS = ("scale", "softcap")
 BLOCK_NUMBERS = ("residual_scale",)
+EXPERT_NUMBERS = ("gain", "limit")
 
 
 class Architecture:
@@ -150,7 +151,7 @@ class Architecture:
             "num_experts": self.count("num_experts"),
             "experts_per_token": self.count("experts_per_token"),
             **self.router(),
-            "expert": self.gated(hidden),
+            "expert": self.gated(hidden) | self.row.get("expert", {}) | self.numbers(EXPERT_NUMBERS),
             **({"shared": self.gated(shared * hidden)} if shared else {}),
         }
 
