@@ -114,6 +114,7 @@ def _card(i: Inspection) -> str:
         f"- context of {card.context_length:,} tokens; {_cache(i)}\n"
         f"- features: {', '.join(card.text.features) or 'none'}\n"
         f"- licence {card.license}; released {card.released or 'unknown'}; weights: {source}\n\n"
+        + "".join(f"- {name} `{text}`\n" for name, text in i.encoders().items())
         + "".join(_layer_row(row) for row in i.layers())
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.machine import free_memory, total_memory
 from zoo.registry.card import Card
+from zoo.registry.plan import phrase
 from zoo.registry.resolve import Plan
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -71,8 +72,16 @@ class Inspection:
         return sum(state.nbytes(tokens, size) for state in self.plan.model.states() if state)
 
     def flops_per_token(self, context: int = 0) -> float:
-        """Floating-point operations for one token that sees `context` earlier ones."""
-        return sum(spec.flops(context) for _, spec in self.plan.model.walk())
+        """Floating-point operations for one token of text that sees `context` earlier ones; encoders work on others."""
+        encoders = self.encoders()
+        return sum(
+            spec.flops(context) for path, spec in self.plan.model.walk() if path.partition(".")[0] not in encoders
+        )
+
+    def encoders(self) -> dict[str, str]:
+        """The encoders of images and sounds by their node, in words."""
+        assert isinstance(self.plan.model, DecoderSpec)
+        return {name: phrase(encoder) for name, encoder in self.plan.model.encoders().items()}
 
     def memory(self, context: int) -> int:
         """Bytes needed to run one sequence of `context` tokens: weights, cache and working space."""
@@ -134,6 +143,7 @@ class Inspection:
                 "fits": self.fits(length),
                 "largest_context": self.largest_context(),
             },
+            "encoders": self.encoders(),
             "layers": self.layers(),
             "owners": self.owners,
         }

@@ -67,6 +67,16 @@ def test_inspect_reckons_from_the_card(zoo_command: Command) -> None:
     assert "moe(num_experts=8" in shown
 
 
+def test_inspect_tells_of_encoders_apart(zoo_command: Command) -> None:
+    found = json.loads(zoo_command("inspect", "voxtral-mini-3b-2507", "--json").out)
+    deaf = json.loads(zoo_command("inspect", "voxtral-mini-3b-2507", "--json", "--set", "model.audio=null").out)
+    assert found["encoders"]["audio"].startswith("whisper(token=24, dim=1280, num_layers=32")
+    assert deaf["encoders"] == {}
+    assert found["flops_per_token"] == deaf["flops_per_token"]
+    assert found["parameters"] - deaf["parameters"] == 660_214_784
+    assert "audio       whisper(" in zoo_command("inspect", "voxtral-mini-3b-2507").out
+
+
 def test_inspect_reckons_states_of_constant_size(zoo_command: Command) -> None:
     found = json.loads(zoo_command("inspect", "mamba-codestral-7b", "--json", "--context", "1000").out)
     state, convolution = 64 * 4 * 8192 * 128, 64 * 2 * 3 * (8192 + 2 * 8 * 128)

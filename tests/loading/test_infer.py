@@ -628,3 +628,79 @@ def test_quantised_settings_change_nothing_but_the_files(tmp_path: Path, write: 
     plain, coded = (writer(tmp_path / name, **extra) for name, extra in (("plain", {}), ("coded", change)))
     assert {**coded, "name": "plain"} == plain
     assert coded["source"]["dtype"] == "bfloat16"
+
+
+ENCODER = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "head_dim": 16,
+    "hidden_dim": 128,
+    "vocab_size": 51866,
+    "max_source_positions": 1500,
+    "audio_encoding_args": {"sampling_rate": 16000, "num_mel_bins": 128, "hop_length": 160, "window_size": 400},
+}
+SOUND = {
+    "model_type": "voxtral_encoder",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "num_mel_bins": 128,
+    "max_source_positions": 1500,
+}
+AUDIO = {"kind": "whisper", "token": 24, "dim": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 128}
+AUDIO |= {"num_mel_bins": 128, "positions": 1500, "stack": 4, "norm": {"kind": "layer", "eps": 1e-5}}
+
+
+def hearing(folder: Path, **changes: Any) -> dict[str, Any]:
+    arguments = {"encoder_args": ENCODER | changes, "downsample_args": {"downsample_factor": 4}}
+    return params(folder, multimodal={"whisper_model_args": arguments})
+
+
+def listening(folder: Path, **changes: Any) -> dict[str, Any]:
+    inner = {key: value for key, value in CONFIG.items() if key not in ("architectures", "sliding_window")}
+    values = {"model_type": "voxtral", "audio_token_id": 24, "text_config": inner | {"model_type": "llama"}}
+    return infer_card(folder_with(folder, "config.json", values | {"audio_config": SOUND | changes}))
+
+
+@pytest.mark.parametrize("infer", [hearing, listening])
+def test_encoders_of_sound(infer: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    model = infer(tmp_path)["model"]
+    assert model["audio"] == AUDIO
+    assert (model["dim"], model["vocab_size"], len(model["layers"])) == (64, 509, 1)
+    assert resolve(Card.from_dict(infer(tmp_path))).model.audio is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("infer", "changes", "message"),
+    [
+        (hearing, {"head_dim": 8}, "n_heads has a value that zoo does not read; found 2; expected heads that make up"),
+        (hearing, {"n_layers": ...}, "the key 'multimodal.whisper_model_args.encoder_args.n_layers' is missing"),
+        (
+            hearing,
+            {"causal": True},
+            "1 key that zoo does not know; found multimodal.whisper_model_args.encoder_args.ca",
+        ),
+        (
+            hearing,
+            {"audio_encoding_args": ENCODER["audio_encoding_args"] | {"hop_length": 80}},  # type: ignore[operator]
+            "audio_encoding_args.hop_length has a value that zoo does not read; found 80; expected 160",
+        ),
+        (listening, {"scale_embedding": True}, "audio_config.scale_embedding has a value that zoo does not read"),
+        (listening, {"intermediate_size": 100}, "audio_config.intermediate_size has a value that zoo does not read"),
+        (listening, {"model_type": "whisper"}, 'audio_config.model_type has a value that zoo does not read; found "w'),
+        (listening, {"window": 750}, "1 key that zoo does not know; found audio_config.window: 750"),
+    ],
+)
+def test_encoders_that_zoo_does_not_read(
+    infer: Callable[..., dict[str, Any]], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    given = {key: (None if value is ... else value) for key, value in changes.items()}
+    assert message in refused(infer, tmp_path, **given)
+
+
+def test_a_language_model_inside_that_zoo_does_not_know(tmp_path: Path) -> None:
+    values = {"model_type": "voxtral", "text_config": {"model_type": "rwkv"}, "audio_config": SOUND}
+    with pytest.raises(CardError, match=r"config\.json: text_config: architecture 'rwkv' is not supported yet"):
+        infer_card(folder_with(tmp_path, "config.json", values))

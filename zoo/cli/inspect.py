@@ -93,6 +93,7 @@ def _write(data: dict[str, Any]) -> None:
         ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens"],
         ["here", f"{size(memory['free_bytes'])} free: {room}"],
     ]
+    facts += [[name, text] for name, text in data["encoders"].items()]
     if not memory["fits"] and memory["largest_context"]:
         facts.append(["", f"the longest context that fits here now is {memory['largest_context']} tokens"])
     click.echo(columns(facts, heading=False))
