@@ -1,7 +1,7 @@
 """A loaded model: prompts in, completions out. Everything heavy is done by its tokenizer and its engine."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -9,7 +9,6 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from zoo import hearing
 from zoo.assemble import assemble
 from zoo.components.decoder.model import Decoder
 from zoo.device import Placement
@@ -19,15 +18,12 @@ from zoo.loading.adapters.plan import plan_adapter
 from zoo.loading.adapters.read import read_adapter
 from zoo.loading.files import WeightSet
 from zoo.loading.reader import Progress
+from zoo.prompts import Message, Prompt, Prompts, separate, shared_out
 from zoo.registry.card import Card
 from zoo.registry.errors import RequestError, TextError
 from zoo.registry.resolve import Plan
 from zoo.saving.save import FILE_BYTES, Saved, Source, save
-from zoo.text.tokenizer import Prompt as Rendered
 from zoo.text.tokenizer import Tokenizer
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Model:
         files: WeightSet | None = None,
     ) -> None:
         self.plan, self._module, self._engine = plan, module, engine
-        self._tokenizer, self.placement, self.folder = tokenizer, placement, folder
+        self._prompts, self.placement, self.folder = Prompts(plan, tokenizer), placement, folder
         self.notes, self._files = [*notes], files
 
     # --- what it is ---------------------------------------------------------------------------------------------
@@ -71,7 +67,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return None if isinstance(self._tokenizer, TextError) else self._tokenizer
+        return self._prompts.tokenizer
 
     @property
     def module(self) -> Decoder:
@@ -95,9 +91,8 @@ class Model:
         audio: Sequence[Any] = (),
         adapter: str | None = "auto",
     ) -> Tensor:
-        """Logits (T, V) in float32 of one full prefill of `tokens`; `audio` and `adapter` as in `generate`."""
-        self._refuse_images(images)
-        return self._engine.logits(tokens, adapter, hearing.beside_ids(audio, self.plan))
+        """Logits (T, V) in float32 of one full prefill of `tokens`; all else as in `generate`."""
+        return self._engine.logits(tokens, adapter, self._prompts.media(images, audio))
 
     def generate(
         self,
@@ -112,14 +107,20 @@ class Model:
 
         prompts: a text, a list of texts, lists of token ids, or lists of messages (`{"role": ..., "content": ...}`).
         A text is sent as the card says, as a chat turn or as raw text; `raw=True` forces raw.
+        images: paths, addresses, bytes, PIL images, or prepared float tensors (3, height, width), for a model with the
+        feature vision: a list for one prompt, a list of lists for several. They stand before a text, and where
+        token ids and parts of messages have places for them.
         audio: sounds before a text's words, or at the places of a list of ids, for each prompt anew: paths, URLs, a
         file's bytes, pairs of samples and their rate, or float tensors (bands, frames), taken as spectrograms.
         options: fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs,
         ignore_eos, adapter, ...); an unknown one raises RequestError.
         """
-        self._refuse_images(images)
-        params = SamplingParams.from_options(options)
-        return self._engine.generate([self.request(p, params, raw=raw, audio=audio) for p in _separate(prompts)])
+        params, several = SamplingParams.from_options(options), separate(prompts)
+        shares = shared_out(images, prompts, len(several))
+        asked = [
+            self.request(p, params, raw=raw, images=own, audio=audio) for p, own in zip(several, shares, strict=True)
+        ]
+        return self._engine.generate(asked)
 
     def stream(
         self,
@@ -131,8 +132,8 @@ class Model:
         **options: Any,
     ) -> Iterator[Chunk]:
         """Chunks of one answer as they are made; closing the iterator cancels the request. Options as `generate`."""
-        self._refuse_images(images)
-        return self._engine.stream(self.request(prompt, SamplingParams.from_options(options), raw=raw, audio=audio))
+        params = SamplingParams.from_options(options)
+        return self._engine.stream(self.request(prompt, params, raw=raw, images=images or (), audio=audio))
 
     def chat(
         self,
@@ -149,12 +150,12 @@ class Model:
 
         tools: function definitions in OpenAI's form; the calls that the model makes are in `tool_calls`.
         continue_final: the last message is an assistant's beginning to go on from. merge: join consecutive messages of
-        one role, which are refused otherwise. chat_options: settings of the chat format, such as reasoning_effort.
+        one role, which are refused otherwise. images: for parts of messages that are images and do not say which, else
+        before the last user message's text. chat_options: settings of the chat format, such as reasoning_effort.
         options: as `generate`.
         """
-        self._refuse_images(images)
         form: dict[str, Any] = {"continue_final": continue_final, "merge": merge, "chat_options": chat_options}
-        return self._engine.generate([self.chat_request(messages, tools, **form, **options)])[0]
+        return self._engine.generate([self.chat_request(messages, tools, images=images, **form, **options)])[0]
 
     def stream_chat(
         self,
@@ -165,24 +166,23 @@ class Model:
         **options: Any,
     ) -> Iterator[Chunk]:
         """As `chat`, in chunks."""
-        self._refuse_images(images)
-        return self._engine.stream(self.chat_request(messages, tools, **options))
+        return self._engine.stream(self.chat_request(messages, tools, images=images, **options))
 
     def chat_request(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
+        images: Sequence[Any] | None = None,
         continue_final: bool = False,
         merge: bool = False,
         chat_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Request:
         """The engine's request for a conversation; arguments as `chat`."""
-        prompt = self._text().render(
-            messages, tools=tools, continue_final=continue_final, merge=merge, options=chat_options or {}
-        )
-        return self._rendered(prompt, SamplingParams.from_options(options))
+        form: dict[str, Any] = {"continue_final": continue_final, "merge": merge, "options": chat_options or {}}
+        params = SamplingParams.from_options(options)
+        return self._prompts.chat(messages, params, images=images or (), tools=tools, **form)
 
     def fill(self, prefix: str, suffix: str, **options: Any) -> Completion:
         """The text between `prefix` and `suffix`; RequestError when the card does not list the feature `fim`."""
@@ -194,15 +194,7 @@ class Model:
 
     def fill_request(self, prefix: str, suffix: str, **options: Any) -> Request:
         """The engine's request for `fill`."""
-        if "fim" not in self.card.text.features:
-            raise RequestError(
-                "this model was not trained to fill in the middle",
-                where=self.card.name,
-                found=f"features {', '.join(self.card.text.features) or 'none'}",
-                expected="the feature fim, as codestral models have it",
-            )
-        ids = self._text().fill(prefix, suffix)
-        return Request(ids, SamplingParams.from_options(options), self.tokenizer, continues=True)
+        return self._prompts.fill(prefix, suffix, SamplingParams.from_options(options))
 
     def transcribe(self, sound: Any, *, language: str | None = None, **options: Any) -> Completion:
         """What is said in a sound; RequestError for a model without an encoder of sounds.
@@ -218,17 +210,17 @@ class Model:
 
     def transcription_request(self, sound: Any, *, language: str | None = None, **options: Any) -> Request:
         """The engine's request for `transcribe`."""
-        params = SamplingParams.from_options(options)
-        hearing.encoder_of(self.plan)
-        return self._rendered(self._text().transcription(sound, language), params)
+        return self._prompts.transcription(sound, language, SamplingParams.from_options(options))
 
-    def score(self, text: str | Sequence[int]) -> list[float]:
+    def score(self, text: str | Sequence[int], images: Sequence[Any] | None = None) -> list[float]:
         """Natural log-probability of every token after the first, each given all before it.
 
         A text is encoded raw with its beginning-of-sequence token, so each of its own tokens is scored.
+        images: before the text, or where ids have places for them.
         """
-        ids = self.encode(text) if isinstance(text, str) else [*text]
-        logprobs_TV = torch.log_softmax(self.logits(ids)[:-1], dim=-1)
+        asked = self.request(text, SamplingParams(), raw=True, images=images or ())
+        ids = [*asked.prompt]
+        logprobs_TV = torch.log_softmax(self._engine.logits(ids, media=asked.media)[:-1], dim=-1)
         following = torch.tensor(ids[1:], device=logprobs_TV.device)
         return cast("list[float]", logprobs_TV.gather(1, following[:, None])[:, 0].tolist())
 
@@ -307,53 +299,23 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """The raw text's token ids, beginning-of-sequence token first where the tokenizer has one."""
-        return self._text().encode(text)
+        return self._prompts.encode(text)
+
+    def check_image(self, image: Any) -> None:
+        """Raises RequestError or FetchError for an image that the model cannot be shown."""
+        self._prompts.media([image])
 
     def request(
-        self, prompt: Prompt, params: SamplingParams, *, raw: bool = False, audio: Sequence[Any] = ()
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        raw: bool = False,
+        images: Sequence[Any] = (),
+        audio: Sequence[Any] = (),
     ) -> Request:
         """What `generate` sends to the engine for this prompt."""
-        if audio:
-            hearing.encoder_of(self.plan)
-        if isinstance(prompt, str):
-            if raw or "chat" not in self.card.text.features:
-                media = hearing.beside_ids(audio, self.plan)
-                return Request(self.encode(prompt), params, self.tokenizer, continues=True, media=media)
-            prompt, audio = [hearing.user_message(prompt, audio)], ()
-        _check_prompt(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            hearing.refuse_loose(audio)
-            return self._rendered(self._text().render(cast("Sequence[Message]", prompt)), params)
-        media = hearing.beside_ids(audio, self.plan)
-        return Request(cast("Sequence[int]", prompt), params, self.tokenizer, continues=True, media=media)
-
-    def _rendered(self, prompt: Rendered, params: SamplingParams) -> Request:
-        form = prompt.form
-        if "thinking" not in self.card.text.features:
-            form = replace(form, thinking=False, begun=False)
-        return Request(
-            prompt.ids,
-            params,
-            self.tokenizer,
-            continues=prompt.continues,
-            form=form,
-            media=hearing.of_prompt(prompt.sounds, self.plan),
-        )
-
-    def _text(self) -> Tokenizer:
-        if isinstance(self._tokenizer, TextError):
-            raise self._tokenizer
-        return self._tokenizer
-
-    def _refuse_images(self, images: Sequence[Any] | None) -> None:
-        if images:
-            raise RequestError(
-                "this model does not read images",
-                where=self.card.name,
-                found=f"{len(images)} image(s)",
-                expected="text or token ids",
-                hint="`zoo list` shows which cards have the feature vision",
-            )
+        return self._prompts.request(prompt, params, raw=raw, images=images, audio=audio)
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -375,25 +337,3 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.card.name}, {self.placement.device}, {self.placement.dtype_name})"
-
-
-def _separate(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many: a text, a list of ids and a list of messages are one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    _check_prompt(prompts)
-    if prompts and isinstance(prompts[0], int | Mapping):
-        return [cast("Prompt", prompts)]
-    return [*cast("Sequence[Prompt]", prompts)]
-
-
-def _check_prompt(prompt: object) -> None:
-    """Refuse what is no sequence; bytes are one, of numbers that would pass for token ids."""
-    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
-        raise RequestError(
-            "not a prompt",
-            where="prompts",
-            found=type(prompt).__name__,
-            expected="a text, a list of token ids or of messages, or a list of these",
-            hint="`.tolist()` makes a list of it" if hasattr(prompt, "tolist") else None,
-        )

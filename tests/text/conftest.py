@@ -22,8 +22,10 @@ SHIPPED = {
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
     "v3-tekken": "tekken_240718.json",
+    "v3-images": "tekken_240911.json",
+    "v7-images": "mistral_instruct_tokenizer_241114.model.v7m1",
 }
-KEPT = {"v7-tekken": 30000, "v7-audio": 30000, "v11": 30000, "v13": 30000, "v15": 131072}
+KEPT = {"v7-tekken": 30000, "v7-audio": 30000, "v11": 30000, "v13": 30000, "v13-images": 30000, "v15": 131072}
 """Vocabulary of the variants; the smaller ones load faster and hold the words of the tests."""
 
 NAMES = {
@@ -76,6 +78,8 @@ def _write_tekken(source: Path, target: Path, name: str, size: int) -> None:
     ]
     if variant == "audio":
         data["audio"] = AUDIO
+    if variant == "images":
+        data["image"] = {"image_patch_size": 14, "max_image_size": 1540, "spatial_merge_size": 2}
     if version == "v15":
         data["model_settings_builder"] = {"reasoning_effort": EFFORT}
     target.write_text(json.dumps(data))

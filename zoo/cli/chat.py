@@ -50,13 +50,14 @@ def chat(ref: str, system: str | None, **flags: Any) -> None:
 
 @dataclass
 class Conversation:
-    """The messages so far and the settings for the next answer."""
+    """The messages so far, the settings for the next answer, and the images that go with the next message."""
 
     model: "Model"
     options: dict[str, Any]
     system: str | None = None
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     form: dict[str, Any] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
 
     def loop(self) -> None:
         """Read lines until the end of input. A faulty turn is reported and leaves the conversation as it was."""
@@ -74,7 +75,7 @@ class Conversation:
 
     def turn(self, text: str) -> None:
         """Send one message and stream the answer. A stopped answer is kept as far as it came, thinking is not kept."""
-        sent = [*self.messages, {"role": "user", "content": text}]
+        sent = [*self.messages, {"role": "user", "content": self._content(text)}]
         answer: list[str] = []
 
         def listen() -> Any:
@@ -86,7 +87,12 @@ class Conversation:
             write_stream(listen())
         finally:
             if said := "".join(answer):
-                self.messages = [*sent, {"role": "assistant", "content": said}]
+                self.messages, self.images = [*sent, {"role": "assistant", "content": said}], []
+
+    def _content(self, text: str) -> Any:
+        """The message's text, after the images that were given for it."""
+        images = [{"type": "image", "image": image} for image in self.images]
+        return [*images, {"type": "text", "text": text}] if images else text
 
     def command(self, line: str) -> bool:
         """Run one /command. Returns False when the conversation is to end."""
@@ -100,6 +106,7 @@ class Conversation:
             "undo": self._undo,
             "retry": self._retry,
             "set": self._set,
+            "image": self._image,
             "save": self._save,
             "load": self._load,
             "info": self._info,
@@ -111,13 +118,14 @@ class Conversation:
         known[name](argument.strip())
         return True
 
-    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}, *messages] if self.system else messages
 
     def _help(self, _: str) -> None:
         click.echo(
             "/system TEXT   set the system message (nothing: remove it)\n"
             "/set NAME=VALUE   an option of the next answers, such as temperature=0.7 or max_tokens=200\n"
+            "/image FILE   show a picture with the next message (nothing: none after all)\n"
             "/undo   take back the last question and answer\n"
             "/retry   ask the last question again\n"
             "/reset   forget the conversation\n"
@@ -140,8 +148,16 @@ class Conversation:
         if not self.messages:
             raise RequestError("there is no question to ask again", where="/retry")
         question = self.messages[-2]["content"]
+        parts = question if isinstance(question, list) else [{"type": "text", "text": question}]
+        self.images = [part["image"] for part in parts if part["type"] == "image"]
         self.messages = self.messages[:-2]
-        self.turn(question)
+        self.turn(parts[-1]["text"])
+
+    def _image(self, name: str) -> None:
+        if name:
+            self.model.check_image(name)
+        self.images = [*self.images, name] if name else []
+        click.echo(f"{len(self.images)} image(s) for the next message", err=True)
 
     def _set(self, pair: str) -> None:
         from zoo.engine.request import SamplingParams

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from zoo.images.picture import Picture
 from zoo.registry.errors import TextError, nearest
 from zoo.text.tools import check_calls
 from zoo.text.unicode import check_text
@@ -141,6 +142,10 @@ def _check_content(number: int, message: dict[str, Any], takes: Collection[str])
 
 def _check_part(number: int, message: dict[str, Any], place: int, part: Any, takes: Collection[str]) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "picture" and isinstance(part.get("picture"), Picture):
+        if message["role"] not in ("user", "tool"):
+            raise fault(number, message, f"part {place} is an image, which only user and tool messages may hold")
+        return
     if kind in takes and message["role"] == "user" and kind in part:
         return
     if kind in MEDIA:

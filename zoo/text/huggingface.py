@@ -72,6 +72,10 @@ class HuggingFaceCodec:
             doubled += 1
         return ids[doubled:]
 
+    def control_id(self, name: str) -> int | None:
+        """The id of a special token; None where there is none of that name."""
+        return next((number for number, token in self.special.items() if token.content == name), None)
+
     def fill(self, prefix: str, suffix: str) -> list[int]:
         raise TextError(f"{FILE} does not say how to ask for the middle of a text", expected="a tokenizer of Mistral's")
 

@@ -47,6 +47,14 @@ class MistralCodec:
         ids: list[int] = self._raw.encode(text, bos=bos, eos=False)
         return ids
 
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token; None where this vocabulary has none of that name."""
+        try:
+            found: int = self._raw.get_special_token(name)
+        except ValueError:
+            return None
+        return found if self.vocabulary.control(found) == name else None
+
     def fill(self, prefix: str, suffix: str) -> list[int]:
         """`<s>[SUFFIX]suffix[PREFIX]prefix`, from v3 on. Raises TextError for older versions."""
         if self.version in WITHOUT_FILL:

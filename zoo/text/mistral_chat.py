@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from zoo.images.messages import pictures_of
+from zoo.images.picture import Picture
 from zoo.registry.errors import TextError, nearest
-from zoo.text import mistral_sound
+from zoo.text import mistral_pictures, mistral_sound
 from zoo.text.answer import AnswerForm
 from zoo.text.conversation import check_messages, fault
 from zoo.text.detokenize import decode
@@ -63,20 +65,22 @@ class MistralChat:
         )
         self._check_options(options)
         definitions = self._tools(tools, checked)
+        addressed = mistral_pictures.as_addresses(self._codec, checked)
         encoded = self._encode(
-            [self._message(*item) for item in enumerate(checked, 1)], definitions, continue_final, options
+            [self._message(*item) for item in enumerate(addressed, 1)], definitions, continue_final, options
         )
         plain = self._codec.version not in THINKING_IDS and not continue_final
-        return self._prompt(encoded, continues=continue_final, form=AnswerForm(thinking=plain))
+        form = AnswerForm(thinking=plain)
+        return self._prompt(encoded, pictures_of(checked), continues=continue_final, form=form)
 
     def transcription(self, sound: Any, language: str | None) -> Prompt:
         """The prompt that asks for what is said in a sound. Raises TextError for a tokenizer without sound."""
         return self._prompt(mistral_sound.transcription(self._codec, sound, language))
 
-    def _prompt(self, encoded: Tokenized, **details: Any) -> Prompt:
-        ids = [*encoded.tokens]
+    def _prompt(self, encoded: Tokenized, pictures: Sequence[Picture] = (), **details: Any) -> Prompt:
+        ids, images = [*encoded.tokens], tuple(pictures[int(number)] for number in encoded.images)
         sounds = tuple(audio.audio_array for audio in encoded.audios)
-        return Prompt(ids, lambda: decode(self._codec, ids, special=True), sounds=sounds, **details)
+        return Prompt(ids, lambda: decode(self._codec, ids, special=True), images, sounds, **details)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         for name in options:

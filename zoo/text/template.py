@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
+from zoo.images.messages import pictures_of
 from zoo.registry.errors import TextError, nearest
 from zoo.text.answer import THINK, AnswerForm
 from zoo.text.conversation import check_messages, fault, joined
 from zoo.text.huggingface import HuggingFaceCodec
 from zoo.text.json_file import damaged, read_object
+from zoo.text.pictures import PictureIds
 from zoo.text.quoting import Quoting
 from zoo.text.sandbox import ChatTemplate
 from zoo.text.spec import TemplateChatSpec
@@ -56,6 +58,7 @@ class TemplateChat:
         definitions = check_tools(tools)
         template = self._template(WITH_TOOLS if definitions and WITH_TOOLS in self._templates else DEFAULT)
         _check_options(options, template.variables - OURS - self._codec.names.keys())
+        pictures = pictures_of(checked)
         ready = [self._message(template, number, message) for number, message in enumerate(checked, 1)]
         if continue_final:
             ready[-1] = _with_end(ready[-1])
@@ -64,9 +67,12 @@ class TemplateChat:
         if continue_final:
             text = self._before_end(text)
         ids = self._codec.single_bos(self._quoting.encode(text))
+        if pictures:
+            ids = PictureIds.of(self._codec.control_id).expand(ids, pictures)
         begun = text.rstrip().endswith(THINK)
         form = AnswerForm(thinking=begun or not continue_final, begun=begun, calls=bool(definitions))
-        return Prompt(ids, lambda: self._quoting.unmark(text), continues=continue_final, form=form)
+        shown = partial(self._quoting.unmark, text)
+        return Prompt(ids, shown, tuple(pictures), continues=continue_final, form=form)
 
     def end_ids(self) -> frozenset[int]:
         """The added token that the template writes right after an answer, found by rendering one."""
@@ -113,6 +119,9 @@ class TemplateChat:
         if "reasoning_content" in message:
             message = {**message, "thinking": message["reasoning_content"]}
         content = message.get("content")
+        if isinstance(content, list):
+            content = [{"type": "image"} if part["type"] == "picture" else part for part in content]
+            message = {**message, "content": content}
         if not isinstance(content, list) or self._takes_parts(template):
             return message
         if any(part["type"] != "text" for part in content):

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
+from zoo.images.picture import Picture
 from zoo.registry.errors import TextError
 from zoo.registry.spec import Spec
 from zoo.text.answer import PLAIN, AnswerForm
 from zoo.text.detokenize import Detokenizer, Vocabulary, decode
+from zoo.text.pictures import PictureIds
 from zoo.text.stop_ids import configured_stop_ids
 from zoo.text.unicode import check_text
 
@@ -24,7 +26,7 @@ class Prompt:
     """A prompt as the model reads it.
 
     ids: token ids, the beginning-of-sequence id included. shown: makes `text`, which few callers want.
-    images: pictures in the order of their places in `ids`, float arrays (C, H, W).
+    images: pictures in the order of their places in `ids`.
     sounds: the same of sounds, float arrays (samples,) of one channel at 16 kHz.
     continues: what is generated goes on from the prompt's last word (see `Detokenizer`).
     form: how the answer to it is to be read.
@@ -32,7 +34,7 @@ class Prompt:
 
     ids: list[int]
     shown: Callable[[], str] = field(repr=False, compare=False)
-    images: tuple[Any, ...] = ()
+    images: tuple[Picture, ...] = ()
     sounds: tuple[Any, ...] = ()
     continues: bool = False
     form: AnswerForm = PLAIN
@@ -60,6 +62,8 @@ class Codec(Protocol):
     def eos_ids(self) -> frozenset[int]: ...
     def encode(self, text: str, *, bos: bool) -> list[int]: ...
     def fill(self, prefix: str, suffix: str) -> list[int]: ...
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token, such as [IMG]; None where the tokenizer has none of that name."""
 
 
 class ChatFormat(Protocol):
@@ -123,6 +127,7 @@ class Tokenizer(Protocol):
     ) -> Prompt: ...
     def fill(self, prefix: str, suffix: str) -> list[int]: ...
     def transcription(self, sound: Any, language: str | None = None) -> Prompt: ...
+    def show(self, pictures: Sequence[Picture], text: str) -> Prompt: ...
 
 
 class CheckpointTokenizer:
@@ -179,7 +184,8 @@ class CheckpointTokenizer:
         """A conversation as the prompt for the assistant's next turn.
 
         messages: dicts with `role` (system, user, assistant, tool) and `content` (a text or a list of parts),
-            in OpenAI's form, also for `tool_calls`, `tool_call_id` and `tools`.
+            in OpenAI's form, also for `tool_calls`, `tool_call_id` and `tools`. A part that is an image has been
+            opened by then: `{"type": "picture", "picture": Picture}`.
         continue_final: the last message is an assistant's and is continued.
         merge: consecutive messages of one role are joined by an empty line; they are refused otherwise.
         options: settings of the chat format, such as `reasoning_effort` (Mistral v15) or a template's variables.
@@ -201,6 +207,15 @@ class CheckpointTokenizer:
         if not isinstance(self._chat, Transcribing):
             raise TextError("the model's chat format cannot ask for a transcription", expected="a model that hears")
         return self._chat.transcription(sound, language)
+
+    def show(self, pictures: Sequence[Picture], text: str) -> Prompt:
+        """Raw text after pictures. Raises TextError for a tokenizer that cannot write images."""
+        ids, bos = self.encode(text), self.encode(text, bos=False)
+        picture_ids = PictureIds.of(self._codec.control_id)
+        shown = [number for picture in pictures for number in picture_ids.row(picture.columns, picture.rows)]
+        first = len(ids) - len(bos)
+        whole = [*ids[:first], *shown, *ids[first:]]
+        return Prompt(whole, lambda: self.decode(whole, special=True), tuple(pictures), continues=True)
 
 
 class NoChat:

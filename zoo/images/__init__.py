@@ -1,0 +1,1 @@
+"""Pictures as callers give them: opened, counted in tokens, and prepared for an encoder."""
