@@ -85,7 +85,7 @@ def _settings(folder: Path) -> tuple[Settings, Node]:
     settings = Settings(
         values, str(file), row["defaults"] | {k: v for part in parts for k, v in part["defaults"].items()}
     )
-    settings.check_later(families()["later"], [part["when"] for part in parts])
+    settings.check_later(families()["later"], [*(part["when"] for part in parts), *row.get("left_out", ())])
     settings.check_only(row["only"])
     check_quantised(settings)
     return settings, row
