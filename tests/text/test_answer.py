@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mistral_common.experimental.tools import _decode_tool_calls, _split_content_and_tool_calls
 
 from zoo.text.answer import Answer, AnswerForm, AnswerReader, read_answer
+from zoo.text.calls import ToolCall
 from zoo.text.spec import HuggingFaceTokenizerSpec, NoChatSpec, TemplateChatSpec
 from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
 from zoo.text.tools import SHORT_ID, short_id
@@ -365,3 +366,58 @@ def test_any_cuts_of_any_answer(mistral: Open, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=4)))
     parts = [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
     assert streamed(tokenizer, parts, form) == read_answer(tokenizer, ids, form)
+
+
+SPECIALS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>")
+
+
+class Channelled:
+    """A tokenizer's vocabulary with the control tokens of channels after its own."""
+
+    def __init__(self, tokenizer: CheckpointTokenizer) -> None:
+        self._own, self.vocabulary = tokenizer, self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own.vocabulary, name)
+
+    def control(self, token: int) -> str | None:
+        return SPECIALS[token - 9000] if token >= 9000 else self._own.vocabulary.control(token)
+
+    def ids(self, *parts: str) -> list[int]:
+        found = [[9000 + SPECIALS.index(p)] if p in SPECIALS else self._own.encode(p, bos=False) for p in parts]
+        return [token for ids in found for token in ids]
+
+
+THOUGHT = ("<|channel|>", "analysis", "<|message|>", "hm, so", "<|end|>", "<|start|>", "assistant")
+CALLED = ("<|channel|>", "commentary to=functions.f ", "<|constrain|>", "json", "<|message|>", '{"a": 1}', "<|call|>")
+CHANNELLED: dict[str, tuple[tuple[str, ...], Answer]] = {
+    "thought, then said": (
+        (*THOUGHT, "<|channel|>", "final", "<|message|>", "hello"),
+        Answer("hello", "hm, so"),
+    ),
+    "said before a call": (
+        ("<|channel|>", "commentary", "<|message|>", "I look.", "<|end|>", "<|start|>", "assistant", *CALLED),
+        Answer("I look.", "", [ToolCall("", "f", {"a": 1})]),
+    ),
+    "called by the header's first part": (
+        (*THOUGHT, " to=functions.f", *CALLED[:1], "commentary json", *CALLED[4:]),
+        Answer("", "hm, so", [ToolCall("", "f", {"a": 1})]),
+    ),
+    "cut while thinking": (THOUGHT[:4], Answer("", "hm, so")),
+    "cut in a header": (THOUGHT, Answer("", "hm, so")),
+    "no channels": (("<|start|>", "hello", "<|end|>", " hello"), Answer("hello hello")),
+}
+
+
+@pytest.mark.parametrize("form", [AnswerForm(), AnswerForm(thinking=True, calls=True)], ids=["plain", "template"])
+@pytest.mark.parametrize(("parts", "expected"), CHANNELLED.values(), ids=CHANNELLED)
+def test_channels(
+    parts: tuple[str, ...], expected: Answer, form: AnswerForm, hugging_face: Callable[..., Path]
+) -> None:
+    tokenizer: Any = Channelled(open_tokenizer(HuggingFaceTokenizerSpec(), NoChatSpec(), hugging_face()))
+    ids = tokenizer.ids(*parts)
+    whole = read_answer(tokenizer, ids, form)
+    assert (whole.text, whole.thinking, whole.call_error) == (expected.text, expected.thinking, None)
+    named = [(made.name, made.arguments) for made in whole.tool_calls]
+    assert named == [(made.name, made.arguments) for made in expected.tool_calls]
+    assert streamed(tokenizer, [[token] for token in ids], form) == whole

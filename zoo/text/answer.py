@@ -1,11 +1,15 @@
 """Generated ids to an assistant's message: its text, its thinking and its tool calls, as they come.
 
-Mistral's control tokens count as ids, so that nothing written as text is taken for one. `<think>` and `<tool_call>`
-are text with most other tokenizers; a chat format says whether to look for them.
+Mistral's control tokens count as ids, so that nothing written as text is taken for one, and so do those of channels.
+`<think>` and `<tool_call>` are text with most other tokenizers; a chat format says whether to look for them.
+
+Channels are gpt-oss's: `<|channel|>`header`<|message|>`text`<|end|>`, once or more often. The channel `analysis` is
+thinking; a header with `to=functions.NAME` begins a call; all else is for the user. Source: OpenAI's guide to harmony.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -18,7 +22,10 @@ OPENS = {"[THINK]": "thinking", THINK: "thinking", CALLS: "call", TAG: "call"}
 CLOSES = {"[/THINK]": "thinking", THINK_END: "thinking", TAG_END: "call"}
 WITHIN = (CALL_ID, ARGS)
 TAGS = (THINK, THINK_END, TAG, TAG_END)
-MARKS = frozenset({*OPENS, *CLOSES, *WITHIN})
+CHANNEL, HEADER, BODY, BODY_ENDS = "<|channel|>", ("<|start|>", "<|constrain|>"), "<|message|>", ("<|end|>", "<|call|>")
+CHANNELS = frozenset({CHANNEL, *HEADER, BODY, *BODY_ENDS})
+MARKS = frozenset({*OPENS, *CLOSES, *WITHIN, *CHANNELS})
+RECIPIENT = re.compile(r"to=(?:functions\.)?(\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class AnswerReader:
         self._form, self._salt = form, salt
         self._state = "thinking" if form.begun else "text"
         self._trim = self._begun = form.begun
+        self._header: str | None = None
         self._parts: list[tuple[str, str]] = []
         self._ids: list[str] = []
         self._new = Answer()
@@ -102,7 +110,9 @@ class AnswerReader:
     def _watch(self) -> None:
         """Look for the tags that may come next; a line end before one belongs to it."""
         tags: list[str] = []
-        if self._state == "call":
+        if self._state == "header":
+            pass
+        elif self._state == "call":
             tags = [TAG_END] if self._parts[0][0] == TAG else []
         elif self._state == "thinking":
             tags = [THINK_END, "\n" + THINK_END] if self._form.thinking else []
@@ -127,7 +137,9 @@ class AnswerReader:
         if self._trim:
             text = text.lstrip("\n")
             self._trim = not text
-        if self._state == "call":
+        if self._state == "header":
+            self._header = f"{self._header or ''}{text}"
+        elif self._state == "call":
             mark, before = self._parts[-1]
             self._parts[-1] = mark, before + text
         elif self._state == "thinking":
@@ -138,7 +150,9 @@ class AnswerReader:
 
     def _mark(self, name: str) -> None:
         """Go on after a control token or a tag. One that closes what is not open is left out."""
-        if name in WITHIN:
+        if name in CHANNELS:
+            self._turn(name)
+        elif name in WITHIN:
             if self._state == "call":
                 self._parts.append((name, ""))
         elif CLOSES.get(name, self._state) == self._state:
@@ -149,6 +163,20 @@ class AnswerReader:
             self._trim = whole and name in TAGS
             if self._state == "call":
                 self._parts = [(name, "")]
+
+    def _turn(self, name: str) -> None:
+        """Go on after a control token of channels. They mean nothing before the first `<|channel|>`."""
+        if self._header is None and name != CHANNEL:
+            return
+        self._end_call()
+        if name != BODY:
+            self._state, self._header = "header", f"{self._header or ''} "
+            return
+        header, self._header = self._header or "", ""
+        self._state, self._begun = "thinking" if "analysis" in header.split() else "text", True
+        recipient = RECIPIENT.search(header)
+        if recipient:
+            self._state, self._parts = "call", [(CALLS, recipient[1]), (ARGS, "")]
 
     def _end_call(self) -> bool:
         """Give the calls of the parts. Returns False when there was one that could not be read."""
