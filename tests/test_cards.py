@@ -29,6 +29,8 @@ MISTRAL = COUNTS["mistral"]
 # Vocabulary size -> the tokenizer versions that have it.
 VERSIONS = {32000: {"v1"}, 32768: {"v2", "v3", "v7"}, 131072: {"v3", "v7", "v11", "v13", "v15"}, 204800: {"v15"}}
 LICENSES = {"apache-2.0", "mnpl-0.1", "mrl-0.1", "llama2", "qwen", "qwen-research"}
+LICENSES |= {"jamba-open-model-license", "nvidia-open-model-license"}
+LICENSES |= {"nvidia-internal-scientific-research-and-development-model-license"}
 LICENSES |= {"cc-by-nc-4.0", "falcon-mamba-7b-license", "llama3", "llama3.1", "llama3.2", "llama3.3", "mit", "gemma"}
 LICENSES |= {"deepseek", "other"}
 

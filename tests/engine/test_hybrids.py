@@ -32,17 +32,19 @@ ATTENTION: dict[str, Any] = {"kind": "attention", "num_heads": 4, "num_kv_heads"
 TURNED = ATTENTION | {"rope": {"theta": 50.0}}
 GATED: dict[str, Any] = {"kind": "gated", "hidden_dim": 20}
 MOE: dict[str, Any] = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": GATED}
+PLAIN: dict[str, Any] = {"kind": "mlp", "hidden_dim": 20, "activation": "relu2"}
+BIASED: dict[str, Any] = MOE | {"router": {"kind": "sigmoid", "scale": 1.5}, "expert": PLAIN, "shared": PLAIN}
 SCALED: dict[str, Any] = {"kind": "scaled", "residual_scale": 0.5, "ffn": GATED}
 SHARED: dict[str, Any] = {"kind": "transformer", "mixer": TURNED, "ffn": GATED, "adapter_rank": 3, "adapt_mixer": True}
 MODELS: dict[str, dict[str, Any]] = {
     "scaled": {"layers": [SCALED | {"mixer": mixer} for mixer in (MAMBA2, ATTENTION, MAMBA2)]},
-    "mixtures": {"layers": [{"mixer": MAMBA1, "ffn": GATED}, {"mixer": ATTENTION, "ffn": MOE}]},
+    "mixtures": {"layers": [{"mixer": MAMBA1, "ffn": GATED}, {"mixer": ATTENTION, "ffn": MOE | {"router": "softmax"}}]},
     "single parts": {
         "layers": [
             {"mixer": MAMBA2, "ffn": None},
-            {"mixer": None, "ffn": MOE},
+            {"mixer": None, "ffn": BIASED},
             {"mixer": ATTENTION, "ffn": None},
-            {"mixer": None, "ffn": GATED},
+            {"mixer": None, "ffn": PLAIN},
         ]
     },
     "sharing": {

@@ -98,6 +98,94 @@ ZAMBA: dict[str, Any] = {  # the published file of the 2.7B model
     "use_shared_attention_adapter": False,
     "vocab_size": 32000,
 }
+TINY = GRANITE | {  # the 7B mixture
+    "attention_multiplier": 0.0078125,
+    "hidden_size": 1536,
+    "intermediate_size": 512,
+    "logits_scaling": 6,
+    "mamba_n_heads": 48,
+    "num_attention_heads": 12,
+    "num_experts_per_tok": 6,
+    "num_key_value_heads": 4,
+    "num_local_experts": 64,
+    "shared_intermediate_size": 1024,
+}
+JAMBA: dict[str, Any] = {  # the published file
+    "model_type": "jamba",
+    "attention_dropout": 0.0,
+    "attn_layer_offset": 4,
+    "attn_layer_period": 8,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 256,
+    "mamba_expand": 2,
+    "mamba_inner_layernorms": True,
+    "mamba_proj_bias": False,
+    "n_ctx": 262144,
+    "num_attention_heads": 32,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_logits_to_keep": 1,
+    "rms_norm_eps": 1e-6,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_mamba_kernels": True,
+    "vocab_size": 65536,
+}
+NEMOTRON: dict[str, Any] = {
+    "model_type": "nemotron_h",
+    "attention_bias": False,
+    "chunk_size": 128,
+    "conv_kernel": 4,
+    "expand": 2,
+    "head_dim": 128,
+    "hidden_size": 2688,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "intermediate_size": 1856,
+    "layer_norm_epsilon": 1e-5,
+    "mamba_head_dim": 64,
+    "mamba_hidden_act": "silu",
+    "mamba_num_heads": 64,
+    "mamba_proj_bias": False,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "n_group": 1,
+    "n_groups": 8,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 52,
+    "num_key_value_heads": 2,
+    "routed_scaling_factor": 2.5,
+    "ssm_state_size": 128,
+    "time_step_limit": [0.0, float("inf")],
+    "time_step_min": 0.001,
+    "topk_group": 1,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "vocab_size": 131072,
+}
+PUBLISHED = {
+    "granite-4.0-h-micro": GRANITE,
+    "granite-4.0-h-tiny": TINY,
+    "jamba-v0.1": JAMBA,
+    "nemotron-3-nano-30b-a3b": NEMOTRON | {"max_position_embeddings": 262144},
+    "zamba2-2.7b": ZAMBA,
+}
 
 
 def inferred(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -105,10 +193,10 @@ def inferred(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return infer_card(folder)
 
 
-@pytest.mark.parametrize(("settings", "card"), [(GRANITE, "granite-4.0-h-micro"), (ZAMBA, "zamba2-2.7b")])
-def test_published_settings_give_the_card(settings: dict[str, Any], card: str, tmp_path: Path) -> None:
-    found = inferred(tmp_path, settings)
-    assert resolve(Card.from_dict(found)).model == resolve(load_card(card)).model
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_give_the_card(name: str, tmp_path: Path) -> None:
+    found = inferred(tmp_path, PUBLISHED[name]) | {"context_length": load_card(name).context_length}
+    assert resolve(Card.from_dict(found)).model == resolve(load_card(name)).model
 
 
 def test_sizes_of_mixers_that_no_layer_has_are_passed_over(tmp_path: Path) -> None:
@@ -119,6 +207,30 @@ def test_sizes_of_mixers_that_no_layer_has_are_passed_over(tmp_path: Path) -> No
     pure = GRANITE | {"layer_types": ["mamba"] * 40, "num_attention_heads": None}
     (run,) = inferred(tmp_path, pure)["model"]["layers"]
     assert run["mixer"]["kind"] == "mamba2"
+
+
+def test_layers_are_named_by_letters_or_words(tmp_path: Path) -> None:
+    words = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
+    letters = {key: value for key, value in NEMOTRON.items() if key != "hybrid_override_pattern"}
+    listed = letters | {"layers_block_type": [words[letter] for letter in NEMOTRON["hybrid_override_pattern"]]}
+    assert inferred(tmp_path, listed)["model"] == inferred(tmp_path, NEMOTRON)["model"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (NEMOTRON | {"hybrid_override_pattern": "ME*X" * 13}, 'found "X"; expected one of M, mamba'),
+        (NEMOTRON | {"num_hidden_layers": 51}, "for each of 51 layers"),
+        (NEMOTRON | {"moe_latent_size": 1024}, "not supported yet: experts that work in a smaller space"),
+        (NEMOTRON | {"mlp_hidden_act": "relu"}, "mlp_hidden_act has a value"),
+        (NEMOTRON | {"n_shared_experts": 2}, "n_shared_experts has a value"),
+        (JAMBA | {"mamba_inner_layernorms": False}, "mamba_inner_layernorms has a value"),
+        (JAMBA | {"attn_layer_period": 0}, "attn_layer_period has a value"),
+    ],
+)
+def test_settings_of_other_hybrids_that_do_not_fit(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CardError, match=message.replace("*", r"\*")):
+        inferred(tmp_path, settings)
 
 
 def test_fewer_uses_than_shared_blocks(tmp_path: Path) -> None:

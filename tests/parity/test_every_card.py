@@ -48,10 +48,10 @@ VISION = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_m
 
 WINDOW, ORIGINAL, LENGTH = 7, 16, 19
 RECURRENT: dict[str, dict[str, int]] = {
-    "mamba2": {"num_heads": 16, "head_dim": 6, "state_size": 6},
-    "mamba1": {"inner_dim": 80, "state_size": 6, "dt_rank": 3},
+    "mamba2": {"num_heads": 16, "state_size": 6},
+    "mamba1": {"state_size": 6, "dt_rank": 3},
 }
-"""Sizes of a shrunk mixer; twice the model's, together, as transformers asks for."""
+"""Sizes of a shrunk mixer; the others follow from the model's."""
 AUDIO = {"dim": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "num_mel_bins": 5, "positions": 8}
 TOLERANCE = 1e-4
 
@@ -60,11 +60,19 @@ def plain(name: str) -> dict[str, Any]:
     """The card without place of weights and tokenizer, every run as a repeated pattern."""
     card = load_card(name).to_dict()
     card["model"].pop("vision", None)  # image encoders are compared in test_vision.py
-    for i, run in enumerate(card["model"]["layers"]):
-        repeat = run.pop("repeat", 1)
-        pattern = [node for part in run.pop("pattern", None) or [run] for node in [part] * part.pop("repeat", 1)]
-        card["model"]["layers"][i] = {"repeat": repeat, "pattern": pattern}
+    card["model"]["layers"] = [
+        {"repeat": run.get("repeat", 1), "pattern": flat(run | {"repeat": 1})} for run in card["model"]["layers"]
+    ]
     return {"name": name, "context_length": card["context_length"], "model": card["model"]}
+
+
+def flat(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers of a run, one by one."""
+    parts = [layer for part in run["pattern"] for layer in flat(part)] if "pattern" in run else [dict(run)]
+    for layer in parts:
+        layer.pop("repeat", None)
+    repeat: int = run.get("repeat", 1)
+    return parts * repeat
 
 
 def shrunk(name: str) -> dict[str, Any]:
@@ -83,6 +91,9 @@ def shrunk(name: str) -> dict[str, Any]:
     if card["model"].get("embedding_scale") == card["model"]["dim"] ** 0.5:
         card["model"]["embedding_scale"] = dim**0.5
     card["model"] |= {"dim": dim, "vocab_size": 131}
+    for mixer in mixers_of(card):
+        inner = {"mamba2": {"head_dim": 2 * dim // 16}, "mamba1": {"inner_dim": 2 * dim}}  # as transformers asks for
+        mixer |= inner.get(mixer["kind"], {})
     if "audio" in card["model"]:
         card["model"]["audio"] |= AUDIO
     if shared:
@@ -139,14 +150,13 @@ def _reconnect(mixers: list[dict[str, Any]]) -> None:
 
 
 def _ffn(ffn: dict[str, Any]) -> dict[str, Any]:
-    if ffn["kind"] == "moe":
-        parts = {"expert": ffn["expert"] | {"hidden_dim": 24}}
-        if ffn.get("shared"):
-            parts["shared"] = ffn["shared"] | {
-                "hidden_dim": 24 * ffn["shared"]["hidden_dim"] // ffn["expert"]["hidden_dim"]
-            }
-        return ffn | parts
-    return ffn | {"hidden_dim": 24}
+    if ffn["kind"] != "moe":
+        return ffn | {"hidden_dim": 24}
+    parts = {"expert": ffn["expert"] | {"hidden_dim": 24}}
+    if ffn.get("shared"):
+        size = 24 * ffn["shared"]["hidden_dim"] // ffn["expert"]["hidden_dim"]
+        parts["shared"] = ffn["shared"] | {"hidden_dim": size}
+    return ffn | parts
 
 
 def reference(name: str) -> str:
@@ -226,7 +236,7 @@ def in_memory(model: Any) -> dict[str, torch.Tensor]:
 
 def on_disk(model: Any) -> dict[str, torch.Tensor]:
     """The tensors as transformers writes them, without those of an image encoder."""
-    tensors: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
+    tensors: dict[str, torch.Tensor] = revert_weight_conversion(model, in_memory(model))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(VISION)}
 
 
@@ -261,7 +271,6 @@ def words(card: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         **layers[0],
         **(recurrent_words(mixers[0]) if not attention else attention_words(attention)),
         **(ffn_words(ffns) if ffns else {}),
-        **mixture_words(ffns),
         **(layer_words(layers, row["layer_kinds"]) if "layer_kinds" in row else {}),
         **(shared_words(shared) if shared else {}),
     }
@@ -293,42 +302,53 @@ def latent_words(mixers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ffn_words(ffns: list[dict[str, Any]]) -> dict[str, Any]:
-    ffn = next((ffn for ffn in ffns if ffn["kind"] == "moe"), ffns[0])
+    dense, mixtures = ([ffn for ffn in ffns if (ffn["kind"] == "moe") == mixture] for mixture in (False, True))
+    expert = mixtures[0]["expert"] if mixtures else dense[0]
+    activation = expert.get("activation", "silu")
     return {
-        "activation": next(k for k, v in families()["activations"].items() if v == ffn.get("activation", "silu")),
-        **{word: (ffn.get("expert") or ffn)["hidden_dim"] for word in ("hidden_dim", "expert_hidden_dim")},
-        **{name: ffn.get(name, 0) for name in ("num_experts", "experts_per_token")},
-        **{name: ffn["expert"][name] for name in ("gain", "limit") if name in ffn.get("expert", {})},
+        "activation": next(k for k, v in families()["activations"].items() if v == activation),
+        "hidden_dim": (dense or [expert])[0]["hidden_dim"],
+        "expert_hidden_dim": expert["hidden_dim"],
+        **{name: expert[name] for name in ("gain", "limit") if name in expert},
+        **(mixture_words(mixtures[0], ffns) if mixtures else {"num_experts": 0, "experts_per_token": 0}),
     }
 
 
-def mixture_words(ffns: list[dict[str, Any]]) -> dict[str, Any]:
-    """What mixtures say beside their experts: which layers are none, what is shared, how experts are chosen."""
-    types = ["sparse" if ffn["kind"] == "moe" else "dense" for ffn in ffns]
-    if "sparse" not in types:
-        return {}
-    mixture = ffns[types.index("sparse")]
-    router, shared = mixture.get("router", {}), mixture.get("shared")
+def mixture_words(ffn: dict[str, Any], ffns: list[dict[str, Any]]) -> dict[str, Any]:
+    """What mixtures say: their experts, how these are chosen, what is shared, and which layers are none."""
+    router, shared = ffn.get("router", "softmax_topk"), ffn.get("shared")
+    router = {"kind": router} if isinstance(router, str) else router
+    types = ["sparse" if one["kind"] == "moe" else "dense" for one in ffns]
     return {
-        "hidden_dim": next((ffn for ffn in ffns if ffn["kind"] != "moe"), mixture["expert"])["hidden_dim"],
+        **{name: ffn[name] for name in ("num_experts", "experts_per_token")},
+        **{name: router.get(name, 1) for name in ("groups", "groups_per_token")},
+        "router_scale": router.get("scale", 1.0),
+        "normalize": router.get("normalize", router.get("kind") == "sigmoid"),
         "dense_layers": types.count("dense"),
         "ffn_types": types,
-        "shared_experts": shared["hidden_dim"] // mixture["expert"]["hidden_dim"] if shared else 0,
-        **{word: router[word] for word in ("groups", "groups_per_token", "normalize") if word in router},
-        "router_scale": router.get("scale", 1.0),
+        "shared_experts": shared["hidden_dim"] // ffn["expert"]["hidden_dim"] if shared else 0,
+        **({"shared_hidden_dim": shared["hidden_dim"]} if shared else {}),
     }
 
 
 def layer_words(layers: list[dict[str, Any]], known: dict[str, list[str | None]]) -> dict[str, Any]:
-    """What each layer is called where they are of several kinds."""
+    """What each layer is called where they are of several kinds, and where kinds recur."""
+
+    def kind(layer: dict[str, Any], part: str) -> Any:
+        return layer[part]["kind"] if layer.get(part) else None
 
     def word(layer: dict[str, Any]) -> str:
-        mixer = layer.get("mixer") and layer["mixer"]["kind"]
-        ffn = "shared" if layer.get("kind") == "sharing" else layer["ffn"] and layer["ffn"]["kind"]
-        fits = {None: (None,), "shared": ("shared",)}.get(ffn, ("ffn", ffn))
-        return [name for name, kinds in known.items() if kinds[0] == mixer and kinds[1] in fits][-1]
+        ffn = kind(layer, "ffn")
+        fits = ("ffn", ffn if ffn == "moe" else "dense") if ffn else ("shared",) if "number" in layer else (None,)
+        return [name for name, kinds in known.items() if kinds[0] == kind(layer, "mixer") and kinds[1] in fits][-1]
 
-    return {"layer_types": [word(layer) for layer in layers]}
+    places = {
+        "attention": [i for i, layer in enumerate(layers) if kind(layer, "mixer") == "attention"],
+        "experts": [i for i, layer in enumerate(layers) if kind(layer, "ffn") == "moe"],
+    }
+    recurring = {f"{what}_offset": at[0] for what, at in places.items() if at}
+    recurring |= {f"{what}_every": [*at, at[0] + len(layers)][1] - at[0] for what, at in places.items() if at}
+    return {"layer_types": [word(layer) for layer in layers], **recurring}
 
 
 def shared_words(shared: list[dict[str, Any]]) -> dict[str, Any]:
@@ -464,7 +484,7 @@ def test_layouts_close_at_full_size(name: str, mistral_inference: ModuleType) ->
     with torch.device("meta"):
         model = transformers_model(card)
         wrapped = "vision_config" in model.config.sub_configs
-        models = {"mistral" if wrapped else "huggingface": on_disk(model) if wrapped else in_memory(model)}
+        models = {"mistral" if wrapped else "huggingface": on_disk(model)}
         mixer = "" if "audio" in card["model"] else layers_of(card)[0]["mixer"]["kind"]
         if load_card(name).family in NATIVE and mixer == "attention":
             models["mistral"] = in_memory(native_model(mistral_inference, card))

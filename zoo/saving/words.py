@@ -10,6 +10,8 @@ from zoo.loading.infer.ropes import FULL, LOCAL
 from zoo.registry.card import Card
 
 RECURRENT = ("mamba1", "mamba2")
+NO_MIXTURE = {"num_experts": 0, "experts_per_token": 0, "groups": 1, "groups_per_token": 1}
+NO_MIXTURE |= {"router_scale": 1, "normalize": True}
 
 
 def words(card: Card, row: Node, *, listed: bool) -> Node | None:
@@ -17,16 +19,16 @@ def words(card: Card, row: Node, *, listed: bool) -> Node | None:
 
     listed: windows that differ are a list for all layers, as a params.json has them, and else the largest alone.
     """
-    layers = layers_of(card)
-    mixers = [layer["mixer"] for layer in layers if layer.get("mixer")]
-    ffns = [layer["ffn"] for layer in layers if layer.get("ffn")]
+    layers, shared = layers_of(card), card.model.get("shared", [])
+    mixers = [node["mixer"] for node in (*layers, *shared) if node.get("mixer")]
+    ffns = [node["ffn"] for node in (*layers, *shared) if node.get("ffn")]
     spaces = [mixer for mixer in mixers if mixer["kind"] in RECURRENT]
     attention = [mixer for mixer in mixers if mixer["kind"] in ATTENTION]
     mixed, kinds = "layer_kinds" in row, _words_of_kinds(layers, row)
     whole = len(spaces if "recurrent" in row else attention) == len(layers)
     if len(spaces) + len(attention) != len(mixers) or (None in kinds if mixed else not whole):
         return None
-    model = {name: value for name, value in card.model.items() if name not in ("layers", "norm")}
+    model = {name: value for name, value in card.model.items() if name not in ("layers", "norm", "shared")}
     return {
         "tied_embeddings": False,
         **model,
@@ -37,8 +39,8 @@ def words(card: Card, row: Node, *, listed: bool) -> Node | None:
         **(_recurrent(spaces[0], card.model["dim"]) if spaces and not attention else {}),
         **(ATTENTION[attention[0]["kind"]](attention, listed) if attention else {}),
         **(_ffn(ffns) if ffns else {}),
-        **_mixture(ffns),
-        **({"layer_types": kinds} if mixed else {}),
+        **({"layer_types": kinds, **_recurring(layers)} if mixed else {}),
+        **(_shared(shared) if shared else {}),
     }
 
 
@@ -51,15 +53,41 @@ def state_space_words(card: Card) -> Node:
 
 
 def _words_of_kinds(layers: list[Node], row: Node) -> list[str | None]:
-    """What the architecture calls each layer, by the kinds of its mixer and whether it has a feed-forward."""
+    """What the architecture calls each layer, by the kinds of its mixer and of its feed-forward."""
 
     def word(layer: Node) -> str | None:
-        mixer = layer["mixer"]["kind"] if layer.get("mixer") else None
+        ffn = _kind(layer, "ffn")
+        fits = ("ffn", ffn if ffn == "moe" else "dense") if ffn else ("shared",) if "number" in layer else (None,)
         known = row.get("layer_kinds", {}).items()
-        named = [name for name, kinds in known if kinds[0] == mixer and bool(kinds[1]) == bool(layer.get("ffn"))]
+        named = [name for name, kinds in known if kinds[0] == _kind(layer, "mixer") and kinds[1] in fits]
         return named[-1] if named else None
 
     return [word(layer) for layer in layers]
+
+
+def _kind(layer: Node, part: str) -> str | None:
+    return layer[part]["kind"] if layer.get(part) else None
+
+
+def _recurring(layers: list[Node]) -> Node:
+    """Where kinds of layers begin, and how often they come, where they do so regularly."""
+    found: Node = {}
+    for what, part, kind in (("attention", "mixer", "attention"), ("experts", "ffn", "moe")):
+        places = [i for i, layer in enumerate(layers) if _kind(layer, part) == kind]
+        if places:
+            after = [*places, places[0] + len(layers)][1]
+            found |= {f"{what}_offset": places[0], f"{what}_every": after - places[0]}
+    return found
+
+
+def _shared(shared: list[Node]) -> Node:
+    """What is said of blocks that layers share."""
+    return {
+        "shared_blocks": len(shared),
+        "positions": shared[0]["mixer"].get("rope") is not None,
+        "adapter_rank": shared[0]["adapter_rank"],
+        "adapt_mixer": shared[0].get("adapt_mixer", False),
+    }
 
 
 def layers_of(card: Card) -> list[Node]:
@@ -104,7 +132,6 @@ def _latent(mixers: list[Node], listed: bool) -> Node:
     return {
         **{name: value for name, value in mixer.items() if name not in ("kind", "rope", "indexer", "cache")},
         "num_kv_heads": mixer["num_heads"],
-        "head_dim": mixer["nope_head_dim"] + mixer["rope_head_dim"],
         "window": None,
         "rope_layers": [int(mixer.get("rope") is not None) for mixer in mixers],
         "latent_sources": [mixer.get("cache", {}).get("layer", number) for number, mixer in enumerate(mixers)],
@@ -116,38 +143,40 @@ def _latent(mixers: list[Node], listed: bool) -> Node:
 ATTENTION: dict[str, Callable[[list[Node], bool], Node]] = {"attention": _attention, "latent_attention": _latent}
 
 
-def _mixture(ffns: list[Node]) -> Node:
-    """What mixtures have beside their experts: layers that are none, what is shared, how experts are chosen."""
-    types = ["sparse" if ffn["kind"] == "moe" else "dense" for ffn in ffns]
-    if "sparse" not in types:
-        return {}
-    mixture = ffns[types.index("sparse")]
-    router, shared = mixture.get("router") or {}, mixture.get("shared") or {"hidden_dim": 0}
-    dense = ffns[types.index("dense")] if "dense" in types else mixture["expert"]
+def _ffn(ffns: list[Node]) -> Node:
+    known = families()["activations"]
+    dense, mixtures = ([ffn for ffn in ffns if (ffn["kind"] == "moe") == mixture] for mixture in (False, True))
+    expert = mixtures[0]["expert"] if mixtures else dense[0]
+    hidden = (dense or [expert])[0].get("hidden_dim")
     return {
-        "hidden_dim": dense["hidden_dim"],
-        "dense_layers": types.count("dense"),
-        "ffn_types": types,
-        "shared_experts": shared["hidden_dim"] // mixture["expert"]["hidden_dim"],
-        **{word: router.get(word, 1) for word in ("groups", "groups_per_token")},
-        **({"normalize": router["normalize"]} if "normalize" in router else {}),
-        "router_scale": router.get("scale", 1.0),
+        "activation": next((key for key, value in known.items() if value == expert.get("activation", "silu")), None),
+        "hidden_dim": hidden,
+        "expert_hidden_dim": expert.get("hidden_dim"),
+        "shared_hidden_dim": hidden,
+        **(_mixture(mixtures[0], ffns) if mixtures else NO_MIXTURE),
     }
 
 
-def _ffn(ffns: list[Node]) -> Node:
-    ffn = next((ffn for ffn in ffns if ffn["kind"] == "moe"), ffns[0])
-    known, expert = families()["activations"], ffn.get("expert") or ffn
+def _mixture(ffn: Node, ffns: list[Node]) -> Node:
+    """What mixtures say: their experts, how these are chosen, what is shared, and which layers are none."""
+    router, shared = ffn.get("router", "softmax_topk"), ffn.get("shared")
+    router = {"kind": router} if isinstance(router, str) else router
+    types = ["sparse" if one["kind"] == "moe" else "dense" for one in ffns]
     return {
-        "activation": next((key for key, value in known.items() if value == expert.get("activation", "silu")), None),
-        **{word: expert.get("hidden_dim") for word in ("hidden_dim", "expert_hidden_dim")},
-        **{name: ffn.get(name, 0) for name in ("num_experts", "experts_per_token")},
+        **{name: ffn[name] for name in ("num_experts", "experts_per_token")},
+        **{name: router.get(name, 1) for name in ("groups", "groups_per_token")},
+        "router_scale": router.get("scale", 1.0),
+        "normalize": router.get("normalize", router.get("kind") == "sigmoid"),
+        "dense_layers": types.count("dense"),
+        "ffn_types": types,
+        "shared_experts": shared["hidden_dim"] // ffn["expert"]["hidden_dim"] if shared else 0,
+        **({"shared_hidden_dim": shared["hidden_dim"]} if shared else {}),
     }
 
 
 def rope_keys(card: Card, row: Node) -> Node | None:
     """The keys of a settings file that say the card's rotary positions; None where it has none for them."""
-    mixers = [layer["mixer"] for layer in layers_of(card) if layer.get("mixer")]
+    mixers = [node["mixer"] for node in (*layers_of(card), *card.model.get("shared", ())) if node.get("mixer")]
     ropes = {LOCAL if mixer.get("window") else FULL: mixer for mixer in mixers if mixer.get("rope")}
     if not ropes:
         return {}

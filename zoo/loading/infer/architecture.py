@@ -127,32 +127,35 @@ class Architecture:
         if len(types) != layers or not {*types} <= {"dense", "sparse"}:
             key = self.key("ffn_types" if self.value("ffn_types") else "dense_layers")
             raise self.settings.wrong(key, types if self.value("ffn_types") else dense, f"what fits {layers} layers")
-        mixture, plain = self.ffn(), self.gated(self.count("hidden_dim"))
+        mixture, plain = self.ffn(), self.form(self.count("hidden_dim"))
         return [plain if kind == "dense" else mixture for kind in types]
 
-    def gated(self, hidden_dim: int) -> Node:
+    def form(self, hidden_dim: int) -> Node:
+        """A feed-forward of the architecture's form and of a given size."""
         known = families()["activations"]
         activation = self.value("activation") or self.settings.need(self.key("activation"))
         if activation not in known:
             raise self.settings.wrong(self.key("activation"), activation, f"one of {', '.join(known)}")
-        plain = {} if known[activation] == "silu" else {"activation": known[activation]}
-        return {"kind": "gated", "hidden_dim": hidden_dim, **plain}
+        kind = self.row.get("ffn", "gated")
+        plain = kind == "gated" and known[activation] == "silu"
+        return {"kind": kind, "hidden_dim": hidden_dim, **({} if plain else {"activation": known[activation]})}
 
     def ffn(self) -> Node:
         """A mixture where the settings say one, else a plain feed-forward."""
-        hidden = self.count("hidden_dim")
-        if self.value("expert_hidden_dim") is not None:
-            hidden = self.count("expert_hidden_dim")
+        stated = self.value("expert_hidden_dim") is not None
+        hidden = self.count("expert_hidden_dim" if stated else "hidden_dim")
         if not self.is_mixture():
-            return self.gated(hidden)
-        shared = self.value("shared_experts") or 0
+            return self.form(hidden)
+        shared = (self.value("shared_experts") or 0) * hidden
+        if keys_of(self.row, "shared_hidden_dim"):
+            shared = self.count("shared_hidden_dim")
         return {
             "kind": "moe",
             "num_experts": self.count("num_experts"),
             "experts_per_token": self.count("experts_per_token"),
             **self.router(),
-            "expert": self.gated(hidden) | self.row.get("expert", {}) | self.numbers(EXPERT_NUMBERS),
-            **({"shared": self.gated(shared * hidden)} if shared else {}),
+            "expert": self.form(hidden) | self.row.get("expert", {}) | self.numbers(EXPERT_NUMBERS),
+            **({"shared": self.form(shared)} if shared else {}),
         }
 
     def router(self) -> Node:

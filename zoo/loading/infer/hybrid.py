@@ -10,6 +10,8 @@ from zoo.loading.infer.recurrent import Recurrent
 
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 ATTENTION_WORDS = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias", "o_bias", "scale", "positions")
+ROUTER_WORDS = ("groups", "groups_per_token", "router_scale", "normalize")
+MOE_WORDS = ("num_experts", "experts_per_token", "expert_hidden_dim", "shared_hidden_dim", *ROUTER_WORDS)
 SHARED = "shared"
 """In place of a feed-forward's kind: the layer uses one of the model's shared blocks."""
 
@@ -57,19 +59,38 @@ class Hybrid(Architecture):
         }
         adapted = {"adapt_mixer": True} if self.settings.flag(self.key("adapt_mixer")) else {}
         rank = self.count("adapter_rank")
-        return {"kind": "transformer", "mixer": mixer, "ffn": self.ffn(), "adapter_rank": rank, **adapted}
+        return {"kind": "transformer", "mixer": mixer, "ffn": self.ffn_of("dense"), "adapter_rank": rank, **adapted}
 
-    def pairs(self) -> list[Sequence[str | None]]:
-        """The kinds of every layer's mixer and feed-forward."""
-        known, key = self.row["layer_kinds"], self.key("layer_types")
-        words = self.value("layer_types")
-        layers = self.value("num_layers")
-        if not isinstance(words, list | str) or len(words) != (layers or len(words)):
-            raise self.settings.wrong(key, words, f"one of {', '.join(known)} for each of {layers} layers")
+    def pairs(self) -> list[tuple[str | None, str | None]]:
+        """The kinds of every layer's mixer and feed-forward; a feed-forward is `dense`, `moe` or `shared`."""
+        known, words = self.row["layer_kinds"], self.words()
         unknown = [word for word in words if word not in known]
         if unknown:
-            raise self.settings.wrong(key, unknown[0], f"one of {', '.join(known)}")
-        return [known[word] for word in words]
+            raise self.settings.wrong(self.key("layer_types"), unknown[0], f"one of {', '.join(known)}")
+        pairs = [known[word] for word in words]
+        return [(mixer, self.ffn_kind(i) if ffn == "ffn" else ffn) for i, (mixer, ffn) in enumerate(pairs)]
+
+    def words(self) -> Sequence[str]:
+        """What the file calls each layer: in a list or a string, or every so many from one on."""
+        layers, words = self.value("num_layers"), self.value("layer_types")
+        if words is None and keys_of(self.row, "attention_every"):
+            return ["attention" if self.recurs("attention", i) else "mamba" for i in range(self.count("num_layers"))]
+        if not isinstance(words, list | str) or len(words) != (layers or len(words)):
+            known = ", ".join(self.row["layer_kinds"])
+            raise self.settings.wrong(self.key("layer_types"), words, f"one of {known} for each of {layers} layers")
+        return words
+
+    def ffn_kind(self, layer: int) -> str:
+        """Mixtures in all layers, where there are experts, or in every so many."""
+        if not self.is_mixture():
+            self.settings.pass_over(keys_of(self.row, "experts_per_token"))
+            return "dense"
+        return "moe" if not keys_of(self.row, "experts_every") or self.recurs("experts", layer) else "dense"
+
+    def recurs(self, what: str, layer: int) -> bool:
+        """Whether a layer is one of every so many."""
+        offset: int = self.settings.need(self.key(f"{what}_offset"))
+        return layer % self.count(f"{what}_every") == offset
 
     def mixer_of(self, kind: str | None, norm: Node) -> Node | None:
         """A layer's mixer by its kind."""
@@ -89,13 +110,17 @@ class Hybrid(Architecture):
 
     def ffn_of(self, kind: str | None) -> Node | None:
         """A layer's feed-forward by its kind."""
-        if not self.is_mixture():
-            self.settings.pass_over(keys_of(self.row, "experts_per_token"))
-        return None if kind is None else self.ffn()
+        if kind is None:
+            return None
+        return self.form(self.count("hidden_dim")) if kind == "dense" else self.ffn()
 
     def pass_over_unused(self, mixers: set[str | None]) -> None:
         """Takes the settings of a kind of mixer that no layer has as read."""
         space = self.row["state_space"]
+        if not any(ffn == "dense" for _, ffn in self.pairs()):
+            self.settings.pass_over(keys_of(self.row, "hidden_dim"))
+        if not any(ffn == "moe" for _, ffn in self.pairs()):
+            self.settings.pass_over(key for word in MOE_WORDS for key in keys_of(self.row, word))
         if space["recurrent"] not in mixers:
             self.settings.pass_over(key for word in space["names"] for key in keys_of(space, word))
         if "attention" not in mixers and not keys_of(self.row, "shared_blocks"):
