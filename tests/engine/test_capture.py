@@ -30,6 +30,7 @@ LAYERS: dict[str, list[dict[str, Any]]] = {
     "window": [{"mixer": ATTENTION | {"window": 8}, "ffn": GATED}, {"mixer": ATTENTION, "ffn": GATED}],
     "window in a full cache": [{"mixer": ATTENTION | {"window": 8, "cache": {"kind": "full"}}, "ffn": GATED}],
     "softcap": [{"mixer": ATTENTION | {"softcap": 3.0}, "ffn": GATED}],
+    "sinks": [{"mixer": ATTENTION | {"sinks": True} | window, "ffn": GATED} for window in ({"window": 8}, {})],
     "latent": [{"mixer": LATENT, "ffn": GATED}, {"mixer": ATTENTION, "ffn": GATED}],
     "indexed": [{"mixer": LATENT | {"indexer": INDEXER}, "ffn": GATED}, {"mixer": READING, "ffn": GATED}],
     "mamba2": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": None}],

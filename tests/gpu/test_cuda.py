@@ -38,6 +38,7 @@ LAYERS: dict[str, list[dict[str, Any]]] = {
     "window": [{"mixer": ATTENTION | {"window": 24}, "ffn": GATED}, {"mixer": ATTENTION, "ffn": GATED}],
     "norms": [{"mixer": ATTENTION | {"qk_norm": {"kind": "rms", "eps": 1e-6}, "qkv_bias": True}, "ffn": GATED}],
     "softcap": [{"mixer": ATTENTION | {"softcap": 30.0}, "ffn": GATED}],
+    "sinks": [{"mixer": ATTENTION | {"sinks": True} | window, "ffn": GATED} for window in ({"window": 24}, {})],
     "latent": [{"repeat": 2, "mixer": LATENT, "ffn": MOE}],
     "indexed": [{"mixer": LATENT | {"indexer": INDEXER}, "ffn": GATED}, {"mixer": READING, "ffn": GATED}],
     "mamba2": [{"repeat": 2, "mixer": MAMBA2 | {"norm_eps": 1e-5}, "ffn": None}],
