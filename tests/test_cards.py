@@ -32,7 +32,7 @@ LICENSES = {"apache-2.0", "mnpl-0.1", "mrl-0.1", "llama2", "qwen", "qwen-researc
 LICENSES |= {"jamba-open-model-license", "nvidia-open-model-license"}
 LICENSES |= {"nvidia-internal-scientific-research-and-development-model-license"}
 LICENSES |= {"cc-by-nc-4.0", "falcon-mamba-7b-license", "llama3", "llama3.1", "llama3.2", "llama3.3", "mit", "gemma"}
-LICENSES |= {"deepseek", "other"}
+LICENSES |= {"deepseek", "modified-mit", "other"}
 
 
 @cache

@@ -429,10 +429,10 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         ],
     ),
     "an architecture unsaid": (config(model_type=...), CardError, ["config.json: the key 'model_type' is missing"]),
-    "an image encoder": (
+    "an image encoder without sizes": (
         params(vision_encoder={"a": 1}),
         CardError,
-        ["an image encoder; found the key 'vision_encoder'"],
+        ["the key 'vision_encoder.image_token_id' is missing"],
     ),
     "quantised weights": (
         config(quantization_config={"quant_method": "awq"}),

@@ -398,7 +398,7 @@ def test_mistral_params_over_tensors_named_by_hugging_face(tmp_path: Path, saved
         ),
         (
             {"vision_encoder": {"hidden_size": 8}},
-            "not supported yet: an image encoder; found the key 'vision_encoder'",
+            "the key 'vision_encoder.image_token_id' is missing",
         ),
         (
             {"quantization": {"qformat_weight": "int8"}},

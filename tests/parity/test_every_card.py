@@ -53,13 +53,15 @@ RECURRENT: dict[str, dict[str, int]] = {
 }
 """Sizes of a shrunk mixer; the others follow from the model's."""
 AUDIO = {"dim": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "num_mel_bins": 5, "positions": 8}
+ENCODER = {"dim": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 24, "patch_size": 4, "max_image_size": 32}
 TOLERANCE = 1e-4
 
 
 def plain(name: str) -> dict[str, Any]:
     """The card without place of weights and tokenizer, every run as a repeated pattern."""
     card = load_card(name).to_dict()
-    card["model"].pop("vision", None)  # image encoders are compared in test_vision.py
+    if "inside" not in rows_of(name)[0]:
+        card["model"].pop("vision", None)  # the language model is compared alone, image encoders in test_vision.py
     card["model"]["layers"] = [
         {"repeat": run.get("repeat", 1), "pattern": flat(run | {"repeat": 1})} for run in card["model"]["layers"]
     ]
@@ -94,8 +96,9 @@ def shrunk(name: str) -> dict[str, Any]:
     for mixer in mixers_of(card):
         inner = {"mamba2": {"head_dim": 2 * dim // 16}, "mamba1": {"inner_dim": 2 * dim}}  # as transformers asks for
         mixer |= inner.get(mixer["kind"], {})
-    if "audio" in card["model"]:
-        card["model"]["audio"] |= AUDIO
+    for node, sizes in (("audio", AUDIO), ("vision", ENCODER)):
+        if node in card["model"]:
+            card["model"][node] |= sizes
     if shared:
         card["model"]["shared"] = [_wide(node, dim) for node in shared]
     return card
@@ -126,6 +129,8 @@ def _mixer(mixer: dict[str, Any]) -> dict[str, Any]:
         mixer |= {"head_dim": 8, "rope": mixer["rope"] | {"rotary_dim": 4}}
     if mixer["rope"] and "original_context" in mixer["rope"]:
         mixer["rope"] = mixer["rope"] | {"original_context": ORIGINAL}
+    if mixer.get("query_scaling"):
+        mixer["query_scaling"] = mixer["query_scaling"] | {"original_context": ORIGINAL}
     return mixer
 
 
@@ -168,13 +173,14 @@ def reference(name: str) -> str:
 def rows_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The rows of families.yaml for a card, and for its language model where that is a part of a larger one."""
     rows = families()["config.json"]
-    row = rows[reference(name)]
-    return row, rows[row["inside"]["model_type"]] if "inside" in row else row
+    outer, _, inner = reference(name).partition("/")
+    row = rows[outer]
+    return row, rows[inner or row["inside"]["model_type"]] if "inside" in row else row
 
 
 def transformers_model(card: dict[str, Any]) -> Any:
     """transformers' model of the same shape: the words of families.yaml, read the other way."""
-    model_type = reference(card["name"])
+    model_type, _, inner_type = reference(card["name"]).partition("/")
     outer, row = rows_of(card["name"])
     keys = {word: keys_of(row, word) for word in row["names"]}
     settings: dict[str, Any] = {"pad_token_id": None}  # some defaults lie beyond a shrunk vocabulary
@@ -190,19 +196,34 @@ def transformers_model(card: dict[str, Any]) -> Any:
     if ropes:
         settings["rope_parameters"] = ropes if "local_theta" in keys else next(iter(ropes.values()))
     if outer is not row:
-        config = transformers.AutoConfig.for_model(model_type, **larger_settings(card, outer, settings))
+        config = transformers.AutoConfig.for_model(model_type, **larger_settings(card, outer, settings, inner_type))
         return transformers.AutoModelForMultimodalLM.from_config(config)
     config = transformers.AutoConfig.for_model(model_type, **settings)
     return class_of(config)(config) if class_of(config) else around(config)
 
 
-def larger_settings(card: dict[str, Any], row: dict[str, Any], inner: dict[str, Any]) -> dict[str, Any]:
+def larger_settings(
+    card: dict[str, Any], row: dict[str, Any], inner: dict[str, Any], inner_type: str
+) -> dict[str, Any]:
     """What a model says that has a language model of these settings inside, and encoders beside it."""
-    settings = {row["inside"]["key"]: inner | {"model_type": row["inside"]["model_type"]}}
+    settings = {row["inside"]["key"]: inner | {"model_type": inner_type or row["inside"]["model_type"]}}
+    settings |= {key: allowed[0] for key, allowed in row["only"].items()}
     for name, part in row["encoders"].items():
-        for word in part["names"].keys() & card["model"][name].keys():
-            group, _, leaf = keys_of(part, word)[0].rpartition(".")
-            (settings.setdefault(group, {}) if group else settings)[leaf] = card["model"][name][word]
+        node = card["model"][name]
+        said = {"activation": "silu", **node, **node.get("projector", {})}
+        flat = {
+            keys_of(part, word)[0]: said[word] for word in part["names"].keys() & said.keys() if keys_of(part, word)
+        }
+        flat |= {key: allowed[0] for key, allowed in part["only"].items() if key.endswith("_config.model_type")}
+        for path, value in flat.items():
+            *groups, leaf = path.split(".")
+            place = settings
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[leaf] = value
+    if "vision" in row["encoders"]:
+        settings.setdefault("tie_word_embeddings", inner.get("tie_word_embeddings", False))
+        settings["vision_config"]["rope_parameters"]["rope_type"] = "axial"
     return settings
 
 
@@ -240,10 +261,16 @@ def on_disk(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(VISION)}
 
 
+def is_alone(model: Any) -> bool:
+    """Whether only the language model inside of a larger one is compared: zoo computes the larger one otherwise."""
+    row = families()["config.json"].get(model.config.model_type, {})
+    return "vision_config" in model.config.sub_configs and "inside" not in row
+
+
 def save(model: Any, folder: str) -> None:
     """As transformers saves it; of a model with an image encoder, the language model alone."""
     model.save_pretrained(folder)
-    if "vision_config" in model.config.sub_configs:
+    if is_alone(model):
         model.config.text_config.save_pretrained(folder)
         save_file({name: tensor.contiguous() for name, tensor in on_disk(model).items()}, f"{folder}/model.safetensors")
 
@@ -397,15 +424,38 @@ def random_model(card: dict[str, Any]) -> Any:
     return model
 
 
-def with_sound(card: dict[str, Any], tokens: list[int]) -> tuple[list[int], list[Tensor], dict[str, Tensor]]:
-    """For a model that hears: the tokens with one sound in them, the sound, and how transformers takes it."""
-    audio = card["model"].get("audio")
-    if audio is None:
-        return tokens, [], {}
-    sound = torch.randn(audio["num_mel_bins"], 2 * audio["positions"])
-    count = audio["positions"] // audio["stack"]
-    words = [token + (token == audio["token"]) for token in tokens]
-    return [*words[:3], *[audio["token"]] * count, *words[3 + count :]], [sound], {"input_features": sound[None]}
+def with_media(card: dict[str, Any], tokens: list[int]) -> tuple[list[int], dict[str, Any], dict[str, Tensor]]:
+    """For a model that hears or sees: the tokens with media in them, those by their words in `logits`, and how
+    transformers takes them.
+    """
+    vision, audio = card["model"].get("vision"), card["model"].get("audio")
+    if audio is not None:
+        sound = torch.randn(audio["num_mel_bins"], 2 * audio["positions"])
+        count = audio["positions"] // audio["stack"]
+        return filled(tokens, audio["token"], [count]), {"audio": [sound]}, {"input_features": sound[None]}
+    if vision is None or "inside" not in rows_of(card["name"])[0]:
+        return filled(tokens, (vision or {"token": -1})["token"], []), {}, {}
+    cell = vision["patch_size"] * vision["projector"].get("merge", 1)
+    images = [torch.randn(3, rows * cell, columns * cell) for rows, columns in ((2, 3), (1, 1), (3, 1))]
+    padded = torch.stack(
+        [torch.nn.functional.pad(i, (0, 3 * cell - i.shape[2], 0, 3 * cell - i.shape[1])) for i in images]
+    )
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    return (
+        filled(tokens, vision["token"], [6, 1, 3]),
+        {"images": images},
+        {"pixel_values": padded, "image_sizes": sizes},
+    )
+
+
+def filled(tokens: list[int], token: int, counts: list[int]) -> list[int]:
+    """The tokens with places for media from the fourth on, one token between them, and none elsewhere."""
+    words = [word + (word == token) for word in tokens]
+    at = 3
+    for count in counts:
+        words[at : at + count] = [token] * count
+        at += count + 1
+    return words
 
 
 @cache
@@ -414,8 +464,9 @@ def errors(text: str) -> tuple[float, ...]:
     card = json.loads(text)
     model = random_model(card)
     drawn = torch.randint(card["model"]["vocab_size"], (LENGTH,)).tolist()
-    tokens, sounds, given = with_sound(card, drawn)
-    media = [Media("audio", sound) for sound in sounds]
+    tokens, pieces, given = with_media(card, drawn)
+    nodes = {"images": "vision", "audio": "audio"}
+    media = [Media(nodes[word], piece) for word, several in pieces.items() for piece in several]
     with torch.inference_mode():
         expected_TV = model(torch.tensor([tokens]), **given).logits[0]
     with TemporaryDirectory() as folder:
@@ -423,20 +474,20 @@ def errors(text: str) -> tuple[float, ...]:
         assert resolve(Card.from_dict(infer_card(folder))).model == resolve(Card.from_dict(card)).model
         with zoo.load(card, weights=folder, device="cpu", dtype="float32") as ours:
             steps = [step_through(ours.module, [tokens], chunk, media=[media])[0] for chunk in (5, 1)]
-            whole_TV = ours.logits(tokens, audio=sounds)
-            again_TV = saved_again(ours, tokens, sounds)
+            whole_TV = ours.logits(tokens, **pieces)
+            again_TV = saved_again(ours, tokens, pieces)
         return tuple(relative_error(found_TV, expected_TV) for found_TV in (whole_TV, *steps, again_TV))
 
 
-def saved_again(ours: zoo.Model, tokens: list[int], sounds: list[Tensor]) -> torch.Tensor:
+def saved_again(ours: zoo.Model, tokens: list[int], pieces: dict[str, Any]) -> torch.Tensor:
     """What transformers computes from what zoo saves; what zoo computes from it is the same to the last bit."""
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "saved"
         saved = ours.save(folder, layout="huggingface")
         with zoo.load(folder, device="cpu") as same:
-            assert torch.equal(same.logits(tokens, audio=sounds), ours.logits(tokens, audio=sounds))
+            assert torch.equal(same.logits(tokens, **pieces), ours.logits(tokens, **pieces))
         if saved.settings is None:  # tests/saving says for whom that must not be
-            return ours.logits(tokens, audio=sounds)
+            return ours.logits(tokens, **pieces)
         (folder / "card.yaml").unlink()  # read by config.json from here on
         assert resolve(Card.from_dict(infer_card(folder))).model == ours.plan.model
         theirs = opened(folder)
@@ -483,9 +534,9 @@ def test_layouts_close_at_full_size(name: str, mistral_inference: ModuleType) ->
     card = plain(name)
     with torch.device("meta"):
         model = transformers_model(card)
-        wrapped = "vision_config" in model.config.sub_configs
+        wrapped = is_alone(model)
         models = {"mistral" if wrapped else "huggingface": on_disk(model)}
-        mixer = "" if "audio" in card["model"] else layers_of(card)[0]["mixer"]["kind"]
+        mixer = "" if {"audio", "vision"} & card["model"].keys() else layers_of(card)[0]["mixer"]["kind"]
         if load_card(name).family in NATIVE and mixer == "attention":
             models["mistral"] = in_memory(native_model(mistral_inference, card))
         assemble(resolve(Card.from_dict(card)), torch.bfloat16)

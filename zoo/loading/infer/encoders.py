@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from zoo.loading.infer.families import Node, keys_of
+from zoo.loading.infer.families import Node, families, keys_of
 from zoo.loading.infer.settings import Settings
 from zoo.registry.errors import CardError, nearest
 
@@ -63,10 +63,33 @@ def _whisper(settings: Settings, part: Node) -> Node:
     return {"kind": "whisper", **counts, "stack": stack, "norm": {"kind": "layer", "eps": 1e-5}}
 
 
+def _pixtral(settings: Settings, part: Node) -> Node:
+    words = ("token", "dim", "num_layers", "num_heads", "hidden_dim", "patch_size", "max_image_size")
+    counts: dict[str, Any] = {word: settings.count(_key(settings, part, word)) for word in words}
+    projector: Node = {"bias": settings.flag(_key(settings, part, "bias"))}
+    if settings.one_of(keys_of(part, "normed")):
+        eps = settings.number(_key(settings, part, "eps")) if keys_of(part, "eps") else 1e-5
+        projector["norm"] = {"kind": "rms", "eps": eps}
+    if settings.one_of(keys_of(part, "merges")):
+        projector["merge"] = settings.count(_key(settings, part, "merge"))
+    known = families()["activations"]
+    activation = settings.one_of(keys_of(part, "activation")) or "silu"
+    if activation not in known:
+        raise settings.wrong(_key(settings, part, "activation"), activation, f"one of {', '.join(known)}")
+    return {
+        "kind": "pixtral",
+        **counts,
+        **({} if known[activation] == "silu" else {"activation": known[activation]}),
+        "theta": settings.number(_key(settings, part, "theta")),
+        "norm": {"kind": "rms", "eps": 1e-5},
+        "projector": projector,
+    }
+
+
 def _key(settings: Settings, part: Node, word: str) -> str:
     keys = keys_of(part, word)
     return next((key for key in keys if settings.has(key)), keys[0])
 
 
-READERS: dict[str, Callable[[Settings, Node], Node]] = {"whisper": _whisper}
+READERS: dict[str, Callable[[Settings, Node], Node]] = {"whisper": _whisper, "pixtral": _pixtral}
 """Kind of an encoder -> what reads its settings."""
