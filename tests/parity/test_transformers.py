@@ -139,6 +139,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"hidden_size": 64},
     ),
     "phi3 longrope": ("Phi3", {"hidden_size": 64, "pad_token_id": 0, "rope_parameters": LONGROPE}),
+    "phi3 some lanes, beyond the original context": (
+        "Phi3",
+        {
+            "hidden_size": 64,
+            "pad_token_id": 0,
+            "rope_parameters": LONGROPE
+            | {"partial_rotary_factor": 0.75}
+            | {"short_factor": [1.0, 1.1, 1.2, 2.0, 2.5, 3.0], "long_factor": [1.0, 2.0, 3.0, 9.0, 10.0, 11.0]},
+        },
+    ),
     "phi3 some lanes, within the original context": (
         "Phi3",
         {
