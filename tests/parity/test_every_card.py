@@ -308,7 +308,8 @@ def attention_words(mixers: list[dict[str, Any]]) -> dict[str, Any]:
     if mixer["kind"] == "latent_attention":
         return latent_words(mixers)
     return {
-        **{"qkv_bias": False, "o_bias": False},  # where some classes have other defaults
+        "qkv_bias": False,  # where some classes have other defaults
+        "o_bias": False,
         **mixer,
         "scale_dim": round(mixer["scale"] ** -2) if "scale" in mixer else mixer["head_dim"],
         "window": max(window or 0 for window in windows) or None,
