@@ -393,3 +393,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Choose another folder, or say overwrite=True (`--overwrite`)" in capsys.readouterr().err
     with zoo.load(tmp_path / "it") as model:
         assert model.placement.dtype_name == "float32"
+
+
+def test_settings_and_names_of_the_source_are_kept(little: Little, tmp_path: Path) -> None:
+    """Keys that zoo passes over and prefixes of names included, but for the number format and the quantisation."""
+    little().save(tmp_path / "it", layout="huggingface")
+    (tmp_path / "it" / "card.yaml").unlink()
+    file, config = tmp_path / "it" / "model.safetensors", tmp_path / "it" / "config.json"
+    tensors = {name.replace("model.", "model.language_model."): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    said = json.loads(config.read_text()) | {"eos_token_id": 7, "quantization_config": {"quant_method": "fp8"}}
+    config.write_text(json.dumps(said))
+    model = little(tmp_path / "it", dtype="bfloat16")
+    model.save(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == tensors.keys()
+    del said["quantization_config"]
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == said | {"dtype": "bfloat16"}

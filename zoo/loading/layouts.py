@@ -73,13 +73,13 @@ class Layout:
         """The rows for a tensor of a file and what fills their holes: a model has the tensors of one of them."""
         if self.identity:
             return [(Row(name, (name,)), {})]
-        name = self._plain(name)
+        name = self.plain(name)
         matches = ((row, match(row.pattern, name)) for row in self.rows.get(skeleton(name), ()))
         return [(row, holes) for row, holes in matches if holes is not None]
 
     def ignores(self, name: str) -> bool:
         """Whether the table leaves this name out on purpose."""
-        name = self._plain(name)
+        name = self.plain(name)
         return skeleton(name) in self.ignored or any(
             name.startswith(pattern.removesuffix(_BELOW)) for pattern in self.ignored if pattern.endswith(_BELOW)
         )
@@ -98,9 +98,9 @@ class Layout:
     def score(self, names: Iterable[str]) -> int:
         """How many of the names this layout knows."""
         known = self.signature if self.identity else self.rows.keys()
-        return sum(skeleton(self._plain(name)) in known for name in names)
+        return sum(skeleton(self.plain(name)) in known for name in names)
 
-    def _plain(self, name: str) -> str:
+    def plain(self, name: str) -> str:
         """The name as the table's rows say it."""
         prefix = next((prefix for prefix in self.prefixes if name.startswith(prefix)), None)
         return name if prefix is None else self.prefixes[prefix] + name.removeprefix(prefix)

@@ -7,7 +7,7 @@ weights came with, then one that the architecture's row of families.yaml prefers
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zoo.loading.layouts import Layout, Row
 from zoo.loading.mapping import file_shapes, side_by_side, targets_of
@@ -42,6 +42,7 @@ def file_tensors(
     the layout has no name for a tensor.
     """
     wanted = {tensor.name: tensor for tensor in spec.tensors()}
+    written = {layout.plain(name): name for name in present}
     found: list[FileTensor] = []
     placed: set[str] = set()
     for name in wanted:
@@ -49,7 +50,7 @@ def file_tensors(
             continue
         ranked = sorted(
             (tensor for tensor in _candidates(name, layout, wanted) if not placed & _sources(tensor)),
-            key=lambda tensor: _rank(tensor.name, present, preferred),
+            key=lambda tensor: _rank(tensor.name, written, preferred),
         )
         if not ranked:
             raise WeightsError(
@@ -57,7 +58,7 @@ def file_tensors(
                 expected="a layout whose table names every tensor of the model",
                 hint="save it in the layout 'zoo', which can name any",
             )
-        found.append(ranked[0])
+        found.append(replace(ranked[0], name=written.get(ranked[0].name, ranked[0].name)))
         placed |= _sources(ranked[0])
     return found
 

@@ -44,12 +44,15 @@ class Settings:
 def settings_of(plan: Plan, layout: str, dtype: str, source: Path | None) -> Settings | None:
     """What a folder in this layout says of itself; None where no architecture's file can say the card.
 
-    source: the folder that the weights came from, whose config.json may have more to carry over.
+    source: the folder that the weights came from, whose own file is taken where it says the card.
     """
     file = next((name for stem, name in FILES.items() if layout.startswith(stem)), None)
     if file is None:
         return None
-    rows, before = families()[file], _source(source)
+    rows, before = families()[file], _source(source, file)
+    own = _plain(before, file, dtype)
+    if before and _says(own, file, plan, whole=True):
+        return Settings(file, own, rows.get(own.get("model_type", next(iter(rows))), {}))
     first = (before.get("model_type"), plan.card.family)
     for name in sorted(rows, key=lambda name: (name != first[0], rows[name]["family"] != first[1])):
         values = _values(plan.card, rows[name], file, dtype)
@@ -122,7 +125,14 @@ def _nested(flat: Node) -> Node:
     return found
 
 
-def _source(folder: Path | None) -> Node:
-    """The config.json that came with the weights."""
-    file = None if folder is None else folder / CONFIG
+def _source(folder: Path | None, name: str) -> Node:
+    """The settings file that came with the weights."""
+    file = None if folder is None else folder / name
     return {} if file is None or not file.is_file() else read_object(file)
+
+
+def _plain(values: Node, file: str, dtype: str) -> Node:
+    """A settings file for the same weights in another format: not quantised, and of this type."""
+    kept = {key: value for key, value in values.items() if key not in families()["quantised"]["keys"]}
+    types = [key for key in ("dtype", "torch_dtype") if key in kept] or (["dtype"] if file == CONFIG else [])
+    return kept | dict.fromkeys(types, dtype)
