@@ -1,7 +1,8 @@
 """Which tensors a file must hold for a model, in a layout: the table of weight names read from the model's side.
 
 A tensor of the model may have several names in a table, for files of several makers. The first one counts that the
-weights came with, then one that the architecture's row of families.yaml prefers, then the table's first. No torch.
+weights came with, where their settings stay as well, then one that the architecture's row of families.yaml prefers,
+then the table's first. No torch.
 """
 
 from __future__ import annotations

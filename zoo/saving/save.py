@@ -68,7 +68,8 @@ def save(
         raise RequestError("no file can be that small", where="file_bytes", found=str(file_bytes))
     _check_free(target, overwrite)
     name, settings = _layout(source, layout)
-    present = source.files.headers if source.files and source.files.layout == name else ()
+    kept = source.files and source.files.layout == name and (settings is None or settings.own)
+    present = source.files.headers if source.files and kept else ()
     preferred = settings.row.get("prefer", ()) if settings else ()
     tensors = file_tensors(source.plan.model, layout_named(name), present, preferred)
     try:

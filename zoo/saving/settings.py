@@ -34,11 +34,15 @@ OTHERWISE = ("local_theta", "no_rope_every", "full_every")
 
 @dataclass(frozen=True)
 class Settings:
-    """A settings file: its name and content, and the row of families.yaml that it is written by."""
+    """A settings file: its name and content, and the row of families.yaml that it is written by.
+
+    own: it is the source's, so that the source's names of tensors go with it.
+    """
 
     file: str
     values: Node
     row: Node
+    own: bool = False
 
 
 def settings_of(plan: Plan, layout: str, dtype: str, source: Path | None) -> Settings | None:
@@ -52,7 +56,7 @@ def settings_of(plan: Plan, layout: str, dtype: str, source: Path | None) -> Set
     rows, before = families()[file], _source(source, file)
     own = _plain(before, file, dtype)
     if before and _says(own, file, plan, whole=True):
-        return Settings(file, own, rows.get(own.get("model_type", next(iter(rows))), {}))
+        return Settings(file, own, rows.get(own.get("model_type", next(iter(rows))), {}), own=True)
     first = (before.get("model_type"), plan.card.family)
     for name in sorted(rows, key=lambda name: (name != first[0], rows[name]["family"] != first[1])):
         values = _values(plan.card, rows[name], file, dtype)
