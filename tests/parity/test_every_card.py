@@ -476,7 +476,7 @@ def errors(text: str) -> tuple[float, ...]:
         assert resolve(Card.from_dict(infer_card(folder))).model == resolve(Card.from_dict(card)).model
         with zoo.load(card, weights=folder, device="cpu", dtype="float32") as ours:
             steps = [step_through(ours.module, [tokens], chunk, media=[media])[0] for chunk in (5, 1)]
-whole_TV = ours.logits(tokens, **pieces)
+            whole_TV = ours.logits(tokens, **pieces)
             (Path(folder) / "config.json").unlink()  # which would be taken as it is
             again_TV = saved_again(ours, tokens, pieces)
         return tuple(relative_error(found_TV, expected_TV) for found_TV in (whole_TV, *steps, again_TV))

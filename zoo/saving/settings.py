@@ -58,7 +58,10 @@ def settings_of(plan: Plan, layout: str, dtype: str, source: Path | None) -> Set
     if before and _says(own, file, plan, whole=True):
         return Settings(file, own, rows.get(own.get("model_type", next(iter(rows))), {}), own=True)
     first = (before.get("model_type"), plan.card.family)
-    for name in sorted(rows, key=lambda name: (name != first[0], rows[name]["family"] != first[1])):
+    # Architectures of several kinds of layers come last: some can say what a plainer one is for.
+    for name in sorted(
+        rows, key=lambda name: (name != first[0], rows[name]["family"] != first[1], "layer_kinds" in rows[name])
+    ):
         values = _values(plan.card, rows[name], file, dtype)
         if values is None:
             continue
