@@ -91,7 +91,7 @@ def _says(values: Node, file: str, plan: Plan, whole: bool) -> bool:
 
 def _values(card: Card, row: Node, file: str, dtype: str) -> Node | None:
     """The keys of an architecture's file; None where it has none for the card's layers or ropes, or for encoders."""
-    if "inside" in row:
+    if "inside" in row or row.get("own_names"):
         return None
     native = file == PARAMS
     said, ropes = words(card, row, listed=native), rope_keys(card, row)
