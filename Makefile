@@ -1,5 +1,6 @@
 # make run     install, then ask the embedded model a question
 # make test    install, then lint, types and tests: what continuous integration runs
+# make parity  compare every card with transformers and write docs/parity.md
 # make lint | types | format | docs | bench | constraints | clean
 #
 # PYTHON names the interpreter (3.11 to 3.13), VENV the environment's folder.
@@ -15,7 +16,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 PRODUCT := zoo registry components
 CHECKED := $(PRODUCT) tests docs
 
-.PHONY: run test lint types format docs bench constraints clean python
+.PHONY: run test parity lint types format docs bench constraints clean python
 
 run: $(VENV)/installed
 	$(BIN)/zoo run tiny --prompt "$(PROMPT)"
@@ -41,6 +42,9 @@ types: $(VENV)/installed-tests
 
 docs: $(VENV)/installed-tests
 	$(BIN)/python docs/generate.py
+
+parity: $(VENV)/installed-tests
+	ZOO_PARITY_PAGE=docs/parity.md $(BIN)/python -m pytest tests/parity/test_every_card.py -k shrunk_card
 
 bench: $(VENV)/installed-tests
 	$(BIN)/python tests/benchmarks/against_transformers.py $(ARGS)

@@ -40,6 +40,9 @@ from zoo.testing import relative_error, step_through
 BUILT_IN = sorted(name for name, card in manager().cards().items() if card.owner == "zoo.cards")
 CARDS = [name for name in BUILT_IN if load_card(name).unsupported is None]
 REFERENCES: dict[str, str] = yaml.safe_load((Path(__file__).parent / "references.yaml").read_text(encoding="utf-8"))
+Table = dict[str, tuple[str, tuple[float, ...]]]
+"""The reference and the errors of every card that was compared, for docs/parity.md."""
+
 NATIVE = ("mistral", "zoo")
 """Families that Mistral's own layout can name."""
 
@@ -502,10 +505,20 @@ def saved_again(ours: zoo.Model, tokens: list[int], pieces: dict[str, Any]) -> t
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_shrunk_card_equals_transformers(name: str) -> None:
+def test_shrunk_card_equals_transformers(name: str, parity_table: Table) -> None:
     card = shrunk(name)
     twin = next(other for other in CARDS if reference(other) == reference(name) and alike(shrunk(other), card))
-    assert max(errors(json.dumps(shrunk(twin)))) < TOLERANCE
+    found = errors(json.dumps(shrunk(twin)))
+    parity_table[name] = (reference(name), found)
+    assert max(found) < TOLERANCE
+
+
+def test_the_page_has_a_row_for_every_card() -> None:
+    """docs/parity.md is written by `make parity`; its errors change with the machine, its rows with the cards."""
+    page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    assert [row[:2] for row in rows] == [[name, reference(name)] for name in CARDS], "run `make parity`"
+    assert all(float(error) < TOLERANCE for row in rows for error in row[2:])
 
 
 def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:

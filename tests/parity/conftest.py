@@ -1,0 +1,44 @@
+"""The table of docs/parity.md, made of what the tests of every card have found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+Table = dict[str, tuple[str, tuple[float, ...]]]
+
+HEAD = """# Parity
+
+Every card, shrunk to a small model of the same structure, against the class of transformers that the published
+checkpoint names: random weights, saved by that class in its own files, read by zoo, float32. A figure is the largest
+difference between two logits over the largest logit: of a prompt read at once, in chunks of five tokens, and token by
+token. The tests ask for less than 1e-4.
+
+Made on {date} by `make parity`, with torch {torch} and transformers {transformers}. Cards of one structure share their
+figures.
+{notes}
+| card | class | at once | in chunks | by tokens |
+|---|---|---:|---:|---:|
+"""
+
+
+@pytest.fixture(scope="session")
+def parity_table() -> Iterator[Table]:
+    """Filled by the tests. Written to the file that ZOO_PARITY_PAGE names when they are done."""
+    table: Table = {}
+    yield table
+    page = os.environ.get("ZOO_PARITY_PAGE")
+    if page:
+        versions = {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
+        notes = (Path(__file__).parent / "notes.md").read_text(encoding="utf-8")
+        rows = [
+            f"| `{name}` | `{kind}` | {' | '.join(f'{error:.0e}' for error in errors)} |\n"
+            for name, (kind, errors) in sorted(table.items())
+        ]
+        head = HEAD.format(date=date.today().isoformat(), notes=notes, **versions)
+        Path(page).write_text(head + "".join(rows), encoding="utf-8")
