@@ -516,7 +516,9 @@ def test_shrunk_card_equals_transformers(name: str, parity_table: Table) -> None
 def test_the_page_has_a_row_for_every_card() -> None:
     """docs/parity.md is written by `make parity`; its errors change with the machine, its rows with the cards."""
     page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")
+    ]
     assert [row[:2] for row in rows] == [[name, reference(name)] for name in CARDS], "run `make parity`"
     assert all(float(error) < TOLERANCE for row in rows for error in row[2:])
 

@@ -338,7 +338,7 @@ def test_a_model_that_no_settings_file_can_say(little: Little, tmp_path: Path) -
 
 
 SAID = {"falcon_mamba", "gemma2", "gemma3_text", "glm4", "granite", "granitemoehybrid", "llama", "mamba", "mamba2"}
-SAID |= {"jamba", "nemotron_h", "zamba2"}
+SAID |= {"jamba", "nemotron_h"}
 SAID |= {"ministral", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
 
 
