@@ -21,7 +21,8 @@ token; and of what transformers computes from what zoo saves of the model, where
 Cards that see or hear are compared with images and sounds in the prompt. The tests ask for less than 1e-4.
 
 Made on {date} by `make parity`, with torch {torch} and transformers {transformers}. Cards of one structure share their
-figures. Where transformers differs from a publisher: [what zoo does](formats.md#where-transformers-differs-from-the-publisher).
+figures. [Where transformers differs from a publisher](formats.md#where-transformers-differs-from-the-publisher), zoo
+follows the publisher.
 
 | card | class | at once | in chunks | by tokens | saved |
 |---|---|---:|---:|---:|---:|
