@@ -115,6 +115,24 @@ LARGE_3: dict[str, Any] = {
     },
     "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 8192},
     "yarn": {"alpha": 1, "apply_scale": False, "beta": 32, "factor": 36, "original_max_position_embeddings": 8192},
+    "vision_encoder": {
+        "hidden_size": 1664,
+        "num_channels": 3,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "intermediate_size": 8192,
+        "rope_theta": 10000.0,
+        "image_token_id": 10,
+        "image_break_token_id": 12,
+        "image_end_token_id": 13,
+        "patch_size": 14,
+        "image_size": 1540,
+        "max_image_size": 1540,
+        "adapter_bias": False,
+        "spatial_merge_size": 2,
+        "add_pre_mm_projector_layer_norm": True,
+        "mm_projector_id": "patch_merge",
+    },
 }
 FILES = {
     "deepseek-v2-lite": ("config.json", V2_LITE),
@@ -130,11 +148,13 @@ def inferred(folder: Path, name: str, settings: dict[str, Any]) -> Card:
 
 @pytest.mark.parametrize("name", FILES)
 def test_published_settings_give_the_card(name: str, tmp_path: Path) -> None:
-    card = load_card(name).to_dict()
-    card["model"].pop("vision", None)
+    card = load_card(name)
+    if FILES[name][0] == "params.json":
+        # Mistral's code has this one, transformers, and with it the card, the language model's: see docs/formats.md.
+        card = card.with_overrides({"model.vision.projector.norm.eps": 1e-5})
     found = inferred(tmp_path, *FILES[name])
-    assert resolve(found).model == resolve(Card.from_dict(card)).model
-    assert found.context_length == card["context_length"]
+    assert resolve(found).model == resolve(card).model
+    assert found.context_length == card.context_length
 
 
 @pytest.mark.parametrize(
