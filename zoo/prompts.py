@@ -123,15 +123,21 @@ class Prompts:
 
     def _pictures(self, images: Images | None) -> list[Picture]:
         listed = several(images)
-        if listed and self._vision is None:
-            raise RequestError(
-                "this model does not read images",
-                where=self.card.name,
-                found=f"{len(listed)} image(s)",
-                expected="text or token ids",
-                hint="`zoo list` shows which cards have the feature vision",
-            )
-        return pictures(listed, self._vision) if self._vision is not None else []
+        return pictures(listed, vision_of(self._plan, len(listed))) if listed else []
+
+
+def vision_of(plan: Plan, count: int) -> PixtralSpec:
+    """The model's encoder of images, of which so many are given. Raises RequestError for a model without one."""
+    encoder = plan.model.vision if isinstance(plan.model, DecoderSpec) else None
+    if not isinstance(encoder, PixtralSpec):
+        raise RequestError(
+            "this model does not read images",
+            where=plan.card.name,
+            found=f"{count} image(s)",
+            expected="text or token ids",
+            hint="`zoo list` shows which cards have the feature vision",
+        )
+    return encoder
 
 
 def _shown(pictures: Sequence[Picture]) -> list[Media]:

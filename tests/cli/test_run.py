@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from safetensors.torch import save_file
 
@@ -197,3 +198,22 @@ def test_an_adapter_is_used_and_told(zoo_command: Command, tmp_path: Path) -> No
     assert "adapter lora: matched 1/1, rank 2, scale 2 (Mistral's default)" in found.err
     assert (found.code, plain.code) == (0, 0)
     assert found.out != plain.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "mistral-large-2411", "--image", "a.png", "--prompt", "x"), "this model does not read images"),
+        (("run", "mistral-large-2411", "--audio", "SOUND", "--prompt", "x"), "this model does not hear"),
+        (("transcribe", "mistral-large-2411", "SOUND"), "this model does not hear"),
+    ],
+)
+def test_media_are_refused_before_the_model_is_loaded(
+    arguments: tuple[str, ...], words: str, zoo_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.api.load", lambda *_, **__: pytest.fail("nothing is to be loaded"))
+    sound = tmp_path / "a.wav"
+    soundfile.write(sound, [0.0, 0.1, 0.2], 16000)
+    done = zoo_command(*(str(sound) if a == "SOUND" else a for a in arguments), "--weights", "random")
+    assert done.code == 2
+    assert words in done.err

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ def run(
     definitions = None if tools is None else read_tools(tools)
     form = chat_options(flags)
     options = {**sample_arguments(flags), "images": images}
+    check_encoders(ref, flags, images, sounds)
     with load_model(ref, flags) as model:
         if system is None and definitions is None and not form:
             stream = model.stream(text, raw=raw, audio=heard, **options)
@@ -79,6 +80,21 @@ def read_sounds(sounds: tuple[str, ...]) -> list[bytes]:
     from zoo.text.sound import wav_of
 
     return [wav_of(sound, sound) for sound in sounds]
+
+
+def check_encoders(ref: str, flags: dict[str, Any], images: Sequence[str], sounds: Sequence[str]) -> None:
+    """RequestError, before the model is loaded, for images or sounds that it has no encoder of."""
+    if not (images or sounds):
+        return
+    from zoo.api import inspect
+    from zoo.hearing import encoder_of
+    from zoo.prompts import vision_of
+
+    plan = inspect(ref, overrides=load_arguments(flags)["overrides"]).plan
+    if images:
+        vision_of(plan, len(images))
+    if sounds:
+        encoder_of(plan)
 
 
 def read_tools(name: str) -> list[Any]:

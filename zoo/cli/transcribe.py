@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from zoo.cli.options import load_options, sample_arguments, sample_options
-from zoo.cli.run import load_model, read_sounds, write_stream
+from zoo.cli.run import check_encoders, load_model, read_sounds, write_stream
 
 
 @click.command()
@@ -21,6 +21,7 @@ def transcribe(ref: str, sound: str, language: str | None, as_json: bool, **flag
 
     options = {"language": language, **sample_arguments(flags)}
     (heard,) = read_sounds((sound,))
+    check_encoders(ref, flags, (), (sound,))
     with load_model(ref, flags) as model:
         if as_json:
             emit(model.transcribe(heard, **options).to_dict())
