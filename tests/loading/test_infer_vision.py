@@ -55,3 +55,10 @@ def test_what_zoo_would_compute_otherwise_is_refused(change: dict[str, Any], mes
     (tmp_path / "params.json").write_text(json.dumps(values))
     with pytest.raises(CardError, match=message):
         infer_card(tmp_path)
+
+
+def test_a_model_that_sees_and_chats_says_so(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(FILES["pixtral-12b-base-2409"]))
+    assert infer_card(tmp_path)["text"]["features"] == []
+    (tmp_path / "tekken.json").write_text("{}")
+    assert infer_card(tmp_path)["text"]["features"] == ["chat", "vision"]

@@ -46,7 +46,7 @@ def infer_card(ref: str | Path) -> Node:
         "summary": f"Inferred from {name}{assumed}.",
         "context_length": context or families()["assumed_context"],
         "source": {"layout": "auto", "dtype": dtype},
-        "text": _text(folder),
+        "text": _text(folder, [name for name in ("vision", "audio") if name in model]),
         "model": model,
     }
 
@@ -151,8 +151,11 @@ def _context(settings: Settings, row: Node, folder: Path) -> int | None:
     return None
 
 
-def _text(folder: Path) -> Node:
-    """Tokenizer and chat format by the files that are there; chat where a template, or no word against it, is there."""
+def _text(folder: Path, media: list[str]) -> Node:
+    """Tokenizer and chat format by the files that are there; chat where a template, or no word against it, is there.
+
+    media: the features of encoders, for models that chat.
+    """
     names = {child.name for child in folder.iterdir()}
     own = any(name == "tekken.json" or name.startswith("tokenizer.model.v") for name in names)
     if not own and not (PARAMS in names and "tokenizer.model" in names):
@@ -162,13 +165,13 @@ def _text(folder: Path) -> Node:
         return {
             "tokenizer": {"kind": "huggingface"},
             "chat": "template" if chat else "none",
-            "features": ["chat"] if chat else [],
+            "features": ["chat", *media] if chat else [],
         }
     chat = "tokenizer_config.json" not in names or _has_template(folder, names)
     return {
         "tokenizer": {"kind": "mistral"},
         "chat": "mistral" if chat else "none",
-        "features": ["chat"] if chat else [],
+        "features": ["chat", *media] if chat else [],
     }
 
 
