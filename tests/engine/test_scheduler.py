@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 Make = Callable[..., Any]
 
@@ -108,3 +111,45 @@ def test_prompts_are_admitted_only_when_they_fit_whole(make_engine: Make, ask: M
     engine.run()
     # The small one does not overtake: order of arrival.
     assert decoder.steps[:7] == [[8], [8], [8], [6], [1], [1], [8]]
+
+
+def steps_counted(engine: Any, steps: int) -> Counter[str]:
+    """How often each function, Python's or C's, is called by so many steps."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            calls[argument.__name__ if event == "c_call" else frame.f_code.co_qualname] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        for _ in range(steps):
+            engine.step()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+class Line(deque[Any]):
+    """Those that wait, of whom a step may see the ends only."""
+
+    def _scan(self, *arguments: object) -> NoReturn:
+        raise AssertionError("a step looked at everyone that waits")
+
+    __iter__ = __contains__ = __reversed__ = insert = index = count = copy = _scan
+
+
+def test_a_step_costs_the_same_however_many_wait(make_engine: Make, ask: Make) -> None:
+    def calls(requests: int) -> Counter[str]:
+        engine = make_engine(max_batch_size=4)
+        for i in range(requests):
+            engine.submit(ask([1 + i % 7] * 5, max_tokens=2 + i % 4, seed=1))
+        engine._scheduler.waiting = Line(engine._scheduler.waiting)
+        found = steps_counted(engine, 6)
+        engine.close()
+        return found
+
+    few, many = calls(20), calls(2000)
+    assert few == many
+    assert few["Scheduler.drop"] > 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
@@ -26,11 +27,12 @@ class Scheduler:
     A decoding sequence that finds no room takes it from the youngest, which is computed again later with what
     it had generated. That one is first in line then, and needs more room than it left, so that it cannot come back
     before another ends: two sequences never take turns in throwing each other out.
+    A step looks at those that run and at the first one that waits, however many wait.
     """
 
     def __init__(self, memory: Memory, *, chunk_tokens: int, max_batch_size: int) -> None:
         self.memory, self.chunk_tokens, self.max_batch_size = memory, chunk_tokens, max_batch_size
-        self.waiting: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
 
@@ -40,13 +42,13 @@ class Scheduler:
     def drop(self, seq: Sequence) -> None:
         """Forget a sequence that ended, wherever it stands."""
         self.memory.free(seq.number)
-        for line in (self.running, self.waiting):
-            if seq in line:
-                line.remove(seq)
+        # Those that run are few, and what ends nearly always runs.
+        line = self.running if seq in self.running else self.waiting
+        line.remove(seq)
 
     def restart(self, seqs: Iterable[Sequence]) -> None:
         """Make all unfinished sequences wait with nothing cached: after an interrupted step no state can be trusted."""
-        self.waiting, self.running = sorted(seqs, key=_arrival), []
+        self.waiting, self.running = deque(sorted(seqs, key=_arrival)), []
         for seq in self.waiting:
             self.memory.free(seq.number)
             seq.past = 0
@@ -78,7 +80,7 @@ class Scheduler:
     def _has_room(self, seq: Sequence) -> bool:
         while not self.memory.reserve(seq.number, len(seq.tokens)):
             youngest = self.running.pop()
-            self.waiting.insert(0, youngest)
+            self.waiting.appendleft(youngest)
             youngest.past = 0
             self.memory.free(youngest.number)
             self.preemptions += 1
@@ -92,6 +94,5 @@ class Scheduler:
         seq = self.waiting[0]
         if not self.memory.reserve(seq.number, len(seq.tokens)):
             return None
-        self.running.append(seq)
-        del self.waiting[0]
+        self.running.append(self.waiting.popleft())
         return seq
