@@ -94,13 +94,9 @@ def adaptable(module: nn.Module, path: str) -> bool:
 
 
 def merge(linear: Linear, change: LowRank) -> None:
-    """Adds the change to the weight for good; a weight in oneDNN's layout is stored so again."""
-    weight_OI = linear.weight.detach()
-    plain_OI = weight_OI.to_dense() if weight_OI.is_mkldnn else weight_OI
-    merged_OI = (plain_OI.float() + change.delta()).to(plain_OI.dtype)
-    linear.weight = nn.Parameter(merged_OI, requires_grad=False)
-    if weight_OI.is_mkldnn:
-        linear.pack()
+    """Adds the change to the weight for good, however it is stored."""
+    plain_OI = linear.values("weight")
+    linear.replace("weight", (), plain_OI.float() + change.delta())
 
 
 def _add(path: str, module: nn.Module, inputs: tuple[Tensor, ...], y_TO: Tensor) -> Tensor:

@@ -7,16 +7,17 @@ results). The layout is a property of the weight: `product` asks it, and callers
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.components.matrix import Holder, Index, Matrix
 from zoo.components.tuning import LARGE, packed, packed_product, packing_pays, row_product
 
 
-class Linear(nn.Module):
+class Linear(Holder):
     """x W^T, plus a bias where there is one."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
@@ -26,65 +27,68 @@ class Linear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """(T, in) to (T, out)."""
-        return product(x_TI, self.weight, self.bias)
-
-    def pack(self) -> None:
-        """Stores the weight in oneDNN's layout if that is worth it; name, shape and dtype stay."""
-        if can_pack(self.weight):
-            self.weight = nn.Parameter(packed(self.weight.detach()), requires_grad=False)
+        return product(x_TI, self.matrix("weight"), self.bias)
 
 
-def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def product(x_TI: Tensor, weight_OI: Tensor | Matrix, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b of (T, in) rows, by the way that suits the weight's layout and the number of rows."""
-    if weight_OI.is_mkldnn:
-        return packed_product(x_TI, weight_OI, bias_O)
+    if not isinstance(weight_OI, Tensor):
+        return weight_OI.product(x_TI, bias_O)
     if x_TI.shape[0] == 1 and _is_large(weight_OI) and not torch.is_grad_enabled():
         return row_product()(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
 
 
-@runtime_checkable
-class Packable(Protocol):
-    """A module that can store its own weights in oneDNN's layout."""
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A bfloat16 matrix in oneDNN's layout: of the same size, and exactly the same values."""
 
-    def pack(self) -> None:
-        """Packs what is worth it."""
-        ...
+    weight_OI: Tensor
 
+    @classmethod
+    def of(cls, weight_OI: Tensor) -> Packed:
+        """Packs row-major values."""
+        return cls(packed(weight_OI))
 
-@runtime_checkable
-class Parted(Protocol):
-    """A module that keeps a parameter's numbers elsewhere, in parts of its own."""
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight_OI.shape
 
-    def part(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
-        """A piece of one of its own parameters, in the plain layout."""
-        ...
+    @property
+    def nbytes(self) -> int:
+        return self.weight_OI.numel() * self.weight_OI.itemsize
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight_OI.device
 
-def stored(module: nn.Module, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
-    """A piece of a parameter in the plain layout, however the module that owns it stores it."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if isinstance(owner, Parted):
-        return owner.part(leaf, index)
-    value = owner.get_parameter(leaf).detach()
-    return (value.to_dense() if value.is_mkldnn else value)[index]
+    def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return packed_product(x_TI, self.weight_OI, bias_O)
+
+    def plain(self, index: Index = ()) -> Tensor:
+        return self.weight_OI.to_dense()[index]
+
+    def renewed(self, weight_OI: Tensor) -> Packed:
+        return Packed.of(weight_OI)
 
 
 def pack_weights(module: nn.Module) -> None:
     """Stores the large bfloat16 weights of a loaded model in the layout that this CPU reads fastest.
 
-    Inference only: gradients and `state_dict` need the plain layout (`weight.to_dense()` gives it back). Weights
-    are packed one by one, so that memory never holds more than one twice. Does nothing where it would not help.
+    Inference only: gradients and `state_dict` need the plain layout (`zoo.components.matrix.values` gives it back).
+    Parameters are packed one by one, so that memory never holds more than one twice. Does nothing where it would not
+    help.
     """
-    for child in module.modules():
-        if isinstance(child, Packable):
-            child.pack()
+    for holder in module.modules():
+        if isinstance(holder, Holder):
+            for name in holder.MATRICES:
+                if name not in holder.stored and can_pack(holder.get_parameter(name)):
+                    holder.store(name, Packed.of)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether `weight` is worth packing on this machine."""
-    return _is_large(weight) and not weight.is_mkldnn and packing_pays()
+    """Whether the matrices of `weight` are worth packing on this machine."""
+    return _is_large(weight if weight.ndim == 2 else weight[0]) and packing_pays()
 
 
 def _is_large(weight: Tensor) -> bool:

@@ -322,7 +322,7 @@ class Model:
     def close(self) -> None:
         """End running requests and free weights and cache. The model cannot be used afterwards."""
         self._engine.close()
-        # A new module and not `to("meta")`, which fails on oneDNN's layout and does not know of packed experts.
+        # A new module and not `to("meta")`, which does not know of matrices in layouts of their own.
         self._module = assemble(self.plan, self.placement.dtype)
         if self.placement.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -56,8 +56,7 @@ class Decoder(nn.Module):
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """Float32 logits (R, V) of normalised rows."""
-        weight_VD = self.embed.weight if self.head is None else self.head.weight
-        logits_RV = product(x_RD, weight_VD).float()
+        logits_RV = (product(x_RD, self.embed.weight) if self.head is None else self.head(x_RD)).float()
         if self.spec.logits_divisor is not None:
             logits_RV = logits_RV / self.spec.logits_divisor
         if self.spec.logits_softcap is not None:

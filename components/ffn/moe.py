@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from zoo.components.build import load, make
 from zoo.components.ffn.spec import MoESpec
-from zoo.components.linear import can_pack, product
-from zoo.components.tuning import packed
+from zoo.components.linear import product
+from zoo.components.matrix import Holder
 
 
-class MoE(nn.Module):
+class MoE(Holder):
     """sum_k weight_k expert_k(x) over the experts that the router chooses for each token."""
+
+    MATRICES: ClassVar[tuple[str, ...]] = ("experts_in", "experts_down")
 
     def __init__(self, spec: MoESpec) -> None:
         super().__init__()
@@ -29,7 +31,6 @@ class MoE(nn.Module):
         self.experts_down_bias = nn.Parameter(torch.empty(spec.num_experts, spec.dim)) if spec.biased else None
         self.router = make(spec.router)
         self.shared = None if spec.shared is None else make(spec.shared)
-        self.packed: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
@@ -38,30 +39,8 @@ class MoE(nn.Module):
         routed_TD = way(x_TD, weights_TK, experts_TK)
         return routed_TD if self.shared is None else routed_TD + self.shared(x_TD)
 
-    def pack(self) -> None:
-        """Stores each expert in oneDNN's layout if that is worth it.
-
-        The parameters keep their names and shapes, on the meta device: the packed experts take their place.
-        """
-        if not (can_pack(self.experts_in[0]) and can_pack(self.experts_down[0])):
-            return
-        self.packed = [
-            (packed(first), packed(down))
-            for first, down in zip(self.experts_in.detach(), self.experts_down.detach(), strict=True)
-        ]
-        self.experts_in = nn.Parameter(self.experts_in.detach().to("meta"), requires_grad=False)
-        self.experts_down = nn.Parameter(self.experts_down.detach().to("meta"), requires_grad=False)
-
-    def part(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
-        """A piece of a parameter in the plain layout; of packed experts, of one of them."""
-        if not self.packed:
-            return self.get_parameter(name).detach()[index]
-        expert, *rest = index
-        assert isinstance(expert, int)
-        return self.packed[expert][("experts_in", "experts_down").index(name)].to_dense()[tuple(rest)]
-
     def _expert(self, index: int, x_TD: Tensor) -> Tensor:
-        first, down = self.packed[index] if self.packed else (self.experts_in[index], self.experts_down[index])
+        first, down = self.matrix("experts_in", index), self.matrix("experts_down", index)
         in_bias, down_bias = _of(self.experts_in_bias, index), _of(self.experts_down_bias, index)
         return product(self.between(self.spec.form, product(x_TD, first, in_bias)), down, down_bias)
 

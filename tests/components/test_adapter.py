@@ -87,10 +87,10 @@ def test_each_product_adds_what_merging_adds(decoder: Decoder) -> None:
         assert relative_error(unmerged, plain) > 5 * TOLERANCE, path
         linear = decoder.get_submodule(path)
         assert isinstance(linear, Linear)
-        before = linear.weight
+        before = linear.values("weight").clone()
         merge(linear, changes[path])
         assert relative_error(logits(decoder, TOKENS), unmerged) < TOLERANCE, path
-        linear.weight = before
+        linear.replace("weight", (), before)
     assert torch.equal(logits(decoder, TOKENS), plain)
     for handle in handles:
         handle.remove()

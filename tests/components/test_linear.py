@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from zoo.components import linear, tuning
 from zoo.components.cache.store import fresh_step
 from zoo.components.linear import Linear, pack_weights, product
+from zoo.components.matrix import values, weight_bytes
 
 needs_onednn = pytest.mark.skipif(not tuning._has_onednn(), reason="this processor has no oneDNN bfloat16 products")
 
@@ -45,15 +46,30 @@ def test_packed_weights_give_the_same(
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     layer = layer.bfloat16()
+    names = [name for name, _ in layer.named_parameters()]
     x = torch.randn(rows, 48).bfloat16()
     with torch.inference_mode():
         plain, weight = F.linear(x, layer.weight, layer.bias), layer.weight.clone()
-        layer.pack()
+        pack_weights(layer)
         close(layer(x), plain, "bfloat16")
-    assert layer.weight.is_mkldnn
-    assert (layer.weight.shape, layer.weight.dtype, layer.weight.nbytes) == (weight.shape, weight.dtype, weight.nbytes)
-    assert torch.equal(layer.weight.to_dense(), weight)
-    assert [name for name, _ in layer.named_parameters()] == (["weight", "bias"] if bias else ["weight"])
+    (packed,) = layer.stored["weight"]
+    assert (packed.shape, packed.nbytes) == (weight.shape, weight.nbytes)
+    assert torch.equal(layer.values("weight"), weight)
+    assert torch.equal(layer.values("weight", (slice(3, 5),)), weight[3:5])
+    assert (layer.weight.is_meta, layer.weight.shape, layer.weight.dtype) == (True, weight.shape, weight.dtype)
+    assert [name for name, _ in layer.named_parameters()] == names
+
+
+@needs_onednn
+def test_stored_weights_change_by_pieces(everything_is_large: None) -> None:
+    layer = Linear(48, 33).bfloat16()
+    torch.nn.init.normal_(layer.weight)
+    piece, expected = torch.randn(2, 48), layer.weight.detach().clone()
+    expected[3:5] = piece
+    pack_weights(layer)
+    layer.replace("weight", (slice(3, 5),), piece)
+    assert torch.equal(layer.values("weight"), expected)
+    assert torch.equal(layer.stored["weight"][0].plain(), expected)
 
 
 @needs_onednn
@@ -69,12 +85,16 @@ def test_packed_models_give_the_same(
     spec = small(ffn=ffn, tied_embeddings=tied)
     model, packed = filled(spec, torch.bfloat16), filled(spec, torch.bfloat16)
     shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert weight_bytes(packed) == weight_bytes(model)
     pack_weights(packed)
     pack_weights(packed)
     assert {name: p.shape for name, p in packed.named_parameters()} == shapes
-    assert packed.layers[0].mixer.qkv.weight.is_mkldnn
+    assert weight_bytes(packed) == weight_bytes(model)
+    assert packed.layers[0].mixer.qkv.weight.is_meta
     assert packed.layers[0].ffn.experts_down.is_meta
-    assert not packed.embed.weight.is_mkldnn
+    assert not packed.embed.weight.is_meta
+    for name in ("layers.0.mixer.qkv.weight", "layers.0.ffn.experts_down"):
+        assert torch.equal(values(packed, name, (2,)), values(model, name, (2,)))
     tokens = torch.tensor([3, 1, 30, 8])
     for rows in ([4], [1, 3], [1, 1, 1, 1]):
         step = fresh_step(spec, rows)
@@ -89,7 +109,7 @@ def test_small_and_exact_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> 
     assert can == [True, False, False, False]
     monkeypatch.setattr(linear, "packing_pays", lambda: False)
     pack_weights(layers[0])
-    assert not layers[0].weight.is_mkldnn
+    assert not layers[0].stored
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import zoo
 from zoo.assemble import assemble
 from zoo.cli import main
-from zoo.components import linear
+from zoo.components import linear, matrix
 from zoo.components.tuning import _has_onednn
 from zoo.loading.infer.families import families
 from zoo.loading.layouts import layout_named, read_layouts
@@ -167,7 +167,7 @@ def test_packed_weights_are_unpacked(
     monkeypatch.setattr(linear, "LARGE", 1)
     monkeypatch.setattr(linear, "packing_pays", lambda: True)
     packed = little(tmp_path / "plain", dtype="bfloat16")
-    assert packed.module.get_parameter("layers.0.mixer.o.weight").is_mkldnn
+    assert packed.module.get_parameter("layers.0.mixer.o.weight").is_meta
     packed.save(tmp_path / "packed")
     assert same_files(tmp_path / "plain", tmp_path / "packed")
 
@@ -367,12 +367,12 @@ def test_one_piece_at_a_time() -> None:
 
     def watched(module: torch.nn.Module, name: str, index: tuple[int | slice, ...]) -> torch.Tensor:
         seen.append(name)
-        return linear.stored(module, name, index)
+        return matrix.values(module, name, index)
 
     stacked = "model.layers.0.mlp.experts.down_proj"
     tensors = {t.name: t for t in file_tensors(plan.model, layout_named("huggingface"), [stacked])}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zoo.saving.values.stored", watched)
+        patch.setattr("zoo.saving.values.values", watched)
         parts = pieces(module, tensors[stacked])
         assert seen == []
         next(parts)

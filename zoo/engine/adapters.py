@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zoo.components.adapter import hook, merge, uses_of, using
 from zoo.components.linear import Linear
+from zoo.components.matrix import replace
 from zoo.loading.adapters.read import Adapter
 from zoo.registry.errors import RequestError, nearest
 
@@ -71,13 +72,13 @@ class Adapters:
     def merge(self, name: str, users: Sequence[str | None] = ()) -> None:
         """Adds an adapter to the weights for good. Raises RequestError as `remove`, and while any request runs."""
         adapter = self._named(name)
-        self._check_mergeable(name, adapter, len(users))
+        self._check_mergeable(name, len(users))
         for path, change in adapter.changes.items():
             linear = self._module.get_submodule(path)
             assert isinstance(linear, Linear)
             merge(linear, change)
         for tensor, value in adapter.whole:
-            self._replace(tensor.param, tensor.index, value)
+            replace(self._module, tensor.param, tensor.index, value)
         self.remove(name)
         self.merged.append(name)
 
@@ -139,7 +140,7 @@ class Adapters:
         paths = {path for adapter in self._loaded.values() for path in adapter.changes}
         self._hooks = hook(self._module, sorted(paths))
 
-    def _check_mergeable(self, name: str, adapter: Adapter, running: int) -> None:
+    def _check_mergeable(self, name: str, running: int) -> None:
         if running:
             raise RequestError(
                 "weights cannot change under unfinished requests",
@@ -147,22 +148,3 @@ class Adapters:
                 found=f"{running} of them",
                 hint="let them end, or cancel them",
             )
-        for tensor, _ in adapter.whole:
-            if self._module.get_parameter(tensor.param).is_meta:
-                raise RequestError(
-                    f"the adapter {name!r} replaces experts that are packed, which cannot be done",
-                    where=tensor.name,
-                    hint="load the model with dtype float32",
-                )
-
-    def _replace(self, param: str, index: tuple[int | slice, ...], value: torch.Tensor) -> None:
-        parameter = self._module.get_parameter(param)
-        if not parameter.is_mkldnn:
-            parameter[index] = value.to(parameter.device)
-            return
-        owner = self._module.get_submodule(param.rpartition(".")[0])
-        assert isinstance(owner, Linear)
-        plain = parameter.detach().to_dense()
-        plain[index] = value
-        owner.weight = nn.Parameter(plain, requires_grad=False)
-        owner.pack()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.components.cache.store import fresh_step
 from zoo.components.decoder.model import Decoder
+from zoo.components.matrix import weight_bytes
 from zoo.components.step import Rows, Step
 from zoo.engine.adapters import Adapters
 from zoo.engine.capture import Captured
@@ -29,10 +30,8 @@ class Runner:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the decoder's parameters and buffers, and of the loaded adapters."""
-        return self.adapters.nbytes + sum(
-            t.numel() * t.element_size() for t in (*self.decoder.parameters(), *self.decoder.buffers())
-        )
+        """Bytes of the decoder's parameters and buffers as they are stored, and of the loaded adapters."""
+        return self.adapters.nbytes + weight_bytes(self.decoder)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from zoo.components.linear import stored
+from zoo.components.matrix import values
 from zoo.loading.layouts import Row
 from zoo.registry.spec import Rotary, Tensor
 from zoo.saving.names import FileTensor
@@ -16,7 +16,7 @@ from zoo.saving.names import FileTensor
 def pieces(module: nn.Module, tensor: FileTensor) -> Iterator[torch.Tensor]:
     """The tensor's numbers in the order of its bytes, on the CPU: one tensor of the model after the other."""
     for group in tensor.groups:
-        parts = (_turned(stored(module, part.param, part.index), part, tensor.row) for part in group)
+        parts = (_turned(values(module, part.param, part.index), part, tensor.row) for part in group)
         yield from [torch.cat([*parts], dim=-1)] if tensor.in_columns else parts
 
 

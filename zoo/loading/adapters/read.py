@@ -36,14 +36,13 @@ def read_adapter(plan: AdapterPlan, module: nn.Module) -> Adapter:
     Pairs that belong to one stored weight become one: their A below one another, their B each in its own columns.
     Raises WeightsError for files that have changed or end early.
     """
-    changes = {
-        path: _joined(found, cast(Linear, module.get_submodule(path)).weight) for path, found in plan.pieces.items()
-    }
+    changes = {path: _joined(found, cast(Linear, module.get_submodule(path))) for path, found in plan.pieces.items()}
     return Adapter(changes, [_whole(placement, module) for placement in plan.whole], plan.note)
 
 
-def _joined(found: Sequence[Piece], weight: torch.Tensor) -> LowRank:
+def _joined(found: Sequence[Piece], linear: Linear) -> LowRank:
     """Scaled in float32, so that the type of the weights rounds once."""
+    weight, device = linear.weight, linear.device_of("weight")
     rank = sum(piece.pair.rank for piece in found)
     a_LI, b_OL = torch.zeros(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
     start = 0
@@ -53,7 +52,7 @@ def _joined(found: Sequence[Piece], weight: torch.Tensor) -> LowRank:
         fill_places((b_OL[placement.tensor.index][:, columns], placement) for placement in piece.b)
         b_OL[:, columns] *= piece.pair.scale
         start = columns.stop
-    return LowRank(*(factor.to(weight.device, weight.dtype) for factor in (a_LI, b_OL)))
+    return LowRank(*(factor.to(device, weight.dtype) for factor in (a_LI, b_OL)))
 
 
 def _whole(placement: Placement, module: nn.Module) -> tuple[Tensor, torch.Tensor]:
