@@ -54,7 +54,7 @@ constraints: $(VENV)/installed-tests
 	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .mypy_tree .mypy_cache .ruff_cache .pytest_cache build zoo_inference.egg-info
+	rm -rf $(VENV) .mypy_tree .mypy_cache .ruff_cache .pytest_cache build zoo_inference.egg-info components/native/*.so
 
 # The environment is made anew when PYTHON's version changes, and brought up to date when the requirements do.
 $(VENV)/python-$(VERSION): | python
@@ -66,7 +66,7 @@ python:
 	  echo 'zoo needs Python 3.11 or newer; $(PYTHON) is $(or $(VERSION),not there). Name another: make run PYTHON=python3.12' >&2; \
 	  exit 2; }
 
-$(VENV)/installed: pyproject.toml constraints.txt $(VENV)/python-$(VERSION)
+$(VENV)/installed: pyproject.toml constraints.txt components/native/kernels.c $(VENV)/python-$(VERSION)
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 

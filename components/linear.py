@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.components import native
 from zoo.components.matrix import Holder, Index, Matrix
 from zoo.components.tuning import LARGE, packed, packed_product, packing_pays, row_product
 
@@ -34,6 +35,8 @@ def product(x_TI: Tensor, weight_OI: Tensor | Matrix, bias_O: Tensor | None = No
     """x W^T + b of (T, in) rows, by the way that suits the weight's layout and the number of rows."""
     if not isinstance(weight_OI, Tensor):
         return weight_OI.product(x_TI, bias_O)
+    if native.runs(x_TI, weight_OI, bias_O):
+        return native.product(x_TI, weight_OI, bias_O)
     if x_TI.shape[0] == 1 and _is_large(weight_OI) and not torch.is_grad_enabled():
         return row_product()(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)

@@ -15,21 +15,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"zoo": "zoo", "zoo/registry": "registry", "zoo/components": "components", "zoo/cards": "cards"}
-NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.egg-info")
+NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "*.pyd")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _built(tmp_path_factory.mktemp("wheel"))
+
+
+def _built(place: Path, **environment: str) -> Path:
     """A wheel built from a copy of the sources, without network and without leaving files beside them."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    tree, out = place / "tree", place / "out"
     for folder in FOLDERS.values():
         shutil.copytree(ROOT / folder, tree / folder, ignore=NOT_SHIPPED)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tree / file)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    built = subprocess.run([*pip, "--wheel-dir", str(out), str(tree)], capture_output=True, text=True)
+    command = [*pip, "--wheel-dir", str(out), str(tree)]
+    built = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert built.returncode == 0, built.stderr
-    return next(out.glob("zoo_inference-*-py3-none-any.whl"))
+    return next(out.glob("zoo_inference-*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,25 @@ def test_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
         f"{inside}/{file.relative_to(ROOT / folder).as_posix()}"
         for inside, folder in FOLDERS.items()
         for file in (ROOT / folder).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        if file.is_file() and "__pycache__" not in file.parts and file.suffix not in (".so", ".pyd")
     }
-    assert names == expected
+    built = {name for name in names if name.startswith("zoo/components/native/kernels.") and not name.endswith(".c")}
+    assert names - built == expected
+    assert len(built) == (1 if shutil.which("cc") else 0)
+
+
+NATIVE = "from zoo.components import native; print(native.missing())"
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_wheel_brings_its_kernels(site: Path) -> None:
+    assert _python(site, "-c", NATIVE).strip() in ("None", "this processor has no AVX-512")
+
+
+def test_without_a_compiler_a_wheel_has_no_kernels(tmp_path: Path) -> None:
+    wheel = _built(tmp_path, CC="no-such-compiler")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert _python(tmp_path / "site", "-c", NATIVE).startswith("not built")
 
 
 def test_wheel_is_small(wheel: Path) -> None:

@@ -39,6 +39,7 @@ def doctor() -> None:
         ["memory", f"{size(free_memory())} free of {size(total_memory())}"],
         ["disk", f"{size(shutil.disk_usage(_cache()).free)} free for {_cache()}"],
         *_torch(),
+        ["native kernels", _native()],
         *([name, _optional(name, cost)] for name, cost in _OPTIONAL.items()),
     ]
     click.echo(columns(facts, heading=False))
@@ -66,6 +67,20 @@ def _torch() -> list[list[str]]:
         ["torch", f"{torch.__version__}, {torch.get_num_threads()} threads, CPU kernels {cpu}"],
         ["devices", "; ".join(devices) or "no GPU: the model runs on the CPU"],
     ]
+
+
+def _native() -> str:
+    """What is used, and what that gives or what its absence costs: a short race on this machine."""
+    from zoo.components import native
+    from zoo.components.native.measure import plain_read_rate, product_rates
+
+    rates = {name: f"{rate / 1e9:.0f}" for name, rate in product_rates().items()}
+    reason = native.missing()
+    if reason is None:
+        way = "by AVX512-BF16" if native.library().level == native.DOT else "by AVX-512"
+        return f"{way}: one token reads weights at {rates['native']} GB/s, by torch's kernels at {rates['torch']}"
+    limit = f"{plain_read_rate() / 1e9:.0f}"
+    return f"{reason}: one token reads weights at {rates['torch']} GB/s, where memory gives {limit} or more"
 
 
 def _cache() -> Path:

@@ -1,0 +1,135 @@
+"""Kernels in C for what PyTorch leaves on the table on a CPU, an optional part of an installation.
+
+`kernels.c` beside this file is built by setuptools where there is a compiler, and loaded here by ctypes. Where it is
+not there, or the processor has no AVX-512, everything runs by PyTorch's own kernels: `missing` says why, `zoo doctor`
+what that costs. ZOO_NATIVE=off leaves the kernels out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.registry.errors import ZooError
+
+log = logging.getLogger("zoo.components")
+
+TOLERANCE = 1e-2
+"""Relative error of a bfloat16 product that the check at first use allows: its rounding is 4e-3."""
+
+FEW = 8
+"""Rows up to which a product is the kernels' work."""
+
+NONE, MULTIPLY_ADD, DOT = range(3)
+"""What `zoo_level` in kernels.c answers."""
+
+_SIZE, _ADDRESS, _COUNT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
+_ARGUMENTS = {
+    "zoo_product": [_COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
+    "zoo_read": [_ADDRESS, _SIZE, _COUNT],
+}
+
+
+def runs(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> bool:
+    """Whether `product` is the way to multiply these: a few bfloat16 rows on a CPU, without gradients."""
+    return (
+        weight_OI.dtype is torch.bfloat16
+        and x_TI.dtype is torch.bfloat16
+        and (bias_O is None or bias_O.dtype is torch.bfloat16)
+        and 0 < x_TI.shape[0] <= FEW
+        and weight_OI.device.type == "cpu"
+        and weight_OI.is_contiguous()
+        and x_TI.ndim == 2
+        and x_TI.stride(1) == 1
+        and not torch.is_grad_enabled()
+        and missing() is None
+    )
+
+
+def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b, summed in float32 in an order that does not depend on the number of rows. See `product_reference`."""
+    return library().product(x_TI, weight_OI, bias_O)
+
+
+def product_reference(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """The formula, in float32, rounded once."""
+    bias = None if bias_O is None else bias_O.float()
+    return F.linear(x_TI.float(), weight_OI.float(), bias).to(x_TI.dtype)
+
+
+@cache
+def missing() -> str | None:
+    """Why the kernels are not in use, None where they are. Raises ZooError for a ZOO_NATIVE that is neither."""
+    choice = os.environ.get("ZOO_NATIVE", "auto")
+    if choice not in ("auto", "off"):
+        raise ZooError(
+            "unknown use of native kernels", where="ZOO_NATIVE", found=repr(choice), expected="'auto' or 'off'"
+        )
+    if choice == "off":
+        return "ZOO_NATIVE=off"
+    if _file() is None:
+        return "not built: there was no C compiler when zoo was installed"
+    if library().level == NONE:
+        return "this processor has no AVX-512"
+    error = library().error()
+    if not error < TOLERANCE:
+        log.warning("zoo: the native kernels are off by %.0e on this processor and are left out", error)
+        return f"off by {error:.0e} on this processor"
+    return None
+
+
+class Kernels:
+    """The loaded library. level: how it computes products, one of NONE, MULTIPLY_ADD and DOT."""
+
+    def __init__(self, path: Path, level: int | None = None) -> None:
+        self.handle = ctypes.CDLL(str(path))
+        for name, arguments in _ARGUMENTS.items():
+            getattr(self.handle, name).argtypes = arguments
+        self.level = self.handle.zoo_level() if level is None else level
+
+    def product(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """As `product`, by this library."""
+        (rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
+        y_TO = torch.empty(rows, outputs, dtype=x_TI.dtype)
+        self.handle.zoo_product(
+            self.level,
+            rows,
+            inputs,
+            outputs,
+            x_TI.data_ptr(),
+            x_TI.stride(0),
+            weight_OI.data_ptr(),
+            None if bias_O is None else bias_O.data_ptr(),
+            y_TO.data_ptr(),
+            outputs,
+            torch.get_num_threads(),
+        )
+        return y_TO
+
+    def error(self) -> float:
+        """The relative error of a small product: a processor may not be the one that the tests ran on."""
+        draw = torch.Generator().manual_seed(0)
+        sizes = ((FEW - 3, 75), (29, 75), (29,))
+        x_TI, weight_OI, bias_O = (torch.randn(*size, generator=draw).bfloat16() for size in sizes)
+        expected = product_reference(x_TI, weight_OI, bias_O).float()
+        return float((self.product(x_TI, weight_OI, bias_O).float() - expected).norm() / expected.norm())
+
+
+@cache
+def library() -> Kernels:
+    path = _file()
+    assert path is not None, "asked for without `missing`"
+    return Kernels(path)
+
+
+def _file() -> Path | None:
+    names = (Path(__file__).parent / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in names if path.is_file()), None)

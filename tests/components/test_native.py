@@ -1,0 +1,137 @@
+"""The native kernels against their formulas, and what happens without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.components import native
+from zoo.components.linear import Linear
+from zoo.components.native import measure
+from zoo.components.native.measure import plain_read_rate, product_rates, read_limit
+from zoo.registry.errors import ZooError
+
+needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
+
+
+@pytest.fixture(params=[native.MULTIPLY_ADD, native.DOT], ids=["multiply-add", "dot"])
+def kernels(request: pytest.FixtureRequest) -> native.Kernels:
+    path = native._file()
+    assert path is not None
+    if request.param > native.Kernels(path).level:
+        pytest.skip("not on this processor")
+    return native.Kernels(path, request.param)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """The kernels are looked for anew, and again afterwards."""
+    native.missing.cache_clear()
+    yield
+    native.missing.cache_clear()
+
+
+def operands(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(rows)
+    return (
+        torch.randn(rows, inputs).bfloat16(),
+        torch.randn(outputs, inputs).bfloat16(),
+        torch.randn(outputs).bfloat16(),
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("inputs", [1, 32, 107])
+@pytest.mark.parametrize("rows", [*range(1, 9), 13, 21])
+def test_products_equal_the_formula(
+    rows: int, inputs: int, kernels: native.Kernels, close: Callable[..., None]
+) -> None:
+    x, weight, bias = operands(rows, inputs, 53)
+    for added in (None, bias):
+        close(kernels.product(x, weight, added), native.product_reference(x, weight, added), "bfloat16")
+    apart = torch.randn(rows, inputs + 5).bfloat16()[:, :inputs]
+    close(kernels.product(apart, weight, None), native.product_reference(apart, weight), "bfloat16")
+
+
+@needs_kernels
+def test_rows_do_not_depend_on_their_neighbours(kernels: native.Kernels) -> None:
+    x, weight, bias = operands(21, 1099, 77)
+    alone = torch.cat([kernels.product(row.unsqueeze(0), weight, bias) for row in x])
+    for rows in range(2, 22):
+        assert torch.equal(kernels.product(x[:rows], weight, bias), alone[:rows]), rows
+
+
+@needs_kernels
+def test_what_is_not_a_number_stays_so(kernels: native.Kernels) -> None:
+    x, weight, _ = operands(2, 40, 9)
+    x[1, 3], weight[4, 7] = float("nan"), float("inf")
+    found = kernels.product(x, weight, None)
+    assert found[1].isnan().all()
+    assert found[0].isfinite().tolist() == [n != 4 for n in range(9)]
+
+
+@needs_kernels
+def test_linear_maps_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = operands(3, 24, 17)
+    layer = Linear(24, 17, bias=True).bfloat16()
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    used: list[int] = []
+    real = native.product
+
+    def noted(x: Tensor, *rest: Tensor | None) -> Tensor:
+        used.append(len(x))
+        return real(x, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(native, "product", noted)
+    layer(x)
+    layer.float()(x.float())
+    assert not used
+    with torch.inference_mode():
+        assert torch.equal(layer.bfloat16()(x), real(x, weight, bias))
+        layer.float()(x.float())
+        layer.bfloat16()(x.T.contiguous().T)
+    assert used == [3]
+
+
+def test_switch(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_NATIVE", "off")
+    assert native.missing() == "ZOO_NATIVE=off"
+    assert read_limit() is None
+    native.missing.cache_clear()
+    monkeypatch.setenv("ZOO_NATIVE", "on")
+    with pytest.raises(ZooError, match=r"ZOO_NATIVE.*'on'.*'auto' or 'off'"):
+        native.missing()
+
+
+def test_absence_is_said(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZOO_NATIVE", raising=False)
+    monkeypatch.setattr(native, "_file", lambda: None)
+    assert str(native.missing()).startswith("not built")
+
+
+@needs_kernels
+def test_kernels_that_err_are_left_out(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = native.product_reference
+    monkeypatch.setattr(native, "product_reference", lambda *args: real(*args) * 1.1)
+    assert str(native.missing()).startswith("off by 9e-02")
+    assert "left out" in caplog.text
+
+
+@needs_kernels
+def test_rates_are_of_a_memorys_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SHAPE", (64, 4096))
+    rates = product_rates(0.001)
+    assert rates.keys() == {"torch", "native"}
+    for found in (*rates.values(), plain_read_rate(0.001, 1 << 20), read_limit(0.001, 1 << 22)):
+        assert found is not None
+        assert 1e7 < found < 1e13
+
+
+def test_sources_are_beside_the_loader() -> None:
+    assert (Path(native.__file__).parent / "kernels.c").is_file()
