@@ -144,6 +144,12 @@ class Spec(BaseModel):
         for name, child in self.children().items():
             yield from child.walk(f"{path}.{name}" if path else name)
 
+    def passes(self) -> Iterator[Spec]:
+        """This Spec and all below it, each as often as a token goes through it."""
+        yield self
+        for child in self.children().values():
+            yield from child.passes()
+
     def all_parameters(self) -> dict[str, Param]:
         """Every stored parameter of the tree by its full attribute path."""
         return {

@@ -1,12 +1,11 @@
 """Where a model runs and in which number format: what the machine really has, said in one line."""
 
-import platform
 from dataclasses import dataclass
 
 import torch
 
 from zoo.loading.hub.types import human_bytes
-from zoo.machine import free_memory
+from zoo.machine import free_memory, processor
 from zoo.registry.errors import CapacityError, RequestError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,4 +113,4 @@ def _refuse_missing(device: torch.device, dtype: torch.dtype) -> None:
 
 def describe(device: torch.device) -> str:
     """The device's name for people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

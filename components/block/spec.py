@@ -1,5 +1,6 @@
 """Settings of the blocks that norm, scale or share otherwise than the plain one, `prenorm`."""
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -106,6 +107,11 @@ class SharingSpec(Spec):
 
     def state(self) -> StateSpec:
         return JointStateSpec(states=(self.shared[self.number].state(), self.mixer.state()))
+
+    def passes(self) -> Iterator[Spec]:
+        yield from super().passes()
+        if not self.uses:
+            yield from self.shared[self.number].passes()
 
     def flops(self, context: int) -> float:
         lent = 0.0 if self.uses else sum(spec.flops(context) for _, spec in self.shared[self.number].walk())

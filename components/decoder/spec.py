@@ -1,5 +1,6 @@
 """Settings of the decoder and of its blocks."""
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -136,6 +137,13 @@ class DecoderSpec(Spec):
         """Without the shared blocks, each of which stands in the first layer that uses it."""
         layers: dict[str, Spec] = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
         return {"norm": self.norm, **layers, **self.encoders()}
+
+    def passes(self) -> Iterator[Spec]:
+        """Without the encoders: tokens of text do not go through them."""
+        yield self
+        for name, child in self.children().items():
+            if name not in self.encoders():
+                yield from child.passes()
 
     def encoders(self) -> dict[str, EncoderSpec]:
         """The encoders of media by the name of their node, which is the module's too."""

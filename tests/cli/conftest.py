@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -38,3 +39,13 @@ def zoo_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         return Outcome(printed.out, printed.err, ended.value.code)
 
     return run
+
+
+@pytest.fixture
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's limits from four megabytes: figures that mean little, in no time."""
+    from zoo.bench.limits import machine_limits
+
+    small = partial(machine_limits, total_bytes=1 << 22, size=128, repeats=1)
+    monkeypatch.setattr("zoo.bench.limits.machine_limits", small)
+    monkeypatch.setattr("zoo.bench.machine.machine_limits", small)

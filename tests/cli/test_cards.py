@@ -172,11 +172,56 @@ def test_plugins_and_doctor(zoo_command: Command) -> None:
     assert "memory" in shown
 
 
-def test_bench_measures(zoo_command: Command) -> None:
-    sizes = ("--prompt-tokens", "9", "--new-tokens", "40", "--repeats", "1", "--batch", "1", "--batch", "2")
-    found = json.loads(zoo_command("bench", "tiny", "--weights", "random", "--json", *sizes).out)
-    assert [row["batch"] for row in found["results"]] == [1, 2]
-    assert all(row["decode_tokens_per_second"] > 0 for row in found["results"])
+def test_bench_measures(zoo_command: Command, quick_limits: None) -> None:
+    sizes = (
+        "--prompt-tokens",
+        "9",
+        "--new-tokens",
+        "4",
+        "--repeats",
+        "1",
+        "--batch",
+        "1",
+        "--batch",
+        "2",
+        "--requests",
+        "3",
+    )
+    found = json.loads(zoo_command("bench", "tiny", "--weights", "random", "--json", *sizes).out)["model"]
+    rows = [(row["kind"], row["batch"]) for row in found["results"]]
+    assert rows == [("prefill", 1), ("decode", 1), ("decode", 2), ("prefill", 1), ("decode", 1)]
+    assert all(row["tokens_per_second"] > 0 for row in found["results"])
+    assert found["traffic"]["requests"] == 3
+    shown = zoo_command("bench", "tiny", "--weights", "random", "--curves", *sizes)
+    assert "decode of 2 sequences of 9 tokens" in shown.err
+    assert "against context" in shown.out
+    assert "GB/s" in shown.out
+
+
+def test_bench_of_nothing_is_refused(zoo_command: Command) -> None:
+    assert "expected REF, or --machine" in zoo_command("bench").err
+
+
+def test_an_interrupted_bench_shows_what_it_has(
+    zoo_command: Command, quick_limits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zoo.bench.suite.measure_decode", interrupted)
+    found = zoo_command("bench", "tiny", "--weights", "random", "--prompt-tokens", "9", "--repeats", "1")
+    assert found.code == 130
+    assert "prefill" in found.out
+    assert "decode" not in found.out
+
+
+def test_bench_of_the_machine_is_stored(
+    zoo_command: Command, quick_limits: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = json.loads(zoo_command("bench", "--machine", "--json").out)
+    assert found["machine"]["limits"]["call_s"] > 0
+    assert json.loads((tmp_path / "zoo/machine-cpu.json").read_text()) == found["machine"]
 
 
 def test_removing_or_fetching_what_has_no_repository(zoo_command: Command) -> None:

@@ -1,48 +1,132 @@
-"""zoo bench: how fast this machine runs a model."""
+"""zoo bench: how fast this machine is, and how fast it runs a model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zoo.cli.options import load_options
+from zoo.registry.errors import RequestError
+
+if TYPE_CHECKING:
+    from zoo.bench.measure import Measurement
+    from zoo.bench.suite import Report
+    from zoo.bench.traffic import Traffic
+    from zoo.costs.profile import Limits
 
 AT_LEAST_ONE = click.IntRange(min=1)
 
 
 @click.command()
-@click.argument("ref")
+@click.argument("ref", required=False)
+@click.option("--machine", is_flag=True, help="Measure this machine anew and store that for `zoo inspect`.")
 @click.option(
-    "--batch", "batches", type=AT_LEAST_ONE, multiple=True, default=(1, 8), show_default=True, help="May be repeated."
+    "--batch",
+    "batches",
+    type=AT_LEAST_ONE,
+    multiple=True,
+    default=(1, 8, 32, 64, 256),
+    show_default=True,
+    help="Sequences that decode together. May be repeated.",
 )
 @click.option("--prompt-tokens", type=AT_LEAST_ONE, default=512, show_default=True)
-@click.option("--new-tokens", type=AT_LEAST_ONE, default=32, show_default=True)
-@click.option("--repeats", type=AT_LEAST_ONE, default=3, show_default=True)
+@click.option("--new-tokens", type=AT_LEAST_ONE, default=16, show_default=True, help="Decode steps to time.")
+@click.option("--repeats", type=AT_LEAST_ONE, default=3, show_default=True, help="Of prefill.")
+@click.option("--curves", is_flag=True, help="Also a step's time against context length and against batch.")
+@click.option(
+    "--requests", type=click.IntRange(min=0), default=24, show_default=True, help="That arrive while others run."
+)
+@click.option("--longest", type=float, default=60.0, show_default=True, help="Seconds that reading prompts may take.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @load_options
-def bench(
-    ref: str, batches: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int, as_json: bool, **flags: Any
-) -> None:
-    """Measure REF's prefill and decode beside this machine's memory bandwidth (`--weights random` needs no files)."""
-    from zoo.bench import measure, read_bandwidth
-    from zoo.cli.console import columns, emit, note
-    from zoo.cli.run import load_model
+def bench(ref: str | None, machine: bool, as_json: bool, **flags: Any) -> None:
+    """Measure REF's prefill and decode beside this machine's limits (`--weights random` needs no files).
 
+    Interrupted, it shows what it has measured by then.
+    """
+    if ref is None and not machine:
+        raise RequestError("there is nothing to measure", where="zoo bench", expected="REF, or --machine, or both")
+    from zoo.cli.console import emit
+
+    found: dict[str, Any] = {}
+    try:
+        if machine:
+            found["machine"] = _machine(flags["device"])
+            if not as_json:
+                _write_limits(found["machine"].limits)
+        if ref is not None:
+            _model(ref, flags, found)
+    finally:
+        if as_json:
+            emit({name: value.model_dump() if name == "machine" else value.to_dict() for name, value in found.items()})
+        elif "model" in found:
+            _write(found["model"])
+
+
+def _machine(device: str) -> Any:
+    from zoo.bench.machine import profile
+    from zoo.cli.console import note
+    from zoo.costs.profile import store
+    from zoo.device import choose
+
+    chosen = choose(device, "auto", "bfloat16").device
+    measured = profile(chosen, note)
+    note(f"stored in {store(measured, chosen.type)}")
+    return measured
+
+
+def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
+    """Fills `found["model"]` as figures come."""
+    from zoo.bench.limits import machine_limits
+    from zoo.bench.suite import Options, Report, fill
+    from zoo.cli.console import note
+    from zoo.cli.run import load_model
+    from zoo.device import choose, describe
+
+    device = choose(flags["device"], "auto", "bfloat16").device
+    note("the machine's limits")
+    here = machine_limits(device)
+    names = ("prompt_tokens", "new_tokens", "repeats", "curves", "requests", "longest", "batches")
+    options = Options(**{name: flags[name] for name in names})
+    if flags["max_batch_size"] is None:
+        flags["max_batch_size"] = max(64, *options.batches)
     with load_model(ref, flags) as model:
-        bandwidth = read_bandwidth() if model.placement.device.type == "cpu" else None
-        if bandwidth:
-            note(f"memory bandwidth: {bandwidth / 1e9:.1f} GB/s read")
-        sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
-        results = [measure(model, batch=batch, bandwidth=bandwidth, **sizes) for batch in batches]
-    if as_json:
-        emit({"name": ref, "read_bytes_per_second": bandwidth, "results": [r.to_dict() for r in results]})
-        return
-    rows = [
-        [
-            str(r.batch),
-            f"{r.prefill_tokens_per_second:.1f}",
-            f"{r.decode_tokens_per_second:.2f}",
-            f"{r.bandwidth_share:.0%}" if r.bandwidth_share else "-",
-        ]
-        for r in results
-    ]
-    click.echo(columns([["BATCH", "PREFILL tok/s", "DECODE tok/s", "OF BANDWIDTH"], *rows]))
+        found["model"] = Report(model.card.name, describe(device), model.placement.dtype_name, here)
+        fill(found["model"], model, options, note)
+
+
+def _write_limits(limits: "Limits") -> None:
+    from zoo.cli.console import columns
+
+    rows = [["read", f"{rate / 1e9:.1f} GB/s", way] for way, rate in limits.read.items()]
+    rows += [["multiply", f"{rate / 1e9:.0f} G multiply-adds/s", dtype] for dtype, rate in limits.multiply.items()]
+    rows += [["call", f"{limits.call_s * 1e6:.2f} us", "the smallest operation"]]
+    click.echo(columns(rows, heading=False))
+
+
+def _write(report: "Report") -> None:
+    from zoo.cli.console import columns
+
+    click.echo(f"{report.name} in {report.dtype} on {report.device}")
+    _write_limits(report.limits)
+    for title, rows in {"": report.results, **report.curves}.items():
+        if rows:
+            head = ["WHAT", "BATCH", "CONTEXT", "tok/s", "ms", "OF READ", "OF MULTIPLY"]
+            click.echo("\n" + (f"against {title}\n" if title else "") + columns([head, *map(_row, rows)]))
+    if report.traffic:
+        click.echo("\n" + _traffic(report.traffic))
+    for left in report.left_out:
+        click.echo(f"left out: {left['what']}: {left['why']}")
+
+
+def _row(m: "Measurement") -> list[str]:
+    rates = [f"{m.tokens_per_second:.1f}", f"{m.seconds * 1e3:.1f}"]
+    return [m.kind, str(m.batch), str(m.context), *rates, f"{m.of_read:.0%}", f"{m.of_multiply:.0%}"]
+
+
+def _traffic(t: "Traffic") -> str:
+    return (
+        f"{t.requests} requests of {t.prompt_tokens / t.requests:.0f} + {t.new_tokens / t.requests:.0f} tokens, "
+        f"{t.in_flight:.1f} at a time: {t.new_tokens_per_second:.1f} new tokens/s; first after {t.first_median:.2f} s "
+        f"(95 of 100 within {t.first_95:.2f} s), then one every {t.between_median * 1e3:.0f} ms "
+        f"({t.between_95 * 1e3:.0f} ms)"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from zoo.engine.memory import Memory
 from zoo.engine.request import Request
@@ -75,15 +76,23 @@ class Admission:
             )
 
 
-def check_sizes(context_length: int, **sizes: int) -> None:
-    """Refuse engine sizes below 1 and a max_context beyond the model's. Raises RequestError naming the size."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise RequestError(f"{name} is out of range", where=name, found=str(size), expected="at least 1")
-    if sizes["max_context"] > context_length:
-        raise RequestError(
-            "max_context is out of range",
-            where="max_context",
-            found=str(sizes["max_context"]),
-            expected=f"at most {context_length}, the model's context_length",
-        )
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What an engine takes at most: sequences that run together, tokens of one of them, rows of a step."""
+
+    max_batch_size: int
+    max_context: int
+    chunk_tokens: int
+
+    def check(self, context_length: int) -> None:
+        """Refuse sizes below 1 and a max_context beyond the model's. Raises RequestError naming the size."""
+        for name, size in asdict(self).items():
+            if size < 1:
+                raise RequestError(f"{name} is out of range", where=name, found=str(size), expected="at least 1")
+        if self.max_context > context_length:
+            raise RequestError(
+                "max_context is out of range",
+                where="max_context",
+                found=str(self.max_context),
+                expected=f"at most {context_length}, the model's context_length",
+            )

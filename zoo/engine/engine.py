@@ -18,7 +18,7 @@ from zoo.components.cache.store import Store, make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.engine.adapters import Adapters
-from zoo.engine.admission import Admission, check_sizes
+from zoo.engine.admission import Admission, Sizes
 from zoo.engine.capture import Captured, captures
 from zoo.engine.media import Placed, place
 from zoo.engine.memory import Memory
@@ -64,7 +64,8 @@ class Engine:
         model, device = cast(DecoderSpec, plan.model), torch.device(device)
         context = model.context_length if max_context is None else max_context
         chunk = CHUNK_TOKENS.get(device.type, OTHER_CHUNK_TOKENS) if chunk_tokens is None else chunk_tokens
-        check_sizes(model.context_length, max_context=context, max_batch_size=max_batch_size, chunk_tokens=chunk)
+        self.sizes = Sizes(max_batch_size, context, chunk)
+        self.sizes.check(model.context_length)
 
         def make(spec: StateSpec, layers: int, budget: int | None) -> Store:
             return make_store(spec, layers, dtype, device, storage, budget)

@@ -1,0 +1,153 @@
+"""What a step must do at least, from the Specs: bytes to read, numbers to multiply. The one home of this arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.registry.plan import Plan
+from zoo.registry.spec import Param, Spec
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the engine computes at once: `rows` new tokens of each of `sequences`, after `past` cached ones.
+
+    wanted: rows in all whose logits are asked for.
+    """
+
+    sequences: int
+    rows: int
+    past: int
+    wanted: int
+
+    @classmethod
+    def decode(cls, batch: int, context: int) -> Step:
+        """One new token for each sequence, which sees `context` earlier ones."""
+        return cls(batch, 1, context, batch)
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.rows
+
+    @property
+    def middle(self) -> int:
+        """How many earlier tokens a row sees on average."""
+        return self.past + (self.rows - 1) // 2
+
+
+def prefill(prompt: int, chunk: int) -> Iterator[Step]:
+    """The steps that read a prompt of one sequence, `chunk` tokens at a time."""
+    for start in range(0, prompt, chunk):
+        rows = min(chunk, prompt - start)
+        yield Step(1, rows, start, int(start + rows == prompt))
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix that activations are multiplied with, or `experts` of them, of which a token uses `chosen`.
+
+    dtype: "model", or "float32" for what is never rounded. head: only rows whose logits are wanted go through it.
+    """
+
+    outputs: int
+    inputs: int
+    experts: int = 1
+    chosen: float = 1.0
+    dtype: str = "model"
+    head: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Of one expert."""
+        return self.outputs * self.inputs
+
+    def rows(self, step: Step) -> int:
+        """The rows that go in."""
+        return step.wanted if self.head else step.tokens
+
+    def touched(self, rows: int) -> float:
+        """How many of the experts these rows are expected to use, if all are equally likely."""
+        return self.experts * (1 - (1 - self.chosen / self.experts) ** rows)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a model's steps. dtype: the format of weights and cache."""
+
+    plan: Plan
+    dtype: str
+
+    @property
+    def model(self) -> DecoderSpec:
+        """The decoder's Spec."""
+        assert isinstance(self.plan.model, DecoderSpec)
+        return self.plan.model
+
+    @cached_property
+    def specs(self) -> Counter[Spec]:
+        """Every Spec that a token of text goes through, and how often."""
+        return Counter(self.model.passes())
+
+    @cached_property
+    def matrices(self) -> Counter[Matrix]:
+        """Every matrix, and how many like it a token goes through."""
+        found: Counter[Matrix] = Counter()
+        for spec, count in self.specs.items():
+            for name, param in spec.parameters().items():
+                head = isinstance(spec, DecoderSpec) and name in ("head.weight", "embed.weight")
+                if param.product and (matrix := _matrix(param, head)) is not None:
+                    found[matrix] += count
+        return found
+
+    @property
+    def cache_itemsize(self) -> int:
+        """Bytes of a number in the cache."""
+        return BYTES[self.dtype]
+
+    def nbytes(self, matrix: Matrix) -> float:
+        """Bytes of one expert of a matrix as it is stored."""
+        return matrix.numel * BYTES["float32" if matrix.dtype == "float32" else self.dtype]
+
+    def weight_bytes(self, step: Step) -> float:
+        """Bytes of weights that the step must read: each matrix once, of a mixture the experts that are chosen."""
+        return sum(
+            count * matrix.touched(matrix.rows(step)) * self.nbytes(matrix) for matrix, count in self.matrices.items()
+        )
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of cache that one sequence of `tokens` tokens holds."""
+        return sum(state.nbytes(tokens, self.cache_itemsize) for state in self.model.states() if state)
+
+    def read_bytes(self, step: Step) -> float:
+        """Bytes that the step must read: weights, and each sequence's cache once."""
+        return self.weight_bytes(step) + step.sequences * self.cache_bytes(step.past)
+
+    def multiply_adds(self, step: Step) -> float:
+        """Multiply-adds of the step: half of its floating-point operations. Logits count where they are wanted."""
+        head = sum(count * m.numel for m, count in self.matrices.items() if m.head)
+        each = sum(count * spec.flops(step.middle) for spec, count in self._owned.items()) / 2
+        return step.tokens * (each - head) + step.wanted * head
+
+    @cached_property
+    def _owned(self) -> Counter[Spec]:
+        """Specs as `flops` counts them: what several layers share is counted by those layers."""
+        encoders = self.model.encoders()
+        return Counter(spec for path, spec in self.model.walk() if path.partition(".")[0] not in encoders)
+
+
+def _matrix(param: Param, head: bool) -> Matrix | None:
+    """The matrix that a parameter is; None for what works on single channels."""
+    if len(param.shape) == 2:
+        outputs, inputs = param.shape
+        return Matrix(outputs, inputs, dtype=param.dtype, head=head)
+    if len(param.shape) == 3 and param.active < 1:
+        experts, outputs, inputs = param.shape
+        return Matrix(outputs, inputs, experts, param.active * experts, param.dtype)
+    return None
