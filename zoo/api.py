@@ -31,16 +31,19 @@ def list() -> "builtins.list[Card]":
     return list_cards()
 
 
-def inspect(ref: Ref, *, dtype: str = "auto", overrides: Mapping[str, Any] | None = None) -> Inspection:
+def inspect(
+    ref: Ref, *, dtype: str = "auto", cache_dtype: str = "auto", overrides: Mapping[str, Any] | None = None
+) -> Inspection:
     """What the model costs and who provides it. Nothing is downloaded and torch is not imported.
 
-    dtype: the format for the byte figures; "auto" is the card's own. Raises CardError for a card that does not resolve.
+    dtype: the format for the byte figures; "auto" is the card's own. cache_dtype: as of `load`. Raises CardError for a
+    card that does not resolve.
     """
     if dtype not in ("auto", *BYTES):
         raise RequestError(
             "unknown dtype", where="dtype", found=repr(dtype), expected=f"auto or one of {', '.join(BYTES)}"
         )
-    found = locate(ref, overrides)
+    found = locate(ref, _with_cache(cache_dtype, overrides))
     plan = None if found.card.unsupported else resolve(found.card)
     return Inspection(
         card=found.card,
@@ -56,6 +59,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    cache_dtype: str = "auto",
     weights: str | Path = "auto",
     quantize: str | None = None,
     adapters: Iterable[str | Path] = (),
@@ -68,6 +72,8 @@ def load(
     """Build a model, fill its weights and return it ready to generate.
 
     ref: a card's name, a path (card file, or a folder with params.json or config.json), a Card or a dict.
+    cache_dtype: "int8" or "fp8" caches keys and values in codes of eight bits; "none" as they are computed; "auto" as
+        the card says. The model's notes say what that changes.
     weights: "auto" (the ref's own folder, else fetched from the card's hub repository), "random" (real shapes,
         seeded values, no files) or a folder or file.
     max_batch_size: sequences that may run together (default 64). max_context: tokens of prompt and answer together
@@ -81,7 +87,7 @@ def load(
     _refuse_later_work(quantize, devices)
     # Asks torch for huge pages, which it decides on at its first allocation: weights are read faster by half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    found = locate(ref, overrides)
+    found = locate(ref, _with_cache(cache_dtype, overrides))
     plan = resolve(found.card)
     from zoo.device import choose
 
@@ -109,6 +115,22 @@ def tokenizer_of(inspection: Inspection) -> "Tokenizer":
     if isinstance(tokenizer, TextError):
         raise tokenizer
     return tokenizer
+
+
+def _with_cache(cache_dtype: str, overrides: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The overrides with the cache's codes among them."""
+    known = {"none": None, "int8": "int8", "fp8": "fp8"}
+    if cache_dtype == "auto":
+        return overrides
+    if cache_dtype not in known:
+        raise RequestError(
+            "unknown cache_dtype",
+            where="cache_dtype",
+            found=repr(cache_dtype),
+            expected=f"auto or one of {', '.join(known)}",
+            hint=nearest(str(cache_dtype), known),
+        )
+    return {**(overrides or {}), "model.cache_dtype": known[cache_dtype]}
 
 
 def _tokenizer(plan: Plan, folder: Path | None) -> "Tokenizer | TextError":
@@ -314,11 +336,13 @@ def _model(
 ) -> "Model":
     from zoo.components.linear import pack_weights
     from zoo.engine.engine import Engine
+    from zoo.engine.fidelity import coding_notes
     from zoo.model import Model
 
     pack_weights(module)
 
     tokenizer = _tokenizer(plan, folder)
+    notes = [*notes, *coding_notes(module, placement.dtype, placement.device)]
     notes = [*notes, *(["no tokenizer: token ids only"] if isinstance(tokenizer, TextError) else tokenizer.notes)]
     engine = Engine(
         module,

@@ -56,6 +56,12 @@ class Inspection:
         return sum(p.numel * (4 if p.dtype == "float32" else size) for p in self.plan.model.all_parameters().values())
 
     @property
+    def cache_dtype(self) -> str | None:
+        """Codes in which keys and values are cached; None where they are kept in `dtype`."""
+        assert isinstance(self.plan.model, DecoderSpec)
+        return self.plan.model.cache_dtype
+
+    @property
     def cache_bytes_per_sequence(self) -> int:
         """Bytes of cache that a sequence holds however short it is: states of constant size."""
         return self.cache_bytes(0)
@@ -131,6 +137,7 @@ class Inspection:
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "weight_bytes": self.weight_bytes,
+            "cache_dtype": self.cache_dtype,
             "cache_bytes_per_sequence": self.cache_bytes_per_sequence,
             "cache_bytes_per_token": self.cache_bytes_per_token,
             "flops_per_token": self.flops_per_token(0),

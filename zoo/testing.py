@@ -228,7 +228,7 @@ def _trace(card: Node) -> tuple[Any, ...]:
     """What a setting can change: parameters, state and logits."""
     plan, module = _built(card)
     shapes = {name: param.shape for name, param in plan.model.all_parameters().items()}
-    state = [(spec.kind, spec.elements(LENGTH)) for spec in module.spec.states() if spec]
+    state = [(spec.kind, spec.nbytes(LENGTH, 4)) for spec in module.spec.states() if spec]
     return shapes, state, prefill(module, _tokens(module, LENGTH))
 
 

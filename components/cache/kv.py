@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.components.attention.kernels import Memo, Scores, attention, attention_rows, by_pages
 from zoo.components.attention.paged import attention_pages
+from zoo.components.cache.code import RowCode
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.pages import PAGE, PageRows, Pages
 from zoo.components.cache.slab import Planes, Slabs
@@ -20,6 +21,8 @@ from zoo.components.cache.spec import FullCacheSpec, LatentCacheSpec, SharedCach
 
 class Storage(Protocol):
     """Where slots live. Slots of a sequence are numbered from 0; a policy says which position uses which."""
+
+    code: RowCode
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +67,9 @@ class KVStore:
         if storage == "auto":
             storage = "slab" if device.type == "cpu" else "pages"
         kinds: dict[str, type[Slabs] | type[Pages]] = {"slab": Slabs, "pages": Pages}
-        shape = (num_layers, *spec.kept)
-        self.storage: Storage = kinds[storage](shape, dtype, device, budget_bytes, self.ring)
+        planes, heads, lanes = spec.kept
+        code = RowCode(spec.cache_dtype, lanes, dtype)
+        self.storage: Storage = kinds[storage]((num_layers, planes, heads), code, device, budget_bytes, self.ring)
 
     @staticmethod
     def fresh(rows: Sequence[int], num_layers: int) -> Sequence[Any]:
@@ -216,7 +220,7 @@ class KVView:
         plan, rows = self.plan, self.plan.places(pages)
         pages.write_rows(self.layer, rows, (k_BGd, v_BGd))
         pool, window = pages.pool(self.layer), None if plan.ring is not None else how["window"]
-        if by_pages(q_BHd, pool, plan.memo):
+        if pages.code.kind is None and by_pages(q_BHd, pool, plan.memo):
             return attention_pages(q_BHd, pool, rows.tables_BP, rows.filled_B, **(how | {"window": window}))
         k_BGSd, v_BGSd = pages.read_rows(self.layer, rows)
         return attention_rows(
@@ -255,8 +259,8 @@ class KVView:
             return k_GSd, v_GSd, ring - 1
         first = max(0, past - ring + 1)
         old = [self.storage.read(self.layer, seq, a, b, memo) for a, b in _spans(first, past, ring)]
-        k_GSd = torch.cat([k for k, _ in old] + [k_TGd.transpose(0, 1)], dim=1)
-        v_GSd = torch.cat([v for _, v in old] + [v_TGd.transpose(0, 1)], dim=1)
+        new = [self.storage.code.rounded(x_TGd).transpose(0, 1) for x_TGd in (k_TGd, v_TGd)]
+        k_GSd, v_GSd = (torch.cat([*(planes[i] for planes in old), new[i]], dim=1) for i in (0, 1))
         kept = min(rows, ring)
         done = rows - kept
         for start, stop in _spans(past + rows - kept, past + rows, ring):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.attention.kernels import Memo
+from zoo.components.cache.code import RowCode
 from zoo.components.cache.slab import Planes
 from zoo.registry.errors import CapacityError
 
@@ -50,16 +51,16 @@ class Pages:
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
+        shape: tuple[int, int, int],
+        code: RowCode,
         device: torch.device,
         budget_bytes: int | None,
         limit: int | None,
     ) -> None:
-        """shape: layers, planes, heads, head size. limit: slots that no sequence exceeds (a ring's size)."""
-        self.layers, self.planes, self.heads, self.width = shape
-        self.dtype, self.device = dtype, device
-        self.page_bytes = self.layers * self.planes * PAGE * self.heads * self.width * dtype.itemsize
+        """shape: layers, planes, heads. code: how a head's row lies. limit: slots that no sequence exceeds."""
+        self.layers, self.planes, self.heads = shape
+        self.code, self.device = code, device
+        self.page_bytes = self.layers * self.planes * PAGE * self.heads * code.width * code.stored.itemsize
         self.budget_bytes = budget_bytes
         count = 0 if budget_bytes is None else budget_bytes // self.page_bytes
         self._pool = self._empty(1 + count)
@@ -93,12 +94,12 @@ class Pages:
         """Fills the slots from `start` on."""
         places = self._places(seq, start, start + len(planes_TGd[0]), memo)
         for plane, new_TGd in enumerate(planes_TGd):
-            self._pool[layer, :, plane][places] = new_TGd
+            self._pool[layer, :, plane][places] = self.code.encode(new_TGd)
 
     def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> Planes:
         """The planes of a range of slots, (G, S, d) each, gathered."""
         places = self._places(seq, start, stop, memo)
-        return tuple(pool[places].transpose(0, 1) for pool in self._pool[layer].unbind(1))
+        return tuple(self.code.decode(pool[places]).transpose(0, 1) for pool in self._pool[layer].unbind(1))
 
     def pool(self, layer: int) -> Tensor:
         """A layer's pages, (pages, planes, page, G, d)."""
@@ -120,12 +121,12 @@ class Pages:
     def write_rows(self, layer: int, rows: PageRows, planes_BGd: Planes) -> None:
         """Fills one slot of each sequence."""
         for plane, new_BGd in enumerate(planes_BGd):
-            self._pool[layer, :, plane][rows.places] = new_BGd
+            self._pool[layer, :, plane][rows.places] = self.code.encode(new_BGd)
 
     def read_rows(self, layer: int, rows: PageRows) -> Planes:
         """The planes of the slots of each sequence's pages, (B, G, S, d) each; beyond its own, other numbers."""
         pools = self._pool[layer].unbind(1)
-        return tuple(pool[rows.tables_BP].flatten(1, 2).transpose(1, 2) for pool in pools)
+        return tuple(self.code.decode(pool[rows.tables_BP].flatten(1, 2)).transpose(1, 2) for pool in pools)
 
     def _places(self, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
         """Page and offset of each slot of a range, made once per step."""
@@ -139,8 +140,8 @@ class Pages:
 
     def _empty(self, pages: int) -> Tensor:
         """Zeros: unused slots of a gathered batch are masked, but a mask does not silence what is not a number."""
-        shape = (self.layers, pages, self.planes, PAGE, self.heads, self.width)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        shape = (self.layers, pages, self.planes, PAGE, self.heads, self.code.width)
+        return torch.zeros(shape, dtype=self.code.stored, device=self.device)
 
     def _enlarge(self, missing: int) -> None:
         """More pages where no budget is set: half as many again, or what is missing."""

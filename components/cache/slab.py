@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.attention.kernels import Memo
+from zoo.components.cache.code import RowCode
 from zoo.registry.errors import CapacityError
 
 Planes = tuple[Tensor, ...]
@@ -20,15 +21,15 @@ class Slabs:
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
+        shape: tuple[int, int, int],
+        code: RowCode,
         device: torch.device,
         budget_bytes: int | None,
         limit: int | None,
     ) -> None:
-        """shape: layers, planes, heads, head size. limit: slots that no sequence exceeds."""
-        self.layers, self.planes, self.heads, self.width = shape
-        self.dtype, self.device = dtype, device
+        """shape: layers, planes, heads. code: how a head's row lies. limit: slots that no sequence exceeds."""
+        self.layers, self.planes, self.heads = shape
+        self.code, self.device = code, device
         self.budget_bytes, self.limit = budget_bytes, limit
         self._slabs: dict[int, list[Tensor]] = {}
 
@@ -39,7 +40,7 @@ class Slabs:
 
     def cost(self, slots: int) -> int:
         """Bytes of a sequence with room for `slots` slots: whole steps, at most `limit`."""
-        per_slot = self.layers * self.planes * self.heads * self.width * self.dtype.itemsize
+        per_slot = self.layers * self.planes * self.heads * self.code.width * self.code.stored.itemsize
         return per_slot * self._rounded(slots)
 
     def grow(self, seq: int, slots: int) -> None:
@@ -57,9 +58,9 @@ class Slabs:
                 expected=f"at most {self.budget_bytes} bytes",
             )
         slabs = self._slabs.setdefault(seq, [])
-        shape = (self.planes, self.heads, rounded, self.width)
+        shape = (self.planes, self.heads, rounded, self.code.width)
         for layer in range(self.layers):
-            slab = torch.empty(shape, dtype=self.dtype, device=self.device)
+            slab = torch.empty(shape, dtype=self.code.stored, device=self.device)
             if held:
                 slab[:, :, :held] = slabs[layer]
                 slabs[layer] = slab
@@ -74,11 +75,11 @@ class Slabs:
         """Fills the slots from `start` on."""
         slots = self._slabs[seq][layer].narrow(2, start, planes_TGd[0].shape[0])
         for slots_GSd, new_TGd in zip(slots.unbind(), planes_TGd, strict=True):
-            slots_GSd.copy_(new_TGd.transpose(0, 1))
+            slots_GSd.copy_(self.code.encode(new_TGd).transpose(0, 1))
 
     def read(self, layer: int, seq: int, start: int, stop: int, memo: Memo) -> Planes:
-        """The planes of a range of slots, (G, S, d) each, without a copy."""
-        return self._slabs[seq][layer].narrow(2, start, stop - start).unbind()
+        """The planes of a range of slots, (G, S, d) each, without a copy unless they are coded."""
+        return self.code.decode(self._slabs[seq][layer].narrow(2, start, stop - start)).unbind()
 
     def _rounded(self, slots: int) -> int:
         rounded = -(-slots // STEP) * STEP

@@ -1,6 +1,5 @@
 """What layers keep of a sequence: every token, the last `window` ones, or a state."""
 
-from math import prod
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -8,8 +7,30 @@ from pydantic import Field, model_validator
 from zoo.components.fields import Count
 from zoo.registry.spec import Inherited, StateSpec
 
-Kept = tuple[int, int, int]
-"""Planes, heads and head size of what a layer keeps of a token."""
+Kept = tuple[int, int, tuple[int, ...]]
+"""Planes, heads, and lanes of a head of what a layer keeps of a token: neighbouring lanes that belong together."""
+
+CacheDtype = Literal["int8", "fp8"]
+"""Codes of eight bits: whole numbers, or floats of four bits of exponent and three of mantissa (e4m3)."""
+
+SCALE_BYTES = 2
+"""Bytes of a scale of codes."""
+
+
+CodedAs = Annotated[
+    CacheDtype | None,
+    Inherited(),
+    Field(description="Codes in which numbers are kept, with a scale for each head of a token; null for none."),
+]
+"""The model's `cache_dtype`, as the Spec of a cache of keys and values has it."""
+
+
+def kept_bytes(kept: Kept, itemsize: int, coded: CacheDtype | None) -> int:
+    """Bytes that a layer keeps of a token. Codes have a scale for each group of lanes, and fill even rows."""
+    planes, heads, lanes = kept
+    numbers = sum(lanes)
+    row = numbers * itemsize if coded is None else numbers + numbers % 2 + SCALE_BYTES * len(lanes)
+    return planes * heads * row
 
 
 class FullCacheSpec(StateSpec):
@@ -20,14 +41,18 @@ class FullCacheSpec(StateSpec):
     kind: Literal["full"] = "full"
     num_kv_heads: Annotated[Count, Inherited()] = Field(description="Key and value heads.")
     head_dim: Annotated[Count, Inherited()] = Field(description="Size of a head.")
+    cache_dtype: CodedAs = None
 
     @property
     def kept(self) -> Kept:
         """Keys and values."""
-        return 2, self.num_kv_heads, self.head_dim
+        return 2, self.num_kv_heads, (self.head_dim,)
 
     def elements(self, tokens: int) -> int:
-        return prod(self.kept) * tokens
+        return 2 * self.num_kv_heads * self.head_dim * tokens
+
+    def nbytes(self, tokens: int, itemsize: int) -> int:
+        return kept_bytes(self.kept, itemsize, self.cache_dtype) * tokens
 
 
 class WindowCacheSpec(StateSpec):
@@ -39,6 +64,7 @@ class WindowCacheSpec(StateSpec):
     num_kv_heads: Annotated[Count, Inherited()] = Field(description="Key and value heads.")
     head_dim: Annotated[Count, Inherited()] = Field(description="Size of a head.")
     window: Annotated[int | None, Inherited()] = Field(description="How many tokens are kept: the mixer's window.")
+    cache_dtype: CodedAs = None
 
     @model_validator(mode="after")
     def _check_window(self) -> Self:
@@ -55,10 +81,13 @@ class WindowCacheSpec(StateSpec):
     @property
     def kept(self) -> Kept:
         """Keys and values."""
-        return 2, self.num_kv_heads, self.head_dim
+        return 2, self.num_kv_heads, (self.head_dim,)
 
     def elements(self, tokens: int) -> int:
-        return prod(self.kept) * min(tokens, self.slots)
+        return 2 * self.num_kv_heads * self.head_dim * min(tokens, self.slots)
+
+    def nbytes(self, tokens: int, itemsize: int) -> int:
+        return kept_bytes(self.kept, itemsize, self.cache_dtype) * min(tokens, self.slots)
 
 
 class LatentCacheSpec(StateSpec):
@@ -73,17 +102,22 @@ class LatentCacheSpec(StateSpec):
     kv_lora_rank: Annotated[Count, Inherited()] = Field(description="Size of a latent.")
     rope_head_dim: Annotated[int, Inherited()] = Field(description="Lanes of a key that rope turns.")
     index_dim: Annotated[int, Inherited()] = Field(default=0, description="Size of the key of the layer's indexer.")
+    cache_dtype: CodedAs = None
 
     @property
     def kept(self) -> Kept:
         """One row: latent, turned lanes, index key."""
-        return 1, 1, self.kv_lora_rank + self.rope_head_dim + self.index_dim
+        lanes = (self.kv_lora_rank, self.rope_head_dim, self.index_dim)
+        return 1, 1, tuple(count for count in lanes if count)
 
     def elements(self, tokens: int) -> int:
-        return prod(self.kept) * tokens
+        return (self.kv_lora_rank + self.rope_head_dim + self.index_dim) * tokens
+
+    def nbytes(self, tokens: int, itemsize: int) -> int:
+        return kept_bytes(self.kept, itemsize, self.cache_dtype) * tokens
 
     def serves(self, other: StateSpec) -> bool:
-        return self.model_copy(update={"index_dim": 0}) == other
+        return self.model_copy(update={"index_dim": 0, "cache_dtype": None}) == other
 
 
 class SharedCacheSpec(StateSpec):
@@ -94,14 +128,18 @@ class SharedCacheSpec(StateSpec):
     kind: Literal["shared"] = "shared"
     layer: int = Field(ge=0, strict=True, description="The layer whose latents are read, counted from 0.")
     index_dim: Annotated[int, Inherited()] = Field(default=0, description="Size of the key of the layer's indexer.")
+    cache_dtype: CodedAs = None
 
     @property
     def kept(self) -> Kept:
         """One row."""
-        return 1, 1, self.index_dim
+        return 1, 1, (self.index_dim,)
 
     def elements(self, tokens: int) -> int:
-        return prod(self.kept) * tokens
+        return self.index_dim * tokens
+
+    def nbytes(self, tokens: int, itemsize: int) -> int:
+        return kept_bytes(self.kept, itemsize, self.cache_dtype) * tokens
 
 
 class RecurrentCacheSpec(StateSpec):

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from zoo.components.block.spec import SharingSpec, linked
+from zoo.components.cache.spec import CacheDtype
 from zoo.components.encoder import EncoderSpec
 from zoo.components.fields import Count, Flag, Positive
 from zoo.components.indexer.spec import IndexerSpec, SharedIndexerSpec
@@ -65,6 +66,10 @@ class DecoderSpec(Spec):
     lerope: Flag = Field(
         default=False, description="Angles of rope times exp(alpha), learned for each lane pair, one for all layers."
     )
+    cache_dtype: CacheDtype | None = Field(
+        default=None,
+        description="Codes of eight bits in which keys, values and latents are cached; null keeps them as computed.",
+    )
     norm: Annotated[Spec, Slot("norm")] = Field(description="Norm before the head, and of blocks that name none.")
     shared: Annotated[tuple[Spec, ...], Slot("shared")] = Field(
         default=(), description="Blocks whose parameters the model has once, and that layers of kind `sharing` use."
@@ -89,6 +94,7 @@ class DecoderSpec(Spec):
         if not self.layers:
             raise ValueError("layers must hold at least one block; found none")
         self._check_earlier()
+        self._check_codes()
         if self.lerope and len(self._rope_lanes()) != 1:
             found = self._rope_lanes() or "none"
             raise ValueError(f"lerope needs layers whose ropes turn equally many lanes; found {found}")
@@ -96,6 +102,13 @@ class DecoderSpec(Spec):
         if unused:
             raise ValueError(f"every shared block must be used; found no layer that uses number {min(unused)}")
         return self
+
+    def _check_codes(self) -> None:
+        """Codes are asked for only where something is kept that can be coded."""
+        kept = [part for state in self.states() if state for part in state.parts() if part]
+        if self.cache_dtype is not None and not any("cache_dtype" in type(part).model_fields for part in kept):
+            kinds = ", ".join(sorted({part.kind for part in kept})) or "none"
+            raise ValueError(f"cache_dtype needs layers that cache keys, values or latents; found states {kinds}")
 
     def _rope_lanes(self) -> list[int]:
         """How many lanes the ropes of all layers turn."""

@@ -88,6 +88,21 @@ def test_inspect_reckons_states_of_constant_size(zoo_command: Command) -> None:
     assert "cache       128.0 KiB per token\n" in zoo_command("inspect", "mixtral-8x7b-instruct").out
 
 
+def test_inspect_reckons_coded_caches(zoo_command: Command) -> None:
+    found = [
+        json.loads(zoo_command("inspect", "mixtral-8x7b", "--json", "--cache-dtype", kind).out)
+        for kind in ("auto", "int8", "none")
+    ]
+    assert [data["cache_dtype"] for data in found] == [None, "int8", None]
+    assert [data["cache_bytes_per_token"] for data in found] == [131072, 2 * 8 * 130 * 32, 131072]
+    assert "65.0 KiB per token in int8" in zoo_command("inspect", "mixtral-8x7b", "--cache-dtype", "int8").out
+    plain = zoo_command("inspect", "mixtral-8x7b", "--set", "model.cache_dtype=int8", "--cache-dtype", "none", "--json")
+    assert json.loads(plain.out)["cache_dtype"] is None
+    refused = zoo_command("inspect", "mamba-codestral-7b", "--cache-dtype", "int8")
+    assert refused.code == 2
+    assert "cache_dtype needs layers that cache keys, values or latents" in refused.err
+
+
 def test_inspect_reckons_windows(zoo_command: Command) -> None:
     def cache(context: int) -> int:
         found = zoo_command("inspect", "mistral-7b-v0.1", "--json", "--context", str(context))

@@ -41,6 +41,14 @@ def test_json_holds_what_programs_need(zoo_command: Command) -> None:
     assert {"text", "prompt_tokens", "timings", "seed"} <= found.keys()
 
 
+def test_a_coded_cache_says_what_it_changes(zoo_command: Command) -> None:
+    plain = json.loads(zoo_command("run", "tiny", "--prompt", "Hello", "--json", *RANDOM).out)
+    coded = zoo_command("run", "tiny", "--prompt", "Hello", "--json", "--cache-dtype", "fp8", *RANDOM)
+    assert "cache in fp8: 27% of the bytes of float32, logits of 64 random tokens change by" in coded.err
+    assert any(note.startswith("cache in fp8:") for note in json.loads(coded.out)["notes"])
+    assert not any(note.startswith("cache in") for note in plain["notes"])
+
+
 def test_seed_repeats_and_differs(zoo_command: Command) -> None:
     def answer(seed: int) -> Any:
         flags = ("--temperature", "1", "--seed", str(seed), "--json", *RANDOM)
@@ -84,6 +92,7 @@ def test_an_override_is_honoured(zoo_command: Command) -> None:
         (("--min-p", "2"), ["min_p", "2"]),
         (("--stop", ""), ["stop", "empty"]),
         (("--max-context", "99999"), ["max_context", "99999", "2048"]),
+        (("--cache-dtype", "int4"), ["unknown cache_dtype", "'int4'", "int8"]),
         (("--quantize", "int8"), ["quantize", "not supported"]),
         (("--devices", "2"), ["devices", "not supported"]),
         (("--adapter", "a.safetensors"), ["no such folder or file", "a.safetensors"]),

@@ -135,6 +135,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[dict[str, Any], dict[str, Any]]]] =
         "logits_divisor": ({}, {"logits_divisor": 3.0}),
         "logits_softcap": ({}, {"logits_softcap": 3.0}),
         "lerope": ({}, {"lerope": True}),
+        "cache_dtype": ({}, {"cache_dtype": "int8"}),
         "norm": ({}, {"norm": {"kind": "rms", "eps": 0.1}}),
         "shared": (sharing(), sharing(adapter_rank=4)),
         "vision": ({}, {"vision": VISION}),

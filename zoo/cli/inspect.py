@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     "--context", type=click.IntRange(min=1), help="Tokens to reckon the cache for. [default: the card's context length]"
 )
 @click.option("--dtype", default="auto", show_default=True, help="Number format for the byte figures.")
+@click.option("--cache-dtype", default="auto", show_default=True, help="int8, fp8, none, or auto: as the card says.")
 @click.option("--prompt", help="Show this prompt's token ids and pieces as the model would get them.")
 @click.option("--raw", is_flag=True, help="With --prompt: as raw text, not as a chat turn.")
 @click.option("--files", is_flag=True, help="Ask the hub which files a pull would fetch.")
@@ -26,6 +27,7 @@ def inspect(
     ref: str,
     context: int | None,
     dtype: str,
+    cache_dtype: str,
     prompt: str | None,
     raw: bool,
     files: bool,
@@ -37,7 +39,7 @@ def inspect(
     from zoo.api import inspect as examine
     from zoo.cli.console import emit
 
-    found = examine(ref, dtype=dtype, overrides=parse_overrides(overrides))
+    found = examine(ref, dtype=dtype, cache_dtype=cache_dtype, overrides=parse_overrides(overrides))
     if resolved:
         click.echo(found.card.to_yaml(), nl=False)
         return
@@ -88,7 +90,7 @@ def _write(data: dict[str, Any]) -> None:
     facts += [
         ["parameters", number(data["parameters"]) + sparse],
         ["weights", f"{size(data['weight_bytes'])} in {data['dtype']}"],
-        ["cache", " and ".join(_cache(data)) or "none"],
+        ["cache", " and ".join(_cache(data)) + (f" in {data['cache_dtype']}" if data["cache_dtype"] else "") or "none"],
         ["compute", f"{number(data['flops_per_token'])} operations per token"],
         ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens"],
         ["here", f"{size(memory['free_bytes'])} free: {room}"],

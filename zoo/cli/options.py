@@ -13,6 +13,9 @@ Decorated = Callable[..., Any]
 _LOAD = [
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, mps, or auto."),
     click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto."),
+    click.option(
+        "--cache-dtype", default="auto", show_default=True, help="int8, fp8, none, or auto: as the card says."
+    ),
     click.option("--weights", default="auto", show_default=True, help="A folder or file, `random`, or auto."),
     click.option("--max-context", type=int, help="Tokens of prompt and answer together. [default: the card's]"),
     click.option("--max-batch-size", type=int, help="Sequences that may run together."),
@@ -35,7 +38,17 @@ _SAMPLE = [
 effort_option = click.option("--reasoning-effort", help="How much to think, as the chat format has it: none, high, ...")
 
 SAMPLE_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
-LOAD_NAMES = ("device", "dtype", "weights", "max_context", "max_batch_size", "devices", "quantize", "adapters")
+LOAD_NAMES = (
+    "device",
+    "dtype",
+    "cache_dtype",
+    "weights",
+    "max_context",
+    "max_batch_size",
+    "devices",
+    "quantize",
+    "adapters",
+)
 
 
 def load_options(command: Decorated) -> Decorated:

@@ -62,7 +62,7 @@ def run(
             messages = [*turns, user_message(text, heard)]
             stream = model.stream_chat(messages, definitions, chat_options=form, **options)
         if as_json:
-            emit(collect(stream).to_dict())
+            emit({**collect(stream).to_dict(), "notes": [note for note in model.notes if note]})
         else:
             write_stream(stream)
 
