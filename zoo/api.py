@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.inspection import BYTES, Inspection
 from zoo.registry.card import Card, list_cards, load_card
@@ -67,6 +67,7 @@ def load(
     max_batch_size: int | None = None,
     max_context: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    draft: str | None = None,
     progress: "Progress | None" = None,
 ) -> "Model":
     """Build a model, fill its weights and return it ready to generate.
@@ -80,11 +81,14 @@ def load(
         (default: the card's context length). overrides: dotted card fields and their values.
     adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
         among several by their `adapter`. progress: called with (bytes done, bytes in all) while weights are read.
+    draft: what guesses tokens ahead, which are checked several at once and change no answer: "lookup", earlier tokens
+        of prompt and answer.
 
     Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
     where it can be known by then.
     """
     _refuse_later_work(quantize, devices)
+    source = _draft(draft)
     # Asks torch for huge pages, which it decides on at its first allocation: weights are read faster by half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     found = locate(ref, _with_cache(cache_dtype, overrides))
@@ -97,7 +101,7 @@ def load(
     paths = _checked_adapters(adapters, plan, placement)
     module, folder, files, notes = _filled(plan, found, placement, weights, progress)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
-    model = _model(plan, module, placement, folder, files, notes, batch, context)
+    model = _model(plan, module, placement, folder, files, notes, batch, context, source)
     names = [model.load_adapter(path) for path in paths]
     with model.engine.between_steps() as (loaded, _):
         loaded.defaults = names
@@ -333,6 +337,7 @@ def _model(
     notes: "builtins.list[str]",
     batch: int,
     context: int,
+    draft: Literal["lookup"] | None,
 ) -> "Model":
     from zoo.components.linear import pack_weights
     from zoo.engine.engine import Engine
@@ -352,6 +357,7 @@ def _model(
         memory_bytes=_cache_budget(placement),
         max_batch_size=batch,
         max_context=context,
+        draft=draft,
     )
     return Model(plan, module, engine, tokenizer, placement, folder, notes, files)
 
@@ -361,6 +367,17 @@ def _cache_budget(placement: "Placement") -> int:
     from zoo.device import memory_free
 
     return int(0.8 * memory_free(placement.device))
+
+
+def _draft(draft: str | None) -> Literal["lookup"] | None:
+    """What guesses tokens. Raises RequestError for what cannot."""
+    if draft is None or draft == "none":
+        return None
+    if draft == "lookup":
+        return "lookup"
+    raise RequestError(
+        "nothing guesses tokens by this name", where="draft", found=repr(draft), expected="lookup or none"
+    )
 
 
 def _refuse_later_work(quantize: str | None, devices: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,14 @@ class Storage(Protocol):
         """The planes of a range of slots, (G, S, d) each."""
         ...
 
+    def take(self, seq: int, slots: list[int]) -> Tensor:
+        """A copy of slots of all layers as they are stored, slots outermost."""
+        ...
+
+    def put(self, seq: int, slots: list[int], taken_S: Tensor) -> None:
+        """Fills slots of all layers with what was taken."""
+        ...
+
 
 class KVStore:
     """Keys and values of all sequences for a group of attention layers."""
@@ -70,6 +79,8 @@ class KVStore:
         planes, heads, lanes = spec.kept
         code = RowCode(spec.cache_dtype, lanes, dtype)
         self.storage: Storage = kinds[storage]((num_layers, planes, heads), code, device, budget_bytes, self.ring)
+        # Of marked sequences: the position from which rows take the slots of others, and what stood there.
+        self._covered: dict[int, tuple[int, Tensor]] = {}
 
     @staticmethod
     def fresh(rows: Sequence[int], num_layers: int) -> Sequence[Any]:
@@ -92,6 +103,37 @@ class KVStore:
     def free(self, seq: int) -> None:
         """Gives a sequence's memory back."""
         self.storage.free(seq)
+        self._covered.pop(seq, None)
+
+    @property
+    def back(self) -> int | None:
+        """How many rows can be taken back at most: with a ring, as many as it has slots."""
+        return self.ring
+
+    @torch.inference_mode()
+    def mark(self, seq: int, past: int, rows: int) -> None:
+        """Keeps what up to `rows` rows from `past` on will take the slots of. Rows in slots of their own need nothing:
+        these are filled again."""
+        if self.ring is None or past + rows <= self.ring:
+            return
+        assert rows <= self.ring, "no more rows can be taken back than the ring has slots"
+        first = max(past, self.ring)
+        self._covered[seq] = first, self.storage.take(seq, self._turned(first, past + rows))
+
+    @torch.inference_mode()
+    def rewind(self, seq: int, tokens: int) -> None:
+        """Puts back what rows from position `tokens` on have taken the slots of."""
+        if seq not in self._covered:
+            return
+        first, taken_S = self._covered.pop(seq)
+        right = max(tokens - first, 0)
+        if right < len(taken_S):
+            self.storage.put(seq, self._turned(first + right, first + len(taken_S)), taken_S[right:])
+
+    def _turned(self, start: int, stop: int) -> list[int]:
+        """The ring's slots of these positions."""
+        assert self.ring is not None
+        return [position % self.ring for position in range(start, stop)]
 
     def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         """One state per layer for a step of `rows` new tokens after `past` cached ones each."""
@@ -112,7 +154,7 @@ class KVStore:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which sequences a step works on, and what its layers share.
+    """Which sequences a step works on, and what its layers share. One that checks guesses stands in it several times.
 
     ring: slots after which positions begin anew. page_rows: where the rows go, if the step is one of single rows and
     its places were prepared.
@@ -132,22 +174,34 @@ class StepPlan:
             return self.page_rows.batch
         return next((i for i, count in enumerate(self.rows) if count > 1), len(self.rows))
 
-    def places(self, pages: Pages) -> PageRows:
-        """Where the rows of those sequences go, made once for all layers."""
+    @cached_property
+    def waves(self) -> list[slice]:
+        """Those rows, in runs that can be written before any of them is read: all, but for a ring, in which the next
+        row of a sequence takes a slot that the one before may still see."""
+        starts, met = [0], set[int]()
+        for place, seq in enumerate(self.seqs[: self.single] if self.ring is not None else ()):
+            if seq in met:
+                starts.append(place)
+                met.clear()
+            met.add(seq)
+        return [slice(start, stop) for start, stop in pairwise([*starts, self.single])]
+
+    def places(self, pages: Pages, wave: slice) -> PageRows:
+        """Where the rows of a wave go, made once for all layers."""
         if self.page_rows is not None:
             return self.page_rows
-        if "page rows" not in self.memo:
-            batch = self.single
-            slots, filled = _row_slots(self.past[:batch], self.ring)
-            count = -(-max(filled) // PAGE)
-            numbers = pages.row_numbers(self.seqs[:batch], slots, filled, batch=batch, pages=count)
-            self.memo["page rows"] = PageRows(torch.tensor(numbers).to(pages.device, non_blocking=True), batch)
-        rows: PageRows = self.memo["page rows"]
+        key = ("page rows", wave.start)
+        if key not in self.memo:
+            seqs = self.seqs[wave]
+            slots, filled = _row_slots(self.past[wave], self.ring)
+            numbers = pages.row_numbers(seqs, slots, filled, batch=len(seqs), pages=-(-max(filled) // PAGE))
+            self.memo[key] = PageRows(torch.tensor(numbers).to(pages.device, non_blocking=True), len(seqs))
+        rows: PageRows = self.memo[key]
         return rows
 
-    def seen(self, rows: PageRows, slots: int, window: int | None) -> Tensor:
-        """Which of the slots 0 .. `slots` - 1 each sequence's one row sees, (B, S) bool, made once for all layers."""
-        key = ("seen", window)
+    def seen(self, rows: PageRows, wave: slice, slots: int, window: int | None) -> Tensor:
+        """Which of the slots 0 .. `slots` - 1 each row of a wave sees, (B, S) bool, made once for all layers."""
+        key = ("seen", wave.start, window)
         if key not in self.memo:
             self.memo[key] = _seen(rows.filled_B, slots, window)
         mask: Tensor = self.memo[key]
@@ -166,6 +220,10 @@ class HeldRows:
         """One state per layer for one run; what follows from the places is computed anew in each."""
         plan = StepPlan(self._ring, [], [], [], page_rows=PageRows(self._numbers_N, self._batch))
         return [self._store.view(layer, plan) for layer in range(self._store.num_layers)]
+
+    def fits(self, seqs: Sequence[int]) -> bool:
+        """Whether rows of these sequences can be run at once: of a ring, not several of one."""
+        return self._ring is None or len(set(seqs)) == len(seqs)
 
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """The step's next run is one row of each of these sequences, at most `batch`, after `past` cached tokens."""
@@ -199,12 +257,11 @@ class KVView:
         if not isinstance(pages, Pages):
             return self._attend_each(0, q_THd, k_TGd, v_TGd, how)
         single = plan.single
-        if single == len(q_THd):
-            return self._attend_rows(pages, q_THd, k_TGd, v_TGd, how)
-        rows = [single, len(q_THd) - single]
-        (q_BHd, q_THd), (k_BGd, k_TGd), (v_BGd, v_TGd) = (x.split(rows) for x in (q_THd, k_TGd, v_TGd))
-        rest_THd = self._attend_each(single, q_THd, k_TGd, v_TGd, how)
-        return torch.cat((self._attend_rows(pages, q_BHd, k_BGd, v_BGd, how), rest_THd)) if single else rest_THd
+        waves = plan.waves if single else []
+        parts = [self._attend_rows(pages, wave, q_THd[wave], k_TGd[wave], v_TGd[wave], how) for wave in waves]
+        if single < len(q_THd):
+            parts.append(self._attend_each(single, q_THd[single:], k_TGd[single:], v_TGd[single:], how))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _attend_each(self, first: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, how: Scores) -> Tensor:
         """The sequences from number `first` on, one after the other."""
@@ -214,10 +271,12 @@ class KVView:
         parts = zip(seqs, past, *(torch.split(x, rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         return torch.cat([self._attend_one(seq, before, q, k, v, how) for seq, before, q, k, v in parts])
 
-    def _attend_rows(self, pages: Pages, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores) -> Tensor:
-        """One new row of each of the first sequences, all at once: from the pages as they lie where a kernel can,
-        else over pages gathered to equal lengths."""
-        plan, rows = self.plan, self.plan.places(pages)
+    def _attend_rows(
+        self, pages: Pages, wave: slice, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores
+    ) -> Tensor:
+        """The single rows of a wave, all at once: from the pages as they lie where a kernel can, else over pages
+        gathered to equal lengths."""
+        plan, rows = self.plan, self.plan.places(pages, wave)
         pages.write_rows(self.layer, rows, (k_BGd, v_BGd))
         pool, window = pages.pool(self.layer), None if plan.ring is not None else how["window"]
         if pages.code.kind is None and by_pages(q_BHd, pool, plan.memo):
@@ -230,7 +289,7 @@ class KVView:
             scale=how["scale"],
             softcap=how["softcap"],
             sinks_H=how["sinks_H"],
-            seen_BS=plan.seen(rows, k_BGSd.shape[2], window),
+            seen_BS=plan.seen(rows, wave, k_BGSd.shape[2], window),
             memo=plan.memo,
         )
 

@@ -39,7 +39,7 @@ class LatentView:
         plan, first, new_T1m = self.plan, 0, new_Tm.unsqueeze(1)
         if isinstance(self.storage, Pages) and plan.single:
             first = plan.single
-            self.storage.write_rows(self.layer, plan.places(self.storage), (new_T1m[:first],))
+            self.storage.write_rows(self.layer, plan.places(self.storage, plan.waves[0]), (new_T1m[:first],))
         parts = torch.split(new_T1m[first:], plan.rows[first:])
         for seq, past, rows_T1m in zip(plan.seqs[first:], plan.past[first:], parts, strict=True):
             self.storage.write(self.layer, seq, past, (rows_T1m,), plan.memo)
@@ -49,9 +49,10 @@ class LatentView:
         plan, first = self.plan, 0
         found: list[Cached] = []
         if isinstance(self.storage, Pages) and plan.single:
-            first, places = plan.single, plan.places(self.storage)
+            first, [wave] = plan.single, plan.waves
+            places = plan.places(self.storage, wave)
             [kept_B1Sm] = self.storage.read_rows(self.layer, places)
-            found.append(Cached(kept_B1Sm[:, 0], 1, plan.seen(places, kept_B1Sm.shape[2], None)))
+            found.append(Cached(kept_B1Sm[:, 0], 1, plan.seen(places, wave, kept_B1Sm.shape[2], None)))
         for seq, past, rows in zip(plan.seqs[first:], plan.past[first:], plan.rows[first:], strict=True):
             [kept_1Sm] = self.storage.read(self.layer, seq, 0, past + rows, plan.memo)
             found.append(Cached(kept_1Sm, rows))

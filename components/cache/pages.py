@@ -101,6 +101,21 @@ class Pages:
         places = self._places(seq, start, stop, memo)
         return tuple(self.code.decode(pool[places]).transpose(0, 1) for pool in self._pool[layer].unbind(1))
 
+    def take(self, seq: int, slots: list[int]) -> Tensor:
+        """A copy of slots of all layers as they are stored, slots outermost."""
+        pages, offsets = self._index(seq, slots)
+        return self._pool[:, pages, :, offsets]
+
+    def put(self, seq: int, slots: list[int], taken_S: Tensor) -> None:
+        """Fills slots of all layers with what was taken."""
+        pages, offsets = self._index(seq, slots)
+        self._pool[:, pages, :, offsets] = taken_S
+
+    def _index(self, seq: int, slots: list[int]) -> Tensor:
+        table = self._tables[seq]
+        places = [[table[slot // PAGE] for slot in slots], [slot % PAGE for slot in slots]]
+        return torch.tensor(places).to(self.device, non_blocking=True)
+
     def pool(self, layer: int) -> Tensor:
         """A layer's pages, (pages, planes, page, G, d)."""
         return self._pool[layer]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -33,18 +33,47 @@ class Span:
     begins: bool
 
 
-def spans(rows: Sequence[int], past: Sequence[int]) -> list[Span]:
-    """The step as batches: neighbours with one row each together, every other sequence alone."""
+def spans(seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Span]:
+    """The step as batches: neighbours with one row each together, none of them twice, every other sequence alone."""
     found: list[Span] = []
-    start = 0
-    for i, (count, before) in enumerate(zip(rows, past, strict=True)):
+    start, met = 0, set[int]()
+    for i, (seq, count, before) in enumerate(zip(seqs, rows, past, strict=True)):
         last = found[-1] if found else None
-        if last and count == last.rows == 1 and last.begins == (before == 0):
+        if last and count == last.rows == 1 and last.begins == (before == 0) and seq not in met:
             found[-1] = Span(last.first, last.count + 1, last.start, 1, last.begins)
         else:
             found.append(Span(i, 1, start, count, before == 0))
+            met.clear()
+        met.add(seq)
         start += count
     return found
+
+
+@dataclass(frozen=True)
+class Trail:
+    """The rows of a marked sequence after its first `past` tokens, whose states stay as the mark found them.
+
+    A state cannot be computed backwards, and a copy of it for each row takes more memory than there may be. The rows
+    that made it are small: those that hold are run again.
+    """
+
+    past: int
+    states: dict[tuple[Piece, int], Tensor] = field(default_factory=dict)
+    rows: dict[tuple[Piece, int], list[tuple[Advance, list[Tensor]]]] = field(default_factory=dict)
+
+    def add(self, key: tuple[Piece, int], function: Advance, row: list[Tensor], left: Tensor) -> None:
+        """A row (1, 1, ...) of a layer's piece, and the state that it left."""
+        self.rows.setdefault(key, []).append((function, row))
+        self.states[key] = left
+
+    def after(self, key: tuple[Piece, int], kept: Tensor, rows: int) -> Tensor:
+        """The state after so many of its rows."""
+        if rows == len(self.rows[key]):
+            return self.states[key]
+        state = kept
+        for function, row in self.rows[key][:rows]:
+            state = function(state.unsqueeze(0), *row)[1][0].to(kept.dtype)
+        return state
 
 
 class RecurrentStore:
@@ -71,6 +100,7 @@ class RecurrentStore:
         self.bytes = num_layers * spec.nbytes(1, dtype.itemsize)
         self._held: dict[int, dict[Piece, Tensor]] = {}
         self._seen: dict[int, int] = {}
+        self._trails: dict[int, Trail] = {}
         pages = storage == "pages" or (storage == "auto" and device.type != "cpu")
         self._places = 1 + budget_bytes // self.bytes if pages and budget_bytes is not None else 0
         self._unused = [*range(1, self._places)]
@@ -87,7 +117,7 @@ class RecurrentStore:
     @staticmethod
     def fresh(rows: Sequence[int], num_layers: int) -> list[FreshRecurrent]:
         """The states of layers in a step of whole sequences."""
-        return [FreshRecurrent(spans(rows, [0] * len(rows)))] * num_layers
+        return [FreshRecurrent(spans(range(len(rows)), rows, [0] * len(rows)))] * num_layers
 
     @property
     def nbytes(self) -> int:
@@ -126,8 +156,34 @@ class RecurrentStore:
         """Gives a sequence's memory back; a sequence without any is no fault."""
         self._held.pop(seq, None)
         self._seen.pop(seq, None)
+        self._trails.pop(seq, None)
         if seq in self._place:
             self._unused.append(self._place.pop(seq))
+
+    @property
+    def back(self) -> None:
+        """Any number of rows can be taken back."""
+        return None
+
+    def mark(self, seq: int, past: int, rows: int) -> None:
+        """From here on the sequence's states stay as they are, and its rows are remembered."""
+        self._trails[seq] = Trail(past)
+
+    @torch.inference_mode()
+    def rewind(self, seq: int, tokens: int) -> None:
+        """Moves the states on to `tokens` tokens, by those rows since the mark that hold."""
+        trail = self._trails.pop(seq, None)
+        if trail is None:
+            return
+        for key in trail.rows:
+            piece, layer = key
+            kept = self._held[seq][piece][layer]
+            kept.copy_(trail.after(key, kept, tokens - trail.past))
+        self._seen[seq] = tokens
+
+    def marked(self, seqs: Sequence[int]) -> bool:
+        """Whether one of the sequences is marked."""
+        return any(seq in self._trails for seq in seqs)
 
     def hold(self, batch: int, tokens: int) -> HeldStates | None:
         """A step of single rows that is run many times; None without a pool."""
@@ -145,8 +201,9 @@ class RecurrentStore:
         for seq, count, before in zip(seqs, rows, past, strict=True):
             assert before in (0, self._seen.get(seq, 0)), "a recurrent state goes on where it stands, or begins anew"
             self._seen[seq] = before + count
-        held, batches = [self._held[seq] for seq in seqs], spans(rows, past)
-        return [RecurrentView(layer, held, batches) for layer in range(self.num_layers)]
+        held, batches = [self._held[seq] for seq in seqs], spans(seqs, rows, past)
+        trails = [self._trails.get(seq) for seq in seqs]
+        return [RecurrentView(layer, held, batches, trails) for layer in range(self.num_layers)]
 
 
 class HeldStates:
@@ -159,6 +216,10 @@ class HeldStates:
     def views(self) -> list[PooledView]:
         """One state per layer for one run."""
         return [PooledView(self._store.pool, layer, self._places_B) for layer in range(self._store.num_layers)]
+
+    def fits(self, seqs: Sequence[int]) -> bool:
+        """Whether rows of these sequences can be run at once, and their states moved on where they lie."""
+        return len(set(seqs)) == len(seqs) and not self._store.marked(seqs)
 
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """The step's next run is one row of each of these sequences, at most `batch`, after `past` cached tokens."""
@@ -187,22 +248,35 @@ class PooledView:
 
 @dataclass(frozen=True)
 class RecurrentView:
-    """One layer's states in one step. held: those of each sequence of the step, all layers."""
+    """One layer's states in one step. held: those of each sequence of the step, all layers; trails: of marked ones."""
 
     layer: int
     held: list[dict[Piece, Tensor]]
     spans: list[Span]
+    trails: list[Trail | None]
 
     def advance(self, piece: Piece, function: Advance, *rows: Tensor) -> Tensor:
         """Runs `function` over every sequence's rows from what is kept, and keeps what it leaves."""
         parts = []
         for span in self.spans:
-            places = [held[piece][self.layer] for held in self.held[span.first : span.first + span.count]]
-            output, left = function(None if span.begins else _batch(places), *_cut(span, rows))
-            for place, value in zip(places, left, strict=True):
-                place.copy_(value)
+            members, cut = range(span.first, span.first + span.count), _cut(span, rows)
+            states = [self._state(i, piece) for i in members]
+            output, left = function(None if span.begins else _batch(states), *cut)
+            for place, i in enumerate(members):
+                trail, value = self.trails[i], left[place]
+                if trail is None:
+                    states[place].copy_(value)
+                else:
+                    assert span.rows == 1, "rows that may be taken back come one at a time"
+                    row = [part[place : place + 1].clone() for part in cut]
+                    trail.add((piece, self.layer), function, row, value.to(states[place].dtype))
             parts.append(output.flatten(0, 1))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _state(self, i: int, piece: Piece) -> Tensor:
+        """Where the i-th sequence of the step stands: the kept state, or what its marked rows have made of it."""
+        kept, trail = self.held[i][piece][self.layer], self.trails[i]
+        return kept if trail is None else trail.states.get((piece, self.layer), kept)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,17 @@ class Slabs:
         """The planes of a range of slots, (G, S, d) each, without a copy unless they are coded."""
         return self.code.decode(self._slabs[seq][layer].narrow(2, start, stop - start)).unbind()
 
+    def take(self, seq: int, slots: list[int]) -> Tensor:
+        """A copy of slots of all layers as they are stored, slots outermost."""
+        index_S = torch.tensor(slots, device=self.device)
+        return torch.stack([slab[:, :, index_S] for slab in self._slabs[seq]]).movedim(3, 0)
+
+    def put(self, seq: int, slots: list[int], taken_S: Tensor) -> None:
+        """Fills slots of all layers with what was taken."""
+        index_S = torch.tensor(slots, device=self.device)
+        for layer, slab in enumerate(self._slabs[seq]):
+            slab[:, :, index_S] = taken_S[:, layer].movedim(0, 2)
+
     def _rounded(self, slots: int) -> int:
         rounded = -(-slots // STEP) * STEP
         return rounded if self.limit is None else min(rounded, self.limit)

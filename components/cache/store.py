@@ -39,7 +39,24 @@ class Store(Protocol):
         ...
 
     def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
-        """One state per layer of the group for a step of `rows` new tokens after `past` cached ones each."""
+        """One state per layer of the group for a step of `rows` new tokens after `past` cached ones each.
+
+        A sequence may stand in `seqs` several times, with one row each that follow one another: each is computed as
+        if it were the only one in its step.
+        """
+        ...
+
+    @property
+    def back(self) -> int | None:
+        """How many rows can be taken back at most; None for any number."""
+        ...
+
+    def mark(self, seq: int, past: int, rows: int) -> None:
+        """Of the next rows of a sequence, from `past` on, up to `rows` may be taken back; they come one at a time."""
+        ...
+
+    def rewind(self, seq: int, tokens: int) -> None:
+        """A marked sequence is `tokens` long: rows since the mark that stand beyond are taken back. Ends the mark."""
         ...
 
 

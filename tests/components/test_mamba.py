@@ -165,7 +165,7 @@ def test_gated_norm_normalises_each_group(close: Check) -> None:
 
 
 def test_spans_put_single_rows_together() -> None:
-    assert spans([1, 1, 3, 1, 1, 1], [4, 9, 0, 2, 0, 0]) == [
+    assert spans(range(6), [1, 1, 3, 1, 1, 1], [4, 9, 0, 2, 0, 0]) == [
         Span(0, 2, 0, 1, begins=False),
         Span(2, 1, 2, 3, begins=True),
         Span(3, 1, 5, 1, begins=False),
@@ -203,6 +203,40 @@ def test_state_goes_on_where_it_stands_or_begins_anew() -> None:
         assert second.advance("ssm", add, ones)[:, 0, 0].tolist() == expected
     with pytest.raises(AssertionError, match="goes on where it stands"):
         store.views([3], [1], [1])
+
+
+@pytest.mark.parametrize("storage", ["slab", "pages"])
+def test_states_move_on_by_the_rows_that_hold(storage: str) -> None:
+    """Bit by bit those of decoding: rows are run one by one, and those that hold once more."""
+
+    def turn(state: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert x.shape[1] == 1
+        left = torch.sin(3 * x[:, 0] + (0 if state is None else state))
+        return left.unsqueeze(1) * 2, left
+
+    store, plain = (make_store(STATE, 2, torch.float32, "cpu", storage, 10**6) for _ in range(2))
+    rows = {seq: torch.randn(9, 8, 5, generator=torch.Generator().manual_seed(seq)) for seq in (3, 5)}
+    for seq in rows:
+        store.grow(seq, 9)
+        plain.grow(seq, 9)
+    expected = {
+        seq: [plain.views([seq], [1], [t])[1].advance("ssm", turn, x[t : t + 1]) for t in range(9)]
+        for seq, x in rows.items()
+    }
+    store.views([3, 5], [1, 1], [0, 0])[1].advance("ssm", turn, torch.stack([rows[3][0], rows[5][0]]))
+    wrong, past = torch.randn(8, 5), 1
+    for step, right in enumerate((1, 0, 2), 1):
+        store.mark(3, past, 3)
+        guesses = [rows[3][past + t] if t <= right else wrong for t in (1, 2)]
+        view = store.views([3, 5, 3, 3], [1] * 4, [past, step, past + 1, past + 2])[1]
+        found = view.advance("ssm", turn, torch.stack([rows[3][past], rows[5][step], *guesses]))
+        assert torch.equal(found[1:2], expected[5][step])
+        for t, row in zip(range(1 + right), (found[0], *found[2:]), strict=False):
+            assert torch.equal(row.unsqueeze(0), expected[3][past + t])
+        past += 1 + right
+        store.rewind(3, past)
+    last = store.views([3], [1], [past])[1]
+    assert torch.equal(last.advance("ssm", turn, rows[3][past : past + 1]), expected[3][past])
 
 
 def test_fresh_state_keeps_nothing() -> None:

@@ -138,3 +138,72 @@ def test_the_device_decides_the_storage() -> None:
     meta = make_store(FULL, 1, torch.float32, "meta")
     assert isinstance(meta, KVStore)
     assert isinstance(meta.storage, Pages)
+
+
+# --- rows that are taken back ----------------------------------------------------------------------------------------
+
+
+def _attended(store: KVStore, seqs: list[int], past: list[int], rows: torch.Tensor) -> torch.Tensor:
+    """Layer 1's attention of single rows (B, d), the keys and values made of the rows themselves."""
+    heads_BGd = rows.unsqueeze(1) * torch.tensor([1.0, -0.5])[:, None]
+    view = store.views(seqs, [1] * len(seqs), past)[1]
+    attended: torch.Tensor = view.attend(heads_BGd, heads_BGd.flip(2), heads_BGd, scale=0.7, window=store.ring)
+    return attended
+
+
+@pytest.mark.parametrize("storage", ["slab", "pages"])
+@pytest.mark.parametrize("spec", [FULL, _ring(5), _ring(20)], ids=["full", "ring of 5", "ring of 20"])
+def test_rows_taken_back_leave_no_trace(spec: Any, storage: str) -> None:
+    """Two sequences with different numbers of guesses, of which some, none or all hold, before and after the border."""
+    store, plain = _store(spec, storage, 8 * 256 * TOKEN), _store(spec, storage, 8 * 256 * TOKEN)
+    true = torch.randn(2, 40, 6)
+    for seq in (1, 2):
+        store.grow(seq, 40)
+        plain.grow(seq, 40)
+    expected = [[_attended(plain, [s], [p], true[s - 1, p : p + 1]) for p in range(34)] for s in (1, 2)]
+    past, counts = [0, 0], torch.Generator().manual_seed(1)
+    while max(past) < 28:
+        rows = (1 + torch.randint(5, (2,), generator=counts)).tolist()
+        right = [int(torch.randint(count, (1,), generator=counts)) for count in rows]
+        order = sorted((wave, i) for i in (0, 1) for wave in range(rows[i]))
+        for i in (0, 1):
+            store.mark(i + 1, past[i], rows[i])
+        places = [past[i] + wave for wave, i in order]
+        inputs = [true[i, past[i] + wave] if wave <= right[i] else torch.randn(6) for wave, i in order]
+        found = _attended(store, [i + 1 for _, i in order], places, torch.stack(inputs))
+        for (wave, i), place, row in zip(order, places, found, strict=True):
+            if wave <= right[i]:
+                torch.testing.assert_close(row, expected[i][place][0])
+        for i in (0, 1):
+            past[i] += 1 + right[i]
+            store.rewind(i + 1, past[i])
+        assert not store._covered
+
+
+def test_a_ring_takes_back_no_more_rows_than_it_has_slots() -> None:
+    store = _store(_ring(4), "slab")
+    assert (store.back, _store(FULL, "slab").back) == (4, None)
+    store.grow(1, 20)
+    store.mark(1, 2, 2)
+    assert not store._covered, "nothing is overwritten yet"
+    with pytest.raises(AssertionError, match="no more rows"):
+        store.mark(1, 2, 5)
+    store.mark(1, 7, 4)
+    assert store._covered
+    store.free(1)
+    assert not store._covered
+
+
+@pytest.mark.parametrize("storage", ["slab", "pages"])
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
+def test_codes_are_put_back_as_they_were(cache_dtype: Any, storage: str) -> None:
+    store = _store(_ring(5).model_copy(update={"cache_dtype": cache_dtype}), storage, 8 * 256 * TOKEN)
+    store.grow(1, 20)
+    for past in range(9):
+        _attended(store, [1], [past], torch.randn(1, 6))
+    before = store.storage.take(1, [0, 1, 2, 3, 4])
+    store.mark(1, 9, 3)
+    _attended(store, [1] * 3, [9, 10, 11], torch.randn(3, 6))
+    assert not torch.equal(store.storage.take(1, [0, 1, 2, 3, 4]), before)
+    store.rewind(1, 9)
+    assert torch.equal(store.storage.take(1, [0, 1, 2, 3, 4]), before)

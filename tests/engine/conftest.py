@@ -37,6 +37,7 @@ class FakeStore:
         self.num_layers = num_layers
         self.histories: dict[int, list[int]] = {}
         self.rooms: dict[int, int] = {}
+        self.marks: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +53,18 @@ class FakeStore:
     def free(self, seq: int) -> None:
         self.rooms.pop(seq, None)
         self.histories.pop(seq, None)
+        self.marks.pop(seq, None)
+
+    back = None
+
+    def mark(self, seq: int, past: int, rows: int) -> None:
+        assert len(self.histories[seq]) == past
+        assert past + rows <= self.rooms[seq], "no room for rows that may be taken back"
+        assert self.marks.setdefault(seq, past) == past, "marked twice"
+
+    def rewind(self, seq: int, tokens: int) -> None:
+        assert self.marks.pop(seq) <= tokens <= len(self.histories[seq])
+        del self.histories[seq][tokens:]
 
     def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[FakeState]:
         return [FakeState(self, list(seqs)) for _ in range(self.num_layers)]
@@ -164,7 +177,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch, stores: list[FakeStore]) -> Ite
     for engine in engines:
         assert not engine.busy
         assert engine.memory["cache_used"] == 0
-    assert all(not store.rooms and not store.histories for store in stores)
+    assert all(not store.rooms and not store.histories and not store.marks for store in stores)
 
 
 @pytest.fixture

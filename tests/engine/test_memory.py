@@ -42,6 +42,17 @@ class CountingStore:
     def free(self, seq: int) -> None:
         self.rooms.pop(seq, None)
 
+    @property
+    def back(self) -> int | None:
+        assert isinstance(self.spec, Bounded)
+        return self.spec.limit
+
+    def mark(self, seq: int, past: int, rows: int) -> None:
+        self.rooms[seq] -= rows
+
+    def rewind(self, seq: int, tokens: int) -> None:
+        self.rooms[seq] = tokens
+
     def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         return [(self.spec, layer, tuple(seqs)) for layer in range(self.num_layers)]
 
@@ -104,6 +115,18 @@ def test_pools_divide_the_budget() -> None:
     assert held.reserve(1, 32)
     assert not held.reserve(2, 32)
     assert held.used == held.stored == 2 * 32 + 32
+
+
+def test_marks_reach_every_store() -> None:
+    held = memory(None)
+    held.reserve(1, 32)
+    assert held.back == 32
+    assert memory(None, (None,)).back is None
+    rooms = [group.store.rooms for group in held._groups]  # type: ignore[attr-defined]
+    held.mark(1, 20, 3)
+    assert rooms == [{1: 29}, {1: 29}]
+    held.rewind(1, 21)
+    assert rooms == [{1: 21}, {1: 21}]
 
 
 def test_a_model_without_states_needs_no_memory() -> None:

@@ -138,7 +138,8 @@ def test_completions_and_chunks_are_json(ask: Callable[..., Request]) -> None:
         prompt_logprobs=[None, -2.0],
     )
     found = json.loads(json.dumps(completion.to_dict(), allow_nan=False))
-    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 0}
+    counts = {"prompt_tokens": 2, "completion_tokens": 1, "cached_tokens": 0}
+    assert found["usage"] == counts | {"drafted_tokens": 0, "accepted_tokens": 0}
     assert found["top_logprobs"] == [[{"id": 4, "logprob": -0.5}, {"id": 9, "logprob": -1.0}]]
     assert {k: found[k] for k in ("text", "tokens", "prompt_ids", "prompt_tokens", "finish_reason", "seed")} == {
         "text": "hé",

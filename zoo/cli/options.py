@@ -21,6 +21,9 @@ _LOAD = [
     click.option("--max-batch-size", type=int, help="Sequences that may run together."),
     click.option("--devices", type=int, help="Number of devices to spread the model over."),
     click.option("--quantize", help="Weight format to convert to while loading."),
+    click.option(
+        "--draft", help="What guesses tokens ahead, to be checked several at once: lookup, from the text so far."
+    ),
     click.option("--adapter", "adapters", multiple=True, help="Adapter file or folder; may be repeated."),
     click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a card's field."),
 ]
@@ -33,11 +36,12 @@ _SAMPLE = [
     click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one."),
     click.option("--seed", type=int, help="Same seed, same answer."),
     click.option("--stop", multiple=True, help="Stop before this text; may be repeated."),
+    click.option("--drafts", type=int, help="Check at most so many guessed tokens at once; 0 for none. Needs --draft."),
 ]
 
 effort_option = click.option("--reasoning-effort", help="How much to think, as the chat format has it: none, high, ...")
 
-SAMPLE_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+SAMPLE_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "drafts")
 LOAD_NAMES = (
     "device",
     "dtype",
@@ -48,6 +52,7 @@ LOAD_NAMES = (
     "devices",
     "quantize",
     "adapters",
+    "draft",
 )
 
 

@@ -162,9 +162,10 @@ def write_figures(completion: "Completion") -> None:
     if completion.call_error:
         note(completion.call_error)
     usage, timings = completion.usage, completion.timings
+    guessed = f", {usage.accepted_tokens} of {usage.drafted_tokens} drafts right" if usage.drafted_tokens else ""
     note(
         f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new tokens, first after {timings.prefill_s:.2f} s, "
-        f"{timings.tokens_per_second:.1f} tokens/s, stopped by {completion.finish_reason}"
+        f"{timings.tokens_per_second:.1f} tokens/s, stopped by {completion.finish_reason}{guessed}"
     )
 
 

@@ -13,8 +13,8 @@ from zoo.registry.errors import CapacityError, RequestError
 class Admission:
     """The limits of every request: prompt and generated tokens together are at most `max_context`."""
 
-    def __init__(self, vocab_size: int, max_context: int, memory: Memory) -> None:
-        self.vocab_size, self.max_context, self.memory = vocab_size, max_context, memory
+    def __init__(self, vocab_size: int, max_context: int, memory: Memory, *, drafts: bool = False) -> None:
+        self.vocab_size, self.max_context, self.memory, self.drafts = vocab_size, max_context, memory, drafts
         self.cacheable = memory.longest(max_context)
 
     def allowed(self, request: Request) -> int:
@@ -26,6 +26,14 @@ class Admission:
         length, params = len(request.prompt), request.params
         self.check_prompt(request.prompt)
         self._check_ids("stop_ids", params.stop_ids)
+        if params.drafts and not self.drafts:
+            raise RequestError(
+                "nothing guesses tokens for this model",
+                where="drafts",
+                found=str(params.drafts),
+                expected="0 or None",
+                hint="load it with draft='lookup', or with a smaller model of the same vocabulary",
+            )
         if params.logprobs is not None and params.logprobs > self.vocab_size:
             raise RequestError(
                 "logprobs is out of range",

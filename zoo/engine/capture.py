@@ -82,7 +82,7 @@ class Captured:
             return None
         key = (row_bucket(len(batch.rows)), token_bucket(max(batch.past) + 1))
         step = self._steps.get(key) or self._prepared(*key)
-        if step is None:
+        if step is None or not step.held.fits(batch.seqs):
             return None
         self._fill(step, batch)
         self._steps[key] = step

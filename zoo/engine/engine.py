@@ -20,6 +20,8 @@ from zoo.components.decoder.spec import DecoderSpec
 from zoo.engine.adapters import Adapters
 from zoo.engine.admission import Admission, Sizes
 from zoo.engine.capture import Captured, captures
+from zoo.engine.drafting import Drafting
+from zoo.engine.lookup import Lookup
 from zoo.engine.media import Placed, place
 from zoo.engine.memory import Memory
 from zoo.engine.outcome import Outcome, read
@@ -36,6 +38,10 @@ from zoo.registry.spec import StateSpec
 CHUNK_TOKENS = {"cpu": 512}
 OTHER_CHUNK_TOKENS = 2048
 
+DRAFT_ROWS = {"cpu": 16}
+OTHER_DRAFT_ROWS = 128
+"""Rows of sequences that decode, drafts included, up to which a step has drafts: reading the weights takes longer."""
+
 
 class Engine:
     """Runs requests of any lengths together: continuous batching with chunked prefill.
@@ -45,6 +51,7 @@ class Engine:
     max_batch_size: sequences that may run together. max_context: prompt and answer together, by default the card's
     context length. chunk_tokens: rows of one step, by default 512 on the CPU and 2048 elsewhere.
     storage: how the cache is laid out (see zoo.components.cache.store).
+    draft: "lookup" guesses tokens ahead from a sequence's own (see zoo.engine.drafting).
     Calls from several threads are safe; they wait for each other's steps. A context manager.
     """
 
@@ -60,6 +67,7 @@ class Engine:
         max_context: int | None = None,
         chunk_tokens: int | None = None,
         storage: Literal["auto", "slab", "pages"] = "auto",
+        draft: Literal["lookup"] | None = None,
     ) -> None:
         model, device = cast(DecoderSpec, plan.model), torch.device(device)
         context = model.context_length if max_context is None else max_context
@@ -78,9 +86,11 @@ class Engine:
             context=context,
             pooled=storage == "pages" or (storage == "auto" and device.type != "cpu"),
         )
-        self._admission = Admission(model.vocab_size, context, self._memory)
+        self._admission = Admission(model.vocab_size, context, self._memory, drafts=draft is not None)
         self._encoders = model.encoders()
-        self._scheduler = Scheduler(self._memory, chunk_tokens=chunk, max_batch_size=max_batch_size)
+        rows = DRAFT_ROWS.get(device.type, OTHER_DRAFT_ROWS)
+        drafting = None if draft is None else Drafting(Lookup(), self._memory, rows)
+        self._scheduler = Scheduler(self._memory, chunk_tokens=chunk, max_batch_size=max_batch_size, drafting=drafting)
         captured = Captured(decoder, self._memory, device, record=device.type == "cuda") if captures(device) else None
         self._runner: Runner | None = Runner(decoder, self._memory, device, captured)
         self._lock = threading.Lock()
@@ -308,12 +318,14 @@ class Engine:
     def _apply(self, item: Work, outcome: Outcome) -> None:
         """Move the sequence on by its work, and post what came of it."""
         seq = item.sequence
-        chunk = seq.advance(item.rows, outcome)
+        chunk = seq.advance(item.rows, outcome, len(item.drafts))
         if chunk is None:
             return
         if chunk.last:
             self._live.pop(seq.request_id, None)
             self._scheduler.drop(seq)
+        elif item.drafts:
+            self._scheduler.settle(item, len(outcome.tokens) - 1)
         self._post(chunk)
 
 

@@ -35,6 +35,10 @@ class Held(Protocol):
         """One state per layer of the store's group, for one run."""
         ...
 
+    def fits(self, seqs: Sequence[int]) -> bool:
+        """Whether a run can be one row of each of these sequences, of which one may stand there several times."""
+        ...
+
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """The next run is one row of each of these sequences, after `past` cached tokens."""
         ...
@@ -47,6 +51,10 @@ class HeldStep:
     parts: list[Held]
     places: list[list[int]]
     layers: Sequence[StateSpec | None]
+
+    def fits(self, seqs: Sequence[int]) -> bool:
+        """As of each part."""
+        return all(part.fits(seqs) for part in self.parts)
 
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """As of each part."""
@@ -129,6 +137,21 @@ class Memory:
         held = self._costs.pop(seq, self._none)
         self._rooms.pop(seq, None)
         self._count([t - h for t, h in zip(self._taken, held, strict=True)])
+
+    @property
+    def back(self) -> int | None:
+        """How many rows of a sequence can be taken back at most; None for any number."""
+        return min((back for group in self._groups if (back := group.store.back) is not None), default=None)
+
+    def mark(self, seq: int, past: int, rows: int) -> None:
+        """Up to `rows` of the sequence's next rows, from `past` on, may be taken back: `rewind` must follow."""
+        for group in self._groups:
+            group.store.mark(seq, past, rows)
+
+    def rewind(self, seq: int, tokens: int) -> None:
+        """The marked sequence is `tokens` long: takes back the rows beyond and ends the mark."""
+        for group in self._groups:
+            group.store.rewind(seq, tokens)
 
     def states(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         """One state per layer of the model for a step of these sequences."""

@@ -50,6 +50,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "logprobs": (lambda v: v is None or (_whole(v) and v >= 0), "a whole number, 0 or more, or None"),
     "prompt_logprobs": (lambda v: isinstance(v, bool), "True or False"),
     "adapter": (lambda v: v is None or _text(v), "the name of a loaded adapter, auto, or None"),
+    "drafts": (lambda v: v is None or (_whole(v) and v >= 0), "a whole number, 0 (off) or more, or None"),
 }
 
 
@@ -67,6 +68,8 @@ class SamplingParams:
     logprobs: k >= 0 reports each new token's log-probability under the raw model (before temperature and filters)
         and the k best alternatives. prompt_logprobs: the same for the prompt's tokens.
     adapter: the name of a loaded adapter, None for the plain model; "auto": the one that `zoo.load` was given, if any.
+    drafts: at most so many tokens are guessed ahead and checked at once; 0 turns that off; None leaves it to a model
+        that was loaded with `draft`. The tokens are the same.
     """
 
     max_tokens: int | None = None
@@ -81,6 +84,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     adapter: str | None = "auto"
+    drafts: int | None = None
 
     def __post_init__(self) -> None:
         for name, plain in (("temperature", 0.0), ("top_k", 0), ("stop", ()), ("stop_ids", ())):
@@ -177,11 +181,16 @@ def _no_ids(prompt: object) -> RequestError:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. completion_tokens is the length of `Completion.tokens`; cached_tokens were not computed again."""
+    """Token counts. completion_tokens is the length of `Completion.tokens`; cached_tokens were not computed again.
+
+    drafted_tokens: guessed ahead and checked; accepted_tokens: those of them that were right.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

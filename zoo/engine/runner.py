@@ -48,12 +48,10 @@ class Runner:
         return logits_RV
 
     def _media(self, batch: Batch) -> Rows | None:
-        sequences = [wants.work.sequence for wants in batch.wanted]
-        if not any(seq.media for seq in sequences):
+        if not any(batch.media):
             return None
-        spans = zip(sequences, batch.past, batch.rows, strict=True)
-        parts = [(seq.media, past, past + rows) for seq, past, rows in spans]
-        return rows_of_media(self.decoder, parts, self.device)
+        spans = zip(batch.media, batch.past, batch.rows, strict=True)
+        return rows_of_media(self.decoder, [(media, past, past + rows) for media, past, rows in spans], self.device)
 
     @torch.no_grad()
     def hidden(self, tokens: Sequence[int], media: Sequence[Placed] = (), adapter: str | None = "auto") -> Tensor:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from zoo.engine.memory import Memory
 from zoo.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from zoo.engine.drafting import Drafting
 
 _arrival = attrgetter("number")
 
 
 class Work(NamedTuple):
-    """The next `rows` uncached tokens of a sequence."""
+    """The next `rows` uncached tokens of a sequence, or its last one and guesses of those to come."""
 
     sequence: Sequence
     rows: int
+    drafts: tuple[int, ...] = ()
 
 
 class Scheduler:
@@ -30,7 +34,10 @@ class Scheduler:
     A step looks at those that run and at the first one that waits, however many wait.
     """
 
-    def __init__(self, memory: Memory, *, chunk_tokens: int, max_batch_size: int) -> None:
+    def __init__(
+        self, memory: Memory, *, chunk_tokens: int, max_batch_size: int, drafting: Drafting | None = None
+    ) -> None:
+        self.drafting = drafting
         self.memory, self.chunk_tokens, self.max_batch_size = memory, chunk_tokens, max_batch_size
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -41,7 +48,7 @@ class Scheduler:
 
     def drop(self, seq: Sequence) -> None:
         """Forget a sequence that ended, wherever it stands."""
-        self.memory.free(seq.number)
+        self._free(seq)
         # Those that run are few, and what ends nearly always runs.
         line = self.running if seq in self.running else self.waiting
         line.remove(seq)
@@ -50,13 +57,16 @@ class Scheduler:
         """Make all unfinished sequences wait with nothing cached: after an interrupted step no state can be trusted."""
         self.waiting, self.running = deque(sorted(seqs, key=_arrival)), []
         for seq in self.waiting:
-            self.memory.free(seq.number)
+            self._free(seq)
             seq.past = 0
 
     def plan(self) -> list[Work]:
         """The next step's work; empty when there is none. At most `chunk_tokens` rows in all."""
         work = self._decodes()
         left = self.chunk_tokens - len(work)
+        if self.drafting is not None and work:
+            work = self.drafting.extended(work, left)
+            left = self.chunk_tokens - sum(item.rows for item in work)
         for seq in self.running:
             if left and seq.todo > 1:
                 work.append(Work(seq, min(seq.todo, left)))
@@ -65,6 +75,16 @@ class Scheduler:
             work.append(Work(admitted, min(admitted.todo, left)))
             left -= work[-1].rows
         return work
+
+    def settle(self, work: Work, right: int) -> None:
+        """Work with drafts is done, of which so many were right: the rows of the others leave the cache."""
+        if self.drafting is not None:
+            self.drafting.settle(work, right)
+
+    def _free(self, seq: Sequence) -> None:
+        self.memory.free(seq.number)
+        if self.drafting is not None:
+            self.drafting.free(seq)
 
     def _decodes(self) -> list[Work]:
         work: list[Work] = []
@@ -82,7 +102,7 @@ class Scheduler:
             youngest = self.running.pop()
             self.waiting.appendleft(youngest)
             youngest.past = 0
-            self.memory.free(youngest.number)
+            self._free(youngest)
             self.preemptions += 1
             if youngest is seq:
                 return False

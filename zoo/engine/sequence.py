@@ -41,6 +41,7 @@ class Sequence:
         self.submitted = perf_counter()
         self.started: float | None = None
         self.first: float | None = None
+        self.drafted = self.accepted = 0
 
     @property
     def generated(self) -> int:
@@ -61,32 +62,45 @@ class Sequence:
         """Whether log-probabilities of the prompt are still to be computed."""
         return self.params.prompt_logprobs and len(self.prompt_logprobs) < self.prompt_length
 
-    def advance(self, rows: int, outcome: Outcome) -> Chunk | None:
-        """Move on by a step that computed `rows` of its tokens; what came of it, None inside a prompt."""
-        self.past += rows
+    def advance(self, rows: int, outcome: Outcome, drafted: int = 0) -> Chunk | None:
+        """Move on by a step that computed `rows` of its tokens, the last `drafted` of them guesses; what came of it,
+        None inside a prompt. Guesses that were wrong are not cached."""
+        self.past += rows - drafted
         if outcome.broken is not None:
             return Chunk(self.request_id, error=self._not_finite(outcome.broken))
         self.prompt_logprobs += outcome.scores
-        if outcome.token is not None:
-            return self._take(outcome.token, outcome)
-        return None if self.todo else self.finish("length")
+        if not outcome.tokens:
+            return None if self.todo else self.finish("length")
+        right = len(outcome.tokens) - 1
+        self.past += right
+        self.drafted += drafted
+        return self._take(outcome)
 
-    def _take(self, token: int, outcome: Outcome) -> Chunk:
-        """Append a sampled token, or end on it."""
+    def _take(self, outcome: Outcome) -> Chunk:
+        """Append the sampled tokens up to one that ends the answer; those behind it are dropped."""
         if self.first is None:
             self.first = perf_counter()
-        if token in self.stop_ids:
-            return self.finish("stop")
-        self.tokens.append(token)
+        start, new = len(self.tokens), Answer()
+        reason: FinishReason | None = None
+        for place, token in enumerate(outcome.tokens, 1):
+            if token in self.stop_ids:
+                reason = "stop"
+                break
+            self.tokens.append(token)
+            self.accepted += place < len(outcome.tokens)
+            new = new + self.output.push(token)
+            if self.output.stopped or self.generated == self.allowed:
+                reason = "length"
+                break
+        tokens = self.tokens[start:]
         logprobs = tops = None
-        if outcome.logprob is not None and outcome.top is not None:
-            logprobs, tops = [outcome.logprob], [outcome.top]
+        if outcome.logprobs is not None and outcome.tops is not None:
+            logprobs, tops = outcome.logprobs[: len(tokens)], outcome.tops[: len(tokens)]
             self.logprobs += logprobs
             self.top_logprobs += tops
-        new = self.output.push(token)
-        if self.output.stopped or self.generated == self.allowed:
-            return self.finish("length", new, [token], logprobs, tops)
-        return self._chunk(new, [token], logprobs, tops)
+        if reason is None:
+            return self._chunk(new, tokens, logprobs, tops)
+        return self.finish(reason, new, tokens, logprobs, tops)
 
     def finish(
         self,
@@ -146,7 +160,7 @@ class Sequence:
             prompt_ids=self.tokens[: self.prompt_length],
             finish_reason=reason,
             seed=self.seed,
-            usage=Usage(self.prompt_length, self.generated, cached_tokens=0),
+            usage=Usage(self.prompt_length, self.generated, 0, self.drafted, self.accepted),
             timings=self._timings(),
             logprobs=self.logprobs if asked else None,
             top_logprobs=self.top_logprobs if asked else None,
