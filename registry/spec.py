@@ -73,6 +73,7 @@ class Param:
         of the parameter's own name.
     init: how random weights are drawn. active: the share of it that one token uses.
     product: multiplied with every token (False for tables that are looked up and for scales).
+    exact: keeps its numbers where weights are quantised: what chooses, and what is not multiplied with as it stands.
     dtype: "model", or "float32" for what must not be rounded.
     """
 
@@ -83,6 +84,7 @@ class Param:
     init: Literal["normal", "ones", "zeros"] = "normal"
     active: float = 1.0
     product: bool = True
+    exact: bool = False
     dtype: Literal["model", "float32"] = "model"
 
     @property

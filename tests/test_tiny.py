@@ -141,6 +141,28 @@ def test_perplexity_of_held_out_answers(tiny: Any, scripts: dict[str, ModuleType
     assert math.exp(total / count) < 1.05
 
 
+@pytest.mark.parametrize(("kind", "limit"), [("int8", 0.005), ("int4", 0.03)])
+def test_perplexity_of_quantised_weights(tiny: Any, scripts: dict[str, ModuleType], kind: str, limit: float) -> None:
+    """Of whole conversations, and of the answers in them, which the model knows better."""
+    ids = scripts["data"].Ids(SCRIPTS.parent.parent / "cards" / "tiny" / "tekken.json")
+    author = scripts["text"].Author(scripts["facts"].read_cards(), 3, held_out=False)
+    conversations = [ids.conversation(None, author.conversation()) for _ in range(40)]
+
+    def perplexities(model: Any) -> list[float]:
+        lost: list[list[float]] = [[], []]
+        for tokens, written in conversations:
+            logprobs_TV = model.logits(tokens).log_softmax(-1)
+            for i in range(1, len(tokens)):
+                lost[written[i]].append(-float(logprobs_TV[i - 1, tokens[i]]))
+        return [math.exp(sum(some) / len(some)) for some in (lost[0] + lost[1], lost[1])]
+
+    with zoo.load("tiny", device="cpu", quantize=kind) as model:
+        found, expected = perplexities(model), perplexities(tiny)
+    assert found[0] > 20 > 1.1 > found[1]
+    assert found != expected
+    assert [new / old for new, old in zip(found, expected, strict=True)] == pytest.approx([1, 1], abs=limit)
+
+
 def test_size_of_the_files_in_the_wheel() -> None:
     folder = files("zoo.cards") / "tiny"
     sizes = {item.name: len(item.read_bytes()) for item in folder.iterdir()}

@@ -3,12 +3,13 @@
 import builtins
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from zoo.components.kinds import KINDS, kind_named
 from zoo.inspection import BYTES, Inspection
-from zoo.registry.card import Card, list_cards, load_card
+from zoo.locating import Located, Ref, locate
+from zoo.registry.card import Card, list_cards
 from zoo.registry.errors import CardError, RequestError, TextError, nearest
 from zoo.registry.manager import manager
 from zoo.registry.resolve import Plan, resolve
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
     from zoo.device import Placement
     from zoo.loading.files import WeightSet
     from zoo.loading.reader import Progress
+    from zoo.loading.targets import Storing
     from zoo.model import Model
     from zoo.text.tokenizer import Tokenizer
-
-Ref = str | Path | Card | Mapping[str, Any]
 
 DEFAULT_BATCH = 64
 
@@ -32,12 +32,17 @@ def list() -> "builtins.list[Card]":
 
 
 def inspect(
-    ref: Ref, *, dtype: str = "auto", cache_dtype: str = "auto", overrides: Mapping[str, Any] | None = None
+    ref: Ref,
+    *,
+    dtype: str = "auto",
+    cache_dtype: str = "auto",
+    quantize: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """What the model costs and who provides it. Nothing is downloaded and torch is not imported.
 
-    dtype: the format for the byte figures; "auto" is the card's own. cache_dtype: as of `load`. Raises CardError for a
-    card that does not resolve.
+    dtype: the format for the byte figures; "auto" is the card's own. cache_dtype, quantize: as of `load`. Raises
+    CardError for a card that does not resolve.
     """
     if dtype not in ("auto", *BYTES):
         raise RequestError(
@@ -51,6 +56,7 @@ def inspect(
         dtype=found.card.source.dtype if dtype == "auto" else dtype,
         folder=found.folder,
         owners=_owners(found.card, plan),
+        quantize=_kind_name(quantize),
     )
 
 
@@ -73,6 +79,7 @@ def load(
     """Build a model, fill its weights and return it ready to generate.
 
     ref: a card's name, a path (card file, or a folder with params.json or config.json), a Card or a dict.
+    quantize: "int8" or "int4": large matrices are stored so as they are read; `model.notes` tell the error.
     cache_dtype: "int8" or "fp8" caches keys and values in codes of eight bits; "none" as they are computed; "auto" as
         the card says. The model's notes say what that changes.
     weights: "auto" (the ref's own folder, else fetched from the card's hub repository), "random" (real shapes,
@@ -87,7 +94,8 @@ def load(
     Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
     where it can be known by then.
     """
-    _refuse_later_work(quantize, devices)
+    _refuse_later_work(devices)
+    quantize = _kind_name(quantize)
     source = _draft(draft)
     # Asks torch for huge pages, which it decides on at its first allocation: weights are read faster by half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -97,9 +105,10 @@ def load(
 
     placement = choose(device, dtype, found.card.source.dtype)
     context = _context(found.card, max_context)
-    _check_memory(plan, placement, context)
+    storing = _storing(plan, placement, quantize)
+    _check_memory(plan, placement, context, quantize)
     paths = _checked_adapters(adapters, plan, placement)
-    module, folder, files, notes = _filled(plan, found, placement, weights, progress)
+    module, folder, files, notes = _filled(plan, found, placement, weights, storing, progress)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
     model = _model(plan, module, placement, folder, files, notes, batch, context, source)
     names = [model.load_adapter(path) for path in paths]
@@ -158,72 +167,6 @@ def _tokenizer(plan: Plan, folder: Path | None) -> "Tokenizer | TextError":
         return error
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A card and, where the reference was a path, the folder or file that holds its weights."""
-
-    card: Card
-    folder: Path | None
-
-
-def locate(ref: Ref, overrides: Mapping[str, Any] | None = None) -> Located:
-    """The card that `ref` means: a Card, a dict, a name, a card file, or a checkpoint folder to infer it from."""
-    found = _locate(ref)
-    return Located(found.card.with_overrides(overrides), found.folder) if overrides else found
-
-
-def _locate(ref: Ref) -> Located:
-    if isinstance(ref, Card):
-        return Located(ref, ref.local_path())
-    if isinstance(ref, Mapping):
-        card = Card.from_dict(ref)
-        return Located(card, card.local_path())
-    if isinstance(ref, str) and ref in manager().cards():
-        card = load_card(ref)
-        return Located(card, card.local_path())
-    if not isinstance(ref, str | Path) or not str(ref):
-        raise CardError("not a model", found=repr(ref), expected="a card's name, a path, a Card or a mapping")
-    return _at_path(ref)
-
-
-def _at_path(ref: str | Path) -> Located:
-    from zoo.loading.files import SUFFIXES, local_path
-
-    path = local_path(ref)
-    if path.name in ("params.json", "config.json"):
-        path = path.parent
-    if _there(path) and (path.is_dir() or path.name.endswith((*SUFFIXES, ".gguf", ".index.json"))):
-        from zoo.loading.infer import CARD, infer_card
-
-        beside = path / CARD if path.is_dir() else path.with_name(CARD)
-        if beside.is_file():
-            card = load_card(beside)
-            return Located(card, (card.local_path() if path.is_dir() else None) or path)
-        return Located(Card.from_dict(infer_card(path), origin=str(path)), path)
-    if (isinstance(ref, Path) or "/" in ref) and not _there(path):
-        raise _no_model(path)
-    card = load_card(path if "/" in str(ref) else ref)
-    return Located(card, card.local_path())
-
-
-def _there(path: Path) -> bool:
-    try:
-        return path.exists() or path.is_symlink()
-    except OSError as error:
-        raise CardError("not a path", where=str(path)[:200], found=error.strerror) from None
-
-
-def _no_model(path: Path) -> CardError:
-    """The error for a path to nothing; a repository of the hub, written with its owner, looks like one."""
-    beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = nearest(path.name, beside) or nearest(path.name.lower(), manager().cards())
-    for card in list_cards():
-        if card.source.hub == str(path):
-            hint = f"the card of that repository is {card.name!r}"
-            break
-    return CardError("there is no such card, folder or file", where=str(path), hint=hint)
-
-
 def _owners(card: Card, plan: Plan | None) -> dict[str, str]:
     """Who brought the card and each component in use."""
     resource = manager().catalog.cards.get(card.name)
@@ -246,18 +189,32 @@ def _context(card: Card, max_context: int | None) -> int:
     return max_context
 
 
-def _check_memory(plan: Plan, placement: "Placement", context: int) -> None:
+def _kind_name(quantize: str | None) -> str | None:
+    """The name of a kind of quantised weights. Raises RequestError for one that is not known."""
+    return None if quantize in (None, "none") else kind_named(quantize).name
+
+
+def _storing(plan: Plan, placement: "Placement", quantize: str | None) -> "Storing | None":
+    """How matrices are stored; None for all as they come."""
+    if quantize is None:
+        return None
+    from zoo.loading.quantising import quantising
+
+    return quantising(plan, KINDS[quantize], placement.device)
+
+
+def _check_memory(plan: Plan, placement: "Placement", context: int, quantize: str | None) -> None:
     """Refuse before loading what could not hold its weights and one short sequence."""
     from zoo.device import check_fits
 
-    inspection = Inspection(plan.card, plan, placement.dtype_name, None, {})
+    inspection = Inspection(plan.card, plan, placement.dtype_name, None, {}, quantize)
     shortest = min(context, 512)
     check_fits(
         {"weights": inspection.weight_bytes, f"cache for {shortest} tokens": inspection.cache_bytes(shortest)},
         placement.device,
         f"use a smaller dtype than {placement.dtype_name}, another device, or a smaller model"
         if placement.dtype_name == "float32"
-        else "use another device or a smaller model; `zoo inspect` shows what each card needs",
+        else "use another device, a smaller model or `--quantize`; `zoo inspect` shows what each needs",
     )
 
 
@@ -277,7 +234,12 @@ def _checked_adapters(
 
 
 def _filled(
-    plan: Plan, found: Located, placement: "Placement", weights: str | Path, progress: "Progress | None"
+    plan: Plan,
+    found: Located,
+    placement: "Placement",
+    weights: str | Path,
+    storing: "Storing | None",
+    progress: "Progress | None",
 ) -> "tuple[Decoder, Path | None, WeightSet | None, builtins.list[str]]":
     """The assembled module with its weights, their folder and files, and what was chosen on the way."""
     from zoo.assemble import assemble
@@ -286,15 +248,16 @@ def _filled(
     notes = [placement.note]
     if weights == "random":
         module = assemble(plan, placement.dtype)
-        random_weights(module, plan, device=placement.device)
-        return module, found.folder, None, [*notes, "random weights: the answers mean nothing"]
+        random_weights(module, plan, device=placement.device, storing=storing)
+        notes += ["random weights: the answers mean nothing", *_quantised(module, storing)]
+        return module, found.folder, None, notes
     from zoo.loading.files import locate as locate_files
 
     folder = _weights_folder(found, weights, progress, notes.append)
     files = locate_files(folder, plan.card.source.layout)
     module = assemble(plan, placement.dtype)
-    load_weights(module, plan, files, device=placement.device, progress=progress)
-    notes += [files.note, *_decoding(files, plan, placement)]
+    load_weights(module, plan, files, device=placement.device, storing=storing, progress=progress)
+    notes += [files.note, *(_quantised(module, storing) or _decoding(files, plan, placement))]
     return module, folder if folder.is_dir() else folder.parent, files, notes
 
 
@@ -306,6 +269,15 @@ def _decoding(files: "WeightSet", plan: Plan, placement: "Placement") -> "builti
 
     taken = human_bytes(Inspection(plan.card, plan, placement.dtype_name, None, {}).weight_bytes)
     return [f"quantised weights ({', '.join(files.schemes)}) take {taken} in {placement.dtype_name}"]
+
+
+def _quantised(module: "Decoder", storing: "Storing | None") -> "builtins.list[str]":
+    """What was quantised and its error, in a sentence."""
+    if storing is None:
+        return []
+    from zoo.loading.quantising import described
+
+    return [described(module)]
 
 
 def _weights_folder(
@@ -380,13 +352,12 @@ def _draft(draft: str | None) -> Literal["lookup"] | None:
     )
 
 
-def _refuse_later_work(quantize: str | None, devices: object) -> None:
-    for name, value in (("quantize", quantize), ("devices", devices)):
-        if value is not None and value not in (1, "none"):
-            raise RequestError(
-                f"{name} is not supported by this version of zoo",
-                where=f"zoo.load({name}=...)",
-                found=repr(value),
-                expected="no value",
-                hint="leave it out; the changelog says when it comes",
-            )
+def _refuse_later_work(devices: object) -> None:
+    if devices not in (None, 1):
+        raise RequestError(
+            "devices is not supported by this version of zoo",
+            where="zoo.load(devices=...)",
+            found=repr(devices),
+            expected="no value",
+            hint="leave it out; the changelog says when it comes",
+        )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.components.decoder.spec import DecoderSpec
+from zoo.components.kinds import KINDS, quantised, weight_bytes
 from zoo.machine import free_memory, total_memory
 from zoo.registry.card import Card
 from zoo.registry.plan import phrase
@@ -23,6 +24,7 @@ class Inspection:
     resolved: None for a card that says `unsupported`: `to_dict` then tells what is known, all else raises CardError.
     folder: where the weights lie on this machine, or None when they would have to be fetched.
     owners: who provides the card and each component kind, as "slot kind" -> owner.
+    quantize: the kind in which large matrices are reckoned; None for all in `dtype`.
     """
 
     card: Card
@@ -30,6 +32,7 @@ class Inspection:
     dtype: str
     folder: Path | None
     owners: dict[str, str]
+    quantize: str | None = None
 
     @property
     def plan(self) -> Plan:
@@ -51,9 +54,11 @@ class Inspection:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in `dtype`."""
+        """Bytes of all weights in `dtype`, or as `quantize` stores them."""
+        model = self.plan.model
+        kinds = quantised(model, KINDS[self.quantize]) if self.quantize else {}
         size = BYTES[self.dtype]
-        return sum(p.numel * (4 if p.dtype == "float32" else size) for p in self.plan.model.all_parameters().values())
+        return sum(weight_bytes(param, size, kinds.get(name)) for name, param in model.all_parameters().items())
 
     @property
     def cache_dtype(self) -> str | None:
@@ -130,6 +135,7 @@ class Inspection:
             "features": [*card.text.features],
             "unsupported": card.unsupported,
             "dtype": self.dtype,
+            "quantize": self.quantize,
         }
 
     def _figures(self, length: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from zoo.engine.request import Chunk, Completion, Request, SamplingParams
 from zoo.loading.adapters.plan import plan_adapter
 from zoo.loading.adapters.read import read_adapter
 from zoo.loading.files import WeightSet
+from zoo.loading.quantising import quantised_parts
 from zoo.loading.reader import Progress
 from zoo.prompts import Message, Prompt, Prompts, separate, shared_out
 from zoo.registry.card import Card
@@ -281,8 +282,10 @@ class Model:
         file_bytes: beyond this size the weights are several files. overwrite: replace a model that is there.
         The folder holds safetensors in the present dtype, `card.yaml`, the tokenizer's files, and the layout's
         `params.json` or `config.json` where it can say the model. Raises RequestError while adapters are loaded that
-        are not merged, and for a folder that is taken; WeightsError where the layout cannot name a tensor.
+        are not merged, for weights that were quantised while they were loaded, and for a folder that is taken;
+        WeightsError where the layout cannot name a tensor.
         """
+        self._check_whole()
         with self._engine.between_steps() as (adapters, _):
             if adapters.names:
                 raise RequestError(
@@ -294,6 +297,16 @@ class Model:
             source = Source(self.plan, self._module, self.placement.dtype_name, self._files, self.folder)
             options: dict[str, Any] = {"layout": layout, "file_bytes": file_bytes, "overwrite": overwrite}
             return save(source, folder, progress=progress, **options)
+
+    def _check_whole(self) -> None:
+        part = next(quantised_parts(self._module), None)
+        if part is not None:
+            raise RequestError(
+                "quantised weights are not saved: what they were made from is more exact and not much larger to read",
+                where=self.card.name,
+                found=f"{part[0]} in {part[1].kind.name}",
+                hint="load the model without `quantize`, save it, and quantise what was saved when it is loaded",
+            )
 
     # --- prompts ------------------------------------------------------------------------------------------------
 

@@ -215,7 +215,7 @@ class LatentAttentionSpec(Spec):
             found["ssmax.scale"] = Param((self.num_heads,), shard=0, init="zeros", product=False)
             found["ssmax.bias"] = Param((self.num_heads,), shard=0, init="ones", product=False)
         up = self.num_heads * (self.nope_head_dim + self.v_head_dim)
-        found["kv_b.weight"] = Param((up, self.kv_lora_rank), shard=0)
+        found["kv_b.weight"] = Param((up, self.kv_lora_rank), shard=0, exact=True)
         found["o.weight"] = Param((self.dim, self.num_heads * self.v_head_dim), shard=1)
         return found
 

@@ -142,7 +142,7 @@ class DecoderSpec(Spec):
             pairs = self._rope_lanes()[0] // 2
             found["lerope.alpha"] = Param((pairs,), init="zeros", product=False, dtype="float32")
         if self.tied_embeddings:
-            return {"embed.weight": Param(shape, shard=0), **found}
+            return {"embed.weight": Param(shape, shard=0, exact=True), **found}
         looked_up = Param(shape, shard=0, active=1 / self.vocab_size, product=False)
         return {"embed.weight": looked_up, "head.weight": Param(shape, shard=0), **found}
 

@@ -110,7 +110,7 @@ class SoftmaxTopkSpec(Spec):
     bias: Flag = Field(default=False, description="Whether each logit has a learned bias.")
 
     def parameters(self) -> dict[str, Param]:
-        found = {"weight": Param((self.num_experts, self.dim))}
+        found = {"weight": Param((self.num_experts, self.dim), exact=True)}
         return found | ({"bias": Param((self.num_experts,), init="zeros", product=False)} if self.bias else {})
 
 
@@ -155,7 +155,7 @@ class SoftmaxSpec(_Grouped):
     normalize: Flag = Field(default=False, description="Whether the weights of a token are divided by their sum.")
 
     def parameters(self) -> dict[str, Param]:
-        return {"weight": Param((self.num_experts, self.dim))}
+        return {"weight": Param((self.num_experts, self.dim), exact=True)}
 
 
 class SigmoidSpec(_Grouped):
@@ -177,7 +177,7 @@ class SigmoidSpec(_Grouped):
 
     def parameters(self) -> dict[str, Param]:
         bias = Param((self.num_experts,), init="zeros", product=False, dtype="float32")
-        return {"weight": Param((self.num_experts, self.dim)), "bias": bias}
+        return {"weight": Param((self.num_experts, self.dim), exact=True), "bias": bias}
 
 
 class MoESpec(Spec):

@@ -53,8 +53,8 @@ class LightningIndexerSpec(IndexerSpec):
         found = {
             "q_norm.weight": Param((self.dim,), init="ones", product=False),
             "q_norm.bias": Param((self.dim,), init="zeros", product=False),
-            "q.weight": Param((self.num_heads * self.head_dim, self.dim), rotary=turned),
-            "k.weight": Param((self.head_dim, self.dim), rotary=turned),
+            "q.weight": Param((self.num_heads * self.head_dim, self.dim), rotary=turned, exact=True),
+            "k.weight": Param((self.head_dim, self.dim), rotary=turned, exact=True),
             "k_norm.weight": Param((self.head_dim,), rotary=turned, init="ones", product=False),
             "k_norm.bias": Param((self.head_dim,), rotary=turned, init="zeros", product=False),
             "weights.weight": Param((self.num_heads, self.dim), dtype="float32"),

@@ -105,8 +105,8 @@ class Mamba1Spec(Spec):
         return {
             **_projection("in_proj", 2 * inner, self.dim, self.bias),
             **_convolution(inner, self.conv_size, self.conv_bias),
-            "x_proj.weight": Param((self.dt_rank + 2 * self.state_size, inner)),
-            "dt_proj.weight": Param((inner, self.dt_rank)),
+            "x_proj.weight": Param((self.dt_rank + 2 * self.state_size, inner), exact=True),
+            "dt_proj.weight": Param((inner, self.dt_rank), exact=True),
             "a_log": Param((inner, self.state_size), product=False, dtype="float32"),
             "d": Param((inner,), init="ones", product=False, dtype="float32"),
             "dt_bias": Param((inner,), product=False, dtype="float32"),
@@ -137,5 +137,5 @@ def _projection(name: str, rows: int, columns: int, bias: bool) -> dict[str, Par
 
 
 def _convolution(channels: int, size: int, bias: bool) -> dict[str, Param]:
-    found = {"conv.weight": Param((channels, 1, size))}
+    found = {"conv.weight": Param((channels, 1, size), exact=True)}
     return found | {"conv.bias": Param((channels,), init="zeros", product=False)} if bias else found

@@ -87,11 +87,11 @@ class AdapterSpec(Spec):
 
     def parameters(self) -> dict[str, Param]:
         found = {
-            "gate_up_down.weight": Param((self.rank, self.dim)),
-            "gate_up_up.weight": Param((2 * self.hidden_dim, self.rank), shard=0),
+            "gate_up_down.weight": Param((self.rank, self.dim), exact=True),
+            "gate_up_up.weight": Param((2 * self.hidden_dim, self.rank), shard=0, exact=True),
         }
         if self.widths:
             parts = {f"{name}_down.weight": Part(((i * self.rank, (i + 1) * self.rank),)) for i, name in enumerate(QKV)}
-            found["qkv_down.weight"] = Param((3 * self.rank, 2 * self.dim), parts=parts)
+            found["qkv_down.weight"] = Param((3 * self.rank, 2 * self.dim), parts=parts, exact=True)
         ups = zip(QKV, self.widths, strict=False)
-        return found | {f"{name}_up.weight": Param((width, self.rank), shard=0) for name, width in ups}
+        return found | {f"{name}_up.weight": Param((width, self.rank), shard=0, exact=True) for name, width in ups}

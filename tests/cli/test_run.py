@@ -93,7 +93,7 @@ def test_an_override_is_honoured(zoo_command: Command) -> None:
         (("--stop", ""), ["stop", "empty"]),
         (("--max-context", "99999"), ["max_context", "99999", "2048"]),
         (("--cache-dtype", "int4"), ["unknown cache_dtype", "'int4'", "int8"]),
-        (("--quantize", "int8"), ["quantize", "not supported"]),
+        (("--quantize", "int3"), ["quantize", "'int3'", "int8, int4"]),
         (("--devices", "2"), ["devices", "not supported"]),
         (("--adapter", "a.safetensors"), ["no such folder or file", "a.safetensors"]),
         (("--image", "a.png"), ["does not read images"]),

@@ -334,7 +334,10 @@ import torch
 torch.set_num_threads(1)
 from zoo.assemble import assemble
 from zoo.loading.files import locate
+from zoo.components.kinds import KINDS
+from zoo.components.matrix import weight_bytes
 from zoo.loading.load import load_weights
+from zoo.loading.quantising import quantising
 from zoo.registry.card import Card
 from zoo.registry.resolve import resolve
 
@@ -345,17 +348,17 @@ def resident(name):
 def load(folder, dtype):
     plan = resolve(Card.from_dict(json.loads((folder / "card.json").read_text())))
     module = assemble(plan, dtype)
-    load_weights(module, plan, locate(folder))
+    storing = KINDS.get(sys.argv[3]) and quantising(plan, KINDS[sys.argv[3]], torch.device("cpu"))
+    load_weights(module, plan, locate(folder), storing=storing)
     return module
 
-large, small = map(Path, sys.argv[1:])
+large, small = map(Path, sys.argv[1:3])
 for dtype in (torch.bfloat16, torch.float32):
     if os.fork() == 0:  # a process of its own, so that neither load sees memory that the other left behind
         load(small, dtype)  # touches the pages of torch's own code, which a build with CUDA has many of
         before = resident("VmRSS")
         module = load(large, dtype)
-        weights = sum(p.numel() * p.element_size() for p in module.parameters())
-        os.write(1, f"{resident('VmHWM') - before} {weights}\\n".encode())
+        os.write(1, f"{resident('VmHWM') - before} {weight_bytes(module)}\\n".encode())
         os._exit(0)
     assert os.wait()[1] == 0
 """
@@ -396,17 +399,35 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return native_checkpoint(tmp_path_factory.mktemp("small"), 64, 64, 64)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's peak of resident memory")
+def peaks(large: Path, small: Path, kind: str) -> list[tuple[int, int]]:
+    """What loading in bfloat16 and in float32 took at most, and the weights' bytes."""
+    command = [sys.executable, "-c", MEASURE, str(large), str(small), kind]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return [(int(peak), int(weights)) for peak, weights in map(str.split, answer.stdout.splitlines())]
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's peak of resident memory")
+
+
+@on_linux
 @pytest.mark.parametrize("coded", [False, True])
 def test_peak_memory_is_the_weights(large: Path, small: Path, coded: bool, tmp_path: Path) -> None:
     """Read in place from bfloat16 to bfloat16, and converted to float32; decoded from FP8 to both."""
     if coded:
         large = native_checkpoint(tmp_path, 1024, 4096, 8192, coded=True)
-    command = [sys.executable, "-c", MEASURE, str(large), str(small)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    (kept, kept_weights), (converted, converted_weights) = (
-        map(int, line.split()) for line in answer.stdout.splitlines()
-    )
+    (kept, kept_weights), (converted, converted_weights) = peaks(large, small, "none")
     assert converted_weights == 2 * kept_weights > 360_000_000
     assert 0.95 * kept_weights < kept < 1.1 * kept_weights
     assert 0.95 * converted_weights < converted < 1.1 * converted_weights
+
+
+@on_linux
+@pytest.mark.parametrize(("kind", "coded"), [("int8", False), ("int4", False), ("int4", True)])
+def test_peak_memory_of_quantised_weights(large: Path, small: Path, kind: str, coded: bool, tmp_path: Path) -> None:
+    """The weights as they are stored, the buffer, and two matrices as they came."""
+    if coded:
+        large = native_checkpoint(tmp_path, 1024, 4096, 8192, coded=True)
+    for (peak, weights), size in zip(peaks(large, small, kind), (2, 4), strict=True):
+        matrix, embedding = size * 8192 * 1024, size * 8192 * 1024
+        assert weights < (0.56 if kind == "int8" else 0.36) * 2 * 91_000_000 + embedding
+        assert peak < weights + load.BUFFER + 2 * matrix

@@ -112,7 +112,7 @@ def card() -> None:
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to a file instead of standard output.")
 def card_new(folder: Path, output: Path | None) -> None:
     """Infer a card from a checkpoint FOLDER with params.json or config.json, and print it."""
-    from zoo.api import locate
+    from zoo.locating import locate
     from zoo.registry.errors import CardError
     from zoo.registry.resolve import resolve
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @sample_options
 def chat(ref: str, system: str | None, **flags: Any) -> None:
     """Talk with REF. Type /help for the commands, Ctrl-D to leave."""
-    from zoo.api import locate
+    from zoo.locating import locate
 
     options, form = sample_arguments(flags), chat_options(flags)
     card = locate(ref, parse_overrides(flags["overrides"])).card

@@ -13,9 +13,9 @@ from zoo.registry.errors import FetchError
 @click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
 def pull(ref: str, dry_run: bool) -> None:
     """Fetch REF's weights and tokenizer from the hub: one weight set, resumed where it stopped."""
-    from zoo.api import locate
     from zoo.cli.console import loading_bar, note, size
     from zoo.loading.hub import fetch, plan_fetch
+    from zoo.locating import locate
 
     card = locate(ref).card
     name = repository(card)
@@ -36,9 +36,9 @@ def pull(ref: str, dry_run: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(ref: str, yes: bool) -> None:
     """Remove REF's fetched files from this machine's cache."""
-    from zoo.api import locate
     from zoo.cli.console import note, size
     from zoo.loading.hub import cached, remove
+    from zoo.locating import locate
 
     card = locate(ref).card
     repository(card)
@@ -57,9 +57,9 @@ def rm(ref: str, yes: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def verify(ref: str, weights: Path | None, as_json: bool) -> int:
     """Check a checkpoint's headers against the card: on disk, or on the hub by reading headers only."""
-    from zoo.api import locate
     from zoo.cli.console import emit, size
     from zoo.loading.verify import verify_files, verify_hub
+    from zoo.locating import locate
     from zoo.registry.resolve import resolve
 
     found = locate(ref)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dtype", default="auto", show_default=True, help="Number format for the byte figures.")
 @click.option("--cache-dtype", default="auto", show_default=True, help="int8, fp8, none, or auto: as the card says.")
+@click.option("--quantize", help="int8 or int4: reckon with large matrices stored so.")
 @click.option("--prompt", help="Show this prompt's token ids and pieces as the model would get them.")
 @click.option("--raw", is_flag=True, help="With --prompt: as raw text, not as a chat turn.")
 @click.option("--files", is_flag=True, help="Ask the hub which files a pull would fetch.")
@@ -28,6 +29,7 @@ def inspect(
     context: int | None,
     dtype: str,
     cache_dtype: str,
+    quantize: str | None,
     prompt: str | None,
     raw: bool,
     files: bool,
@@ -39,7 +41,7 @@ def inspect(
     from zoo.api import inspect as examine
     from zoo.cli.console import emit
 
-    found = examine(ref, dtype=dtype, cache_dtype=cache_dtype, overrides=parse_overrides(overrides))
+    found = examine(ref, dtype=dtype, cache_dtype=cache_dtype, quantize=quantize, overrides=parse_overrides(overrides))
     if resolved:
         click.echo(found.card.to_yaml(), nl=False)
         return
@@ -89,7 +91,7 @@ def _write(data: dict[str, Any]) -> None:
     room = "fits" if memory["fits"] else "does not fit"
     facts += [
         ["parameters", number(data["parameters"]) + sparse],
-        ["weights", f"{size(data['weight_bytes'])} in {data['dtype']}"],
+        ["weights", f"{size(data['weight_bytes'])} in {_format(data)}"],
         ["cache", " and ".join(_cache(data)) + (f" in {data['cache_dtype']}" if data["cache_dtype"] else "") or "none"],
         ["compute", f"{number(data['flops_per_token'])} operations per token"],
         ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens"],
@@ -106,6 +108,10 @@ def _write(data: dict[str, Any]) -> None:
         if title in data:
             rows = [[str(v) for v in row.values()] for row in data[title]]
             click.echo("\n" + columns([[name.upper() for name in data[title][0]], *rows]))
+
+
+def _format(data: dict[str, Any]) -> str:
+    return data["dtype"] if data["quantize"] is None else f"{data['quantize']}, what stays in {data['dtype']}"
 
 
 def _cache(data: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ _LOAD = [
     click.option("--max-context", type=int, help="Tokens of prompt and answer together. [default: the card's]"),
     click.option("--max-batch-size", type=int, help="Sequences that may run together."),
     click.option("--devices", type=int, help="Number of devices to spread the model over."),
-    click.option("--quantize", help="Weight format to convert to while loading."),
+    click.option("--quantize", help="int8 or int4: store large matrices so while loading."),
     click.option(
         "--draft", help="What guesses tokens ahead, to be checked several at once: lookup, from the text so far."
     ),

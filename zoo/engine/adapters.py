@@ -13,6 +13,7 @@ from zoo.components.adapter import hook, merge, uses_of, using
 from zoo.components.linear import Linear
 from zoo.components.matrix import replace
 from zoo.loading.adapters.read import Adapter
+from zoo.loading.quantising import quantised_parts
 from zoo.registry.errors import RequestError, nearest
 
 AUTO = "auto"
@@ -72,7 +73,7 @@ class Adapters:
     def merge(self, name: str, users: Sequence[str | None] = ()) -> None:
         """Adds an adapter to the weights for good. Raises RequestError as `remove`, and while any request runs."""
         adapter = self._named(name)
-        self._check_mergeable(name, len(users))
+        self._check_mergeable(name, adapter, len(users))
         for path, change in adapter.changes.items():
             linear = self._module.get_submodule(path)
             assert isinstance(linear, Linear)
@@ -140,7 +141,7 @@ class Adapters:
         paths = {path for adapter in self._loaded.values() for path in adapter.changes}
         self._hooks = hook(self._module, sorted(paths))
 
-    def _check_mergeable(self, name: str, running: int) -> None:
+    def _check_mergeable(self, name: str, adapter: Adapter, running: int) -> None:
         if running:
             raise RequestError(
                 "weights cannot change under unfinished requests",
@@ -148,3 +149,13 @@ class Adapters:
                 found=f"{running} of them",
                 hint="let them end, or cancel them",
             )
+        changed = [*adapter.changes, *(tensor.param.rpartition(".")[0] for tensor, _ in adapter.whole)]
+        for path in changed:
+            part = next(quantised_parts(self._module.get_submodule(path)), None)
+            if part is not None:
+                raise RequestError(
+                    "an adapter cannot be merged into quantised weights, whose rounding would swallow most of it",
+                    where=f"merging {name!r}",
+                    found=f"{path} in {part[1].kind.name}",
+                    hint="requests can choose it; or load the model without `quantize`, merge, save, and load that",
+                )

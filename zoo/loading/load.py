@@ -1,7 +1,7 @@
 """Weights into a module: every tensor straight to its final place, type and device, in the order of the files.
 
-Nothing is held but the parameters themselves and one buffer: a tensor that arrives as it stays is read into its
-parameter's own memory, all others pass through the buffer in pieces.
+Nothing is held but the parameters themselves, those that are stored otherwise for a moment, and one buffer: a tensor
+that arrives as it stays is read into its parameter's own memory, all others pass through the buffer in pieces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from zoo.loading.layouts import layout_named
 from zoo.loading.mapping import Placement, plan_mapping
 from zoo.loading.pickled import DTYPES, open_archive
 from zoo.loading.reader import Progress, TensorInfo
-from zoo.registry.errors import CapacityError, WeightsError
+from zoo.loading.targets import Storing, Targets
+from zoo.registry.errors import WeightsError
 from zoo.registry.plan import Plan
 from zoo.registry.spec import Rotary, Tensor
 
@@ -45,11 +46,14 @@ def load_weights(
     files: WeightSet,
     *,
     device: torch.device | str = "cpu",
+    storing: Storing | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Fills the module's parameters, made on `device` in the type that they have on the meta device.
 
-    Peak memory is the weights and one buffer. `progress` is called with the bytes read and the bytes in all.
+    storing: what is stored otherwise, each matrix as soon as it is whole. Peak memory is the weights as they are
+    stored, one buffer, and the matrices of which a part is still to come. `progress` is called with the bytes read
+    and the bytes in all.
     Raises WeightsError unless the files hold exactly the plan's tensors; CapacityError when memory does not suffice.
     """
     assert sys.byteorder == "little", "the files' bytes are read as they are"
@@ -57,10 +61,11 @@ def load_weights(
     order = {file: number for number, file in enumerate(files.files)}
     placements.sort(key=lambda placement: (order[placement.source.file], placement.source.start, placement.rows))
     total, done = sum(placement.nbytes for placement in placements), 0
-    targets = _Targets(module, torch.device(device))
+    targets = Targets(module, plan.model.tensors(), torch.device(device), storing)
     with _Reader(pinned=torch.device(device).type == "cuda") as reader:
         for placement in placements:
             _fill(targets.place(placement.tensor), placement, reader)
+            targets.filled(placement.tensor)
             done += placement.nbytes
             if progress:
                 progress(done, total)
@@ -74,26 +79,32 @@ def fill_places(places: Iterable[tuple[torch.Tensor, Placement]]) -> None:
             _fill(place, placement, reader)
 
 
-def random_weights(module: nn.Module, plan: Plan, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+def random_weights(
+    module: nn.Module,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    storing: Storing | None = None,
+) -> None:
     """Fills the module's parameters, made on `device`, with seeded values of a size that keeps logits finite.
 
     A tensor's values follow from the seed and its name alone: not from the order, the device or the type, up to
     rounding. Raises CapacityError when memory does not suffice.
     """
-    targets = _Targets(module, torch.device(device))
-    parameters = plan.model.all_parameters()
-    tensors = list(plan.model.tensors())
-    places = [targets.place(tensor) for tensor in tensors]
+    parameters, tensors = plan.model.all_parameters(), list(plan.model.tensors())
+    targets = Targets(module, tensors, torch.device(device), storing)
 
-    def draw(tensor: Tensor, place: torch.Tensor) -> None:
-        init = parameters[tensor.param].init
+    def draw(tensor: Tensor) -> None:
+        place, init = targets.place(tensor), parameters[tensor.param].init
         if init == "normal":
             _draw(place, f"{seed}:{tensor.name}")
         else:
             place.fill_(1.0 if init == "ones" else 0.0)
+        targets.filled(tensor)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(draw, tensors, places):
+        for _ in pool.map(draw, tensors):
             pass
     targets.check()
 
@@ -105,43 +116,6 @@ def _draw(place: torch.Tensor, key: str) -> None:
     assert flat.data_ptr() == place.data_ptr(), "a piece of a parameter has its rows together"
     for piece in flat.split(DRAW):
         piece.copy_(torch.empty(len(piece)).normal_(0.0, 0.02, generator=generator))
-
-
-class _Targets:
-    """The module's parameters, made when their first tensor arrives."""
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.device = module, device
-        self.made: dict[str, torch.Tensor] = {}
-
-    def place(self, tensor: Tensor) -> torch.Tensor:
-        """The piece of a parameter that a checkpoint's tensor fills."""
-        if tensor.param not in self.made:
-            self.made[tensor.param] = self._make(tensor.param)
-        return self.made[tensor.param][tensor.index]
-
-    def _make(self, name: str) -> torch.Tensor:
-        owner, _, leaf = name.rpartition(".")
-        holder = self.module.get_submodule(owner)
-        meta = getattr(holder, leaf)
-        if not meta.is_meta:
-            return meta.detach()  # type: ignore[no-any-return]
-        try:
-            made = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
-        except (RuntimeError, MemoryError) as error:
-            raise CapacityError(
-                "memory is full while loading the weights",
-                where=name,
-                found=str(error).splitlines()[0],
-                expected=f"{meta.numel() * meta.element_size()} bytes more on {self.device}",
-                hint="use a smaller type or model; `zoo inspect` says what each needs",
-            ) from None
-        setattr(holder, leaf, nn.Parameter(made, requires_grad=False))
-        return made
-
-    def check(self) -> None:
-        left = [name for name, parameter in self.module.named_parameters() if parameter.is_meta]
-        assert not left, f"parameters that no tensor of the Spec fills: {left[:5]}"
 
 
 class _Reader:

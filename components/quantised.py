@@ -1,0 +1,172 @@
+"""Matrices in eight and in four bits: how they are made, multiplied with and read.
+
+A weight is code times scale, where the scale belongs to an output (int8) or to 32 inputs of an output (int4). A row
+that is multiplied with is rounded to eight bits as well, each 32 of its numbers by a scale of their own, so that the
+products are sums of whole numbers, which processors do fastest; the sums of groups are added up in float32. That is
+one formula, `product_reference`, and the C source (native/quantised.c) computes the same. Without it, weights are
+made numbers again a few rows at a time, and rows are not rounded.
+
+The layout: blocks of 16 outputs; in a block groups of 32 inputs; in a group fours of inputs, 64 bytes that hold the
+four codes of each output. Codes are stored with an offset that makes them unsigned. Of four-bit codes, fours 0 to 3
+of a group are the low halves of its bytes, 4 to 7 the high ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.components.kinds import GROUP, LANES, Kind
+
+FOURS = GROUP // 4
+TRIED = torch.linspace(-9.5, -6.5, 8).tolist()
+"""Codes, not rounded, that the largest weight of a group may get: the one with the least error is taken."""
+
+PIECE = 1 << 19
+"""Elements that are numbers at a time, in float32."""
+
+SMALLEST = 1e-30
+"""Scales are at least this, so that groups of zeros can be divided by them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A weight (O, I) of `dtype` in eight or four bits.
+
+    codes: uint8 (blocks, groups, bits, 64), as above. scales: float32 (blocks, 16), or bfloat16 (blocks, groups, 16).
+    lost, size: the squared norms of the error and of the weight.
+    """
+
+    kind: Kind
+    shape: torch.Size
+    dtype: torch.dtype
+    codes: Tensor
+    scales: Tensor
+    lost: float
+    size: float
+
+    @classmethod
+    def of(cls, kind: Kind, weight_OI: Tensor) -> Quantised:
+        """Quantises row-major values."""
+        blocks, groups = -(-weight_OI.shape[0] // LANES), -(-weight_OI.shape[1] // GROUP)
+        codes = torch.empty(blocks, groups, kind.bits, 4 * LANES, dtype=torch.uint8)
+        if kind.grouped:
+            scales = torch.empty(blocks, groups, LANES, dtype=torch.bfloat16)
+        else:
+            scales = torch.empty(blocks, LANES, dtype=torch.float32)
+        lost, size = quantise_reference(kind, weight_OI, codes, scales)
+        return cls(kind, weight_OI.shape, weight_OI.dtype, codes, scales, lost, size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        parts = [F.linear(x_TI, piece) for piece in self._pieces()]
+        y_TO = torch.cat(parts, dim=1)
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+    def plain(self, index: tuple[int | slice, ...] = ()) -> Tensor:
+        rows, *rest = index or (slice(None),)
+        first, last, _ = rows.indices(self.shape[0]) if isinstance(rows, slice) else (rows, rows + 1, 1)
+        block = first // LANES
+        values_OI = self._numbers(block, -(-last // LANES))[first - block * LANES : last - block * LANES]
+        values_OI = values_OI[:, : self.shape[1]].to(self.dtype)
+        return values_OI[(slice(None) if isinstance(rows, slice) else 0, *rest)]
+
+    def renewed(self, weight_OI: Tensor) -> Quantised:
+        return Quantised.of(self.kind, weight_OI)
+
+    def _pieces(self) -> Iterator[Tensor]:
+        """The weight a few rows at a time, in its dtype."""
+        step = max(1, PIECE // (self.shape[1] * LANES)) * LANES
+        for first in range(0, self.shape[0], step):
+            yield self.plain((slice(first, min(first + step, self.shape[0])),))
+
+    def _numbers(self, first: int, last: int) -> Tensor:
+        """Blocks as float32 (rows, inputs), what fills them up included."""
+        values = codes_of(self.kind, self.codes[first:last]).float()
+        scales = self.scales[first:last].float()
+        if self.kind.grouped:
+            return values.mul_(scales.transpose(1, 2).unsqueeze(3)).flatten(2).flatten(0, 1)
+        return values.mul_(scales[:, :, None, None]).flatten(2).flatten(0, 1)
+
+
+def quantise_reference(kind: Kind, weight_OI: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float]:
+    """Fills `codes` and `scales` of a matrix; returns the squared norms of the error and of the weight."""
+    blocks, groups = codes.shape[:2]
+    lost, size = 0.0, 0.0
+    step = max(1, PIECE // (groups * GROUP * LANES))
+    for first in range(0, blocks, step):
+        last = min(first + step, blocks)
+        rows = weight_OI[first * LANES : last * LANES].float()
+        filled = F.pad(rows, (0, groups * GROUP - rows.shape[1], 0, (last - first) * LANES - len(rows)))
+        values = filled.view(last - first, LANES, groups, GROUP)
+        whole, scale = (_in_groups if kind.grouped else _in_rows)(values)
+        lost += float((whole * scale - values).square().sum())
+        size += float(values.square().sum())
+        codes[first:last] = stored_codes(kind, whole)
+        scales[first:last] = scale[..., 0].transpose(1, 2) if kind.grouped else scale[:, :, 0, 0]
+    return lost, size
+
+
+def product_reference(weight: Quantised, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b with rows in eight bits, in float32."""
+    columns = weight.codes.shape[1] * GROUP
+    grouped = F.pad(x_TI.float(), (0, columns - x_TI.shape[1])).unflatten(1, (-1, GROUP))
+    most = grouped.abs().amax(-1, keepdim=True)
+    whole = (grouped * (127 / most.clamp(min=SMALLEST))).round()
+    rounded_TI = (whole * (most / 127)).flatten(1)
+    y_TO: Tensor = F.linear(rounded_TI, weight._numbers(0, len(weight.codes)))[:, : weight.shape[0]]
+    return y_TO if bias_O is None else y_TO + bias_O.float()
+
+
+def stored_codes(kind: Kind, whole: Tensor) -> Tensor:
+    """Whole numbers (blocks, 16, groups, 32) as bytes (blocks, groups, bits, 64)."""
+    offset = 1 << (kind.bits - 1)
+    fours: Tensor = (whole + offset).to(torch.uint8).unflatten(3, (FOURS, 4)).permute(0, 2, 3, 1, 4).flatten(3)
+    if kind.bits == 8:
+        return fours
+    stored: Tensor = fours[:, :, : FOURS // 2] | fours[:, :, FOURS // 2 :] << 4
+    return stored
+
+
+def codes_of(kind: Kind, codes: Tensor) -> Tensor:
+    """What `stored_codes` was given, as int8."""
+    fours = codes if kind.bits == 8 else torch.cat((codes & 15, codes >> 4), dim=2)
+    offset = 1 << (kind.bits - 1)
+    whole: Tensor = (fours.short() - offset).to(torch.int8).unflatten(3, (LANES, 4)).permute(0, 3, 1, 2, 4).flatten(3)
+    return whole
+
+
+def _in_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers of (blocks, 16, groups, 32) and the scales of the outputs."""
+    scale = values.abs().amax((2, 3), keepdim=True) / 127
+    return (values / scale.clamp(min=SMALLEST)).round(), scale
+
+
+def _in_groups(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers of (blocks, 16, groups, 32) and the scales of the groups.
+
+    With the largest weight as their unit, w.q / q.q is the scale that fits some whole numbers q best, and leaves
+    w.w - (w.q)^2 / q.q.
+    """
+    most = values.gather(3, values.abs().argmax(3, keepdim=True))
+    units = values * torch.where(most.abs() < SMALLEST, 0.0, 1 / most)
+    best = torch.full_like(most, -1.0)
+    whole, scale = torch.zeros_like(values), torch.zeros_like(most)
+    for code in TRIED:
+        tried = (units * code).round_().clamp_(-8, 7)
+        dot, square = (units * tried).sum(3, keepdim=True), tried.square().sum(3, keepdim=True).clamp_(min=1)
+        better = dot * dot / square > best
+        best = torch.where(better, dot * dot / square, best)
+        whole, scale = torch.where(better, tried, whole), torch.where(better, dot / square, scale)
+    return whole, (scale * most).bfloat16().float()

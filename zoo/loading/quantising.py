@@ -1,0 +1,69 @@
+"""Weights that are quantised while they are loaded: which, and what it cost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from zoo.components.kinds import Kind, quantised
+from zoo.components.matrix import Holder
+from zoo.components.quantised import Quantised
+from zoo.loading.hub.types import human_bytes
+from zoo.loading.targets import Making, Storing
+from zoo.registry.errors import RequestError
+from zoo.registry.plan import Plan
+
+
+def quantising(plan: Plan, kind: Kind, device: torch.device) -> Storing:
+    """Stores the plan's matrices in the kinds that they are to have.
+
+    Raises RequestError for a device without such products, and for a model without large matrices.
+    """
+    if device.type != "cpu":
+        raise RequestError(
+            "quantised weights run on a CPU only in this version",
+            where=f"quantize={kind.name}",
+            found=str(device),
+            expected="cpu",
+            hint="leave `quantize` out, or use `--device cpu`",
+        )
+    kinds = quantised(plan.model, kind)
+
+    def storing(param: str) -> Making | None:
+        return partial(Quantised.of, kinds[param]) if param in kinds else None
+
+    return storing
+
+
+def quantised_parts(module: nn.Module) -> Iterator[tuple[str, Quantised]]:
+    """Every quantised matrix below a module, with the path of its parameter."""
+    for path, part in module.named_modules():
+        for name, matrices in part.stored.items() if isinstance(part, Holder) else ():
+            yield from ((f"{path}.{name}", matrix) for matrix in matrices if isinstance(matrix, Quantised))
+
+
+def described(module: nn.Module) -> str:
+    """What a loaded module's quantised weights are, and their error."""
+    kinds: dict[Kind, list[tuple[str, Quantised]]] = defaultdict(list)
+    for param, matrix in quantised_parts(module):
+        kinds[matrix.kind].append((param, matrix))
+    return "; ".join(_described(kind, parts) for kind, parts in kinds.items())
+
+
+def _described(kind: Kind, parts: list[tuple[str, Quantised]]) -> str:
+    lost, size = (sum(getattr(matrix, name) for _, matrix in parts) for name in ("lost", "size"))
+    worst, param = max((_error(matrix.lost, matrix.size), param) for param, matrix in parts)
+    count = "1 matrix" if len(parts) == 1 else f"{len(parts)} matrices"
+    taken = human_bytes(sum(matrix.nbytes for _, matrix in parts))
+    error = f"error of the weights {100 * _error(lost, size):.2f} %"
+    most = "" if len(parts) == 1 else f", at most {100 * worst:.2f} % ({param})"
+    return f"{kind.name}: {count} in {taken}, {error}{most}"
+
+
+def _error(lost: float, size: float) -> float:
+    """The norm of what was lost by the norm of all."""
+    return float((lost / size) ** 0.5) if size else 0.0
