@@ -10,12 +10,22 @@ from torch.nn import functional as F
 
 from zoo.components import quantised
 from zoo.components.kinds import INT4, INT8, KINDS, Kind
-from zoo.components.quantised import Quantised, codes_of, product_reference, stored_codes
+from zoo.components.native import quantised as native
+from zoo.components.quantised import Quantised, codes_of, product_reference, quantise_reference, stored_codes
 
 SHAPES = [(48, 96), (33, 40), (7, 5), (130, 224)]
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 shapes = pytest.mark.parametrize("shape", SHAPES)
+needs_native = pytest.mark.skipif(not native.there(), reason="no C source, or a processor without AVX-512 VNNI")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_native)], ids=["torch", "native"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """By PyTorch's kernels, in several pieces, and by the C source."""
+    monkeypatch.setattr(quantised, "PIECE", 40 * 32)
+    monkeypatch.setattr(quantised, "is_native", lambda: request.param)
+    return bool(request.param)
 
 
 def weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
@@ -41,8 +51,7 @@ def test_four_inputs_of_an_output_lie_together(kind: Kind) -> None:
 
 @kinds
 @shapes
-def test_error_and_bytes(kind: Kind, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantised, "PIECE", 40 * 32)
+def test_error_and_bytes(kind: Kind, shape: tuple[int, int], way: bool) -> None:
     exact = weight(shape)
     made = Quantised.of(kind, exact)
     error = float((made.plain() - exact).norm() / exact.norm())
@@ -52,7 +61,7 @@ def test_error_and_bytes(kind: Kind, shape: tuple[int, int], monkeypatch: pytest
     assert made.nbytes == kind.nbytes(*shape)
 
 
-def test_whole_numbers_are_exact() -> None:
+def test_whole_numbers_are_exact(way: bool) -> None:
     eight = torch.randint(-127, 128, (16, 32)).float()
     eight[:, 5] = 127
     four = torch.randint(-8, 8, (20, 64)).float() / 4
@@ -62,7 +71,7 @@ def test_whole_numbers_are_exact() -> None:
 
 
 @kinds
-def test_zeros_and_extremes(kind: Kind) -> None:
+def test_zeros_and_extremes(kind: Kind, way: bool) -> None:
     exact = torch.zeros(17, 40)
     exact[3] = 3e38
     exact[4] = 1e-38
@@ -75,16 +84,83 @@ def test_zeros_and_extremes(kind: Kind) -> None:
 
 @kinds
 @shapes
+@pytest.mark.parametrize("rows", [0, 1, 3, 23])
 def test_products_are_those_of_the_plain_values(
-    kind: Kind, shape: tuple[int, int], close: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    kind: Kind, shape: tuple[int, int], rows: int, way: bool, close: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(quantised, "PIECE", 40 * 32)
-    made, x_TI, bias_O = Quantised.of(kind, weight(shape)), weight((3, shape[1]), 1), weight((1, shape[0]), 2)[0]
+    """Exactly so by PyTorch's kernels, and with rows in eight bits by the C source."""
+    made, x_TI, bias_O = Quantised.of(kind, weight(shape)), weight((rows, shape[1]), 1), weight((1, shape[0]), 2)[0]
     for bias in (None, bias_O):
         expected = F.linear(x_TI, made.plain(), bias)
-        close(made.product(x_TI, bias), expected)
         rounded = product_reference(made, x_TI, bias)
-        assert 0 < float((rounded - expected).norm() / expected.norm()) < 0.008
+        found = made.product(x_TI, bias)
+        assert found.shape == expected.shape
+        if rows:
+            close(found, rounded if way else expected)
+            assert 0 < float((rounded - expected).norm() / expected.norm()) < 0.008
+
+
+@needs_native
+@kinds
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_both_ways_make_the_same(kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    exact = weight((shape[0], shape[1] + 3)).to(dtype)[:, 1:-2]
+    made = Quantised.of(kind, exact)
+    codes, scales = torch.empty_like(made.codes), torch.empty_like(made.scales)
+    assert quantise_reference(kind, exact, codes, scales) == pytest.approx((made.lost, made.size), rel=1e-5)
+    # Of two scales that leave the same error up to rounding, either is right.
+    allowed = 0.0 if kind is INT8 else 0.01
+    assert float((made.codes != codes).float().mean()) <= allowed
+    assert float((made.scales != scales).float().mean()) <= allowed
+
+
+@needs_native
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_others_nor_on_threads(kind: Kind, dtype: torch.dtype) -> None:
+    made, threads = Quantised.of(kind, weight((150, 200))), torch.get_num_threads()
+    x_TI, bias_O = weight((29, 200), 1).to(dtype), weight((1, 150), 2)[0].to(dtype)
+    whole = made.product(x_TI, bias_O)
+    try:
+        for count, first in ((1, 0), (2, 5), (4, 1), (6, 20), (7, 3), (12, 11), (13, 0), (23, 2)):
+            torch.set_num_threads(1 + count % 3)
+            assert torch.equal(made.product(x_TI[first : first + count], bias_O), whole[first : first + count])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_types_round_once(kind: Kind, dtype: torch.dtype) -> None:
+    made, x_TI = Quantised.of(kind, weight((50, 70)).to(dtype)), weight((5, 140), 1).to(dtype)[:, ::2]
+    bias_O = weight((1, 50), 2)[0].to(dtype)
+    assert torch.equal(made.product(x_TI, bias_O), made.product(x_TI.float(), bias_O.float()).to(dtype))
+
+
+@kinds
+def test_what_is_no_number_stays_none(kind: Kind, way: bool) -> None:
+    x_TI = weight((3, 40), 1)
+    x_TI[1, 7], x_TI[2, 33] = float("nan"), float("inf")
+    found = Quantised.of(kind, weight((20, 40))).product(x_TI, None)
+    assert found[0].isfinite().all()
+    assert not found[1:].isfinite().any()
+
+
+@kinds
+def test_gradients_of_rows(kind: Kind) -> None:
+    made, x_TI = Quantised.of(kind, weight((20, 40))), weight((2, 40), 1).requires_grad_()
+    made.product(x_TI, None).sum().backward()
+    assert x_TI.grad is not None
+    assert torch.allclose(x_TI.grad[0], made.plain().sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_native_products_are_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(native, "there", lambda: True)
+    monkeypatch.setattr(quantised, "_native_error", lambda kind: 0.5)
+    assert quantised.is_native.__wrapped__() is False
+    assert "off by 5e-01 here and are left out" in caplog.text
 
 
 @kinds

@@ -40,6 +40,7 @@ def doctor() -> None:
         ["disk", f"{size(shutil.disk_usage(_cache()).free)} free for {_cache()}"],
         *_torch(),
         ["native kernels", _native()],
+        ["--quantize", _quantised()],
         *([name, _optional(name, cost)] for name, cost in _OPTIONAL.items()),
     ]
     click.echo(columns(facts, heading=False))
@@ -81,6 +82,14 @@ def _native() -> str:
         return f"{way}: one token reads weights at {rates['native']} GB/s, by torch's kernels at {rates['torch']}"
     limit = f"{plain_read_rate() / 1e9:.0f}"
     return f"{reason}: one token reads weights at {rates['torch']} GB/s, where memory gives {limit} or more"
+
+
+def _quantised() -> str:
+    from zoo.components.quantised import is_native
+
+    if is_native():
+        return "products in eight bits by AVX-512 VNNI"
+    return "no native kernels, or no AVX-512 VNNI: quantised weights save memory, but are slower than bfloat16"
 
 
 def _cache() -> Path:

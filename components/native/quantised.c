@@ -1,0 +1,306 @@
+/* Products with matrices in eight and in four bits, and making them, for x86-64 with AVX-512 and its VNNI.
+ *
+ * Loaded and tested as kernels.c is; the layout and the formulas are those of zoo.components.quantised. Of a block of 16
+ * outputs, 64 bytes hold four inputs' codes of each output: the lanes of one vpdpbusd, which multiplies them with four
+ * codes of a row. Weights' codes have an offset that makes them unsigned; it is taken off again by starting a group's
+ * sum at minus the offset times the sum of the row's codes. Whole numbers are exact, and the groups' sums are added up
+ * in one order: a row's result depends neither on the other rows nor on the number of threads.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+#include <omp.h>
+
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define INLINE VNNI static inline __attribute__((always_inline))
+#define EACH _Pragma("GCC unroll 16") for
+
+enum { GROUP = 32, LANES = 16, SPAN = 4, MOST = 12, AHEAD = 1024 };
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+/* codes: (blocks, groups, bits, 64). scales: float32 (blocks, 16) of eight bits, bfloat16 (blocks, groups, 16) of four. */
+typedef struct {
+    int bits;
+    long outputs, inputs, blocks, groups;
+    uint8_t *codes;
+    void *scales;
+} matrix;
+
+/* Rows in eight bits: codes (rows, groups, 32), scales (rows, groups), and what their groups' sums start at. */
+typedef struct {
+    int8_t *codes;
+    float *scales;
+    int32_t *starts;
+} rows8;
+
+int zoo_quantised_level(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+static matrix matrix_of(int bits, long outputs, long inputs, void *codes, void *scales) {
+    return (matrix){bits, outputs, inputs, (outputs + LANES - 1) / LANES, (inputs + GROUP - 1) / GROUP, codes, scales};
+}
+
+static inline __mmask16 lanes(long left) { return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0; }
+
+INLINE __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
+
+/* Rounded to the nearest bfloat16, ties to even; what is not a number stays so. */
+INLINE __m256i rounded(__m512 value) {
+    __m512i bits = _mm512_castps_si512(value), one = _mm512_set1_epi32(1);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    __mmask16 none = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_set1_epi32(near, none, 0x7fc00000), 16));
+}
+
+INLINE __m512 loaded(const void *from, int type, long at, __mmask16 mask) {
+    if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)from + at);
+    return widened(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at));
+}
+
+/* Groups `first` to `last` of one row. A group with what is not a finite number gets a scale that is none. */
+VNNI static void quantise_row(const void *x, int type, long inputs, long first, long last, int offset, int8_t *codes,
+                              float *scales, int32_t *starts) {
+    for (long g = first; g < last; g++) {
+        __m512 a = loaded(x, type, g * GROUP, lanes(inputs - g * GROUP));
+        __m512 b = loaded(x, type, g * GROUP + 16, lanes(inputs - g * GROUP - 16));
+        float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+        __m512 by = _mm512_set1_ps(127.0f / (most > 1e-30f ? most : 1e-30f));
+        __m512i p = _mm512_cvtps_epi32(_mm512_mul_ps(a, by)), q = _mm512_cvtps_epi32(_mm512_mul_ps(b, by));
+        _mm_storeu_si128((__m128i *)(codes + g * GROUP), _mm512_cvtepi32_epi8(p));
+        _mm_storeu_si128((__m128i *)(codes + g * GROUP + 16), _mm512_cvtepi32_epi8(q));
+        int none = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
+        scales[g] = none ? __builtin_nanf("") : most / 127.0f;
+        starts[g] = -offset * _mm512_reduce_add_epi32(_mm512_add_epi32(p, q));
+    }
+}
+
+INLINE __m512i four(const int8_t *codes) {
+    int32_t value;
+    memcpy(&value, codes, 4);
+    return _mm512_set1_epi32(value);
+}
+
+/* R rows with N blocks at a time, as many streams from memory. */
+#define TILE(BITS, R, N)                                                                                                 \
+    VNNI static void tile_##BITS##_##R##_##N(const matrix *w, long block, rows8 x, float *y, long y_next) {              \
+        const long groups = w->groups, line = BITS * 64;                                                                 \
+        const uint8_t *codes = w->codes + block * groups * line;                                                         \
+        const uint16_t *halves = (const uint16_t *)w->scales + block * groups * LANES;                                   \
+        const __m512i low = _mm512_set1_epi8(15);                                                                        \
+        __m512 total[R][N];                                                                                              \
+        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) total[r][n] = _mm512_setzero_ps();                       \
+        for (long g = 0; g < groups; g++) {                                                                              \
+            __m512i sum[R][N];                                                                                           \
+            EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_set1_epi32(x.starts[r * groups + g]); \
+            EACH(int j = 0; j < BITS; j++) {                                                                             \
+                __m512i v[N];                                                                                            \
+                EACH(int n = 0; n < N; n++) {                                                                            \
+                    const uint8_t *at = codes + (n * groups + g) * line + 64 * j;                                        \
+                    v[n] = _mm512_loadu_si512(at);                                                                       \
+                    _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                      \
+                }                                                                                                        \
+                EACH(int r = 0; r < R; r++) {                                                                            \
+                    __m512i c = four(x.codes + (r * groups + g) * GROUP + 4 * j);                                        \
+                    EACH(int n = 0; n < N; n++)                                                                          \
+                        sum[r][n] = _mm512_dpbusd_epi32(sum[r][n], BITS == 8 ? v[n] : _mm512_and_si512(v[n], low), c);   \
+                }                                                                                                        \
+                if (BITS == 4) EACH(int r = 0; r < R; r++) {                                                             \
+                    __m512i c = four(x.codes + (r * groups + g) * GROUP + 16 + 4 * j);                                   \
+                    EACH(int n = 0; n < N; n++)                                                                          \
+                        sum[r][n] = _mm512_dpbusd_epi32(sum[r][n], _mm512_and_si512(_mm512_srli_epi16(v[n], 4), low), c); \
+                }                                                                                                        \
+            }                                                                                                            \
+            __m512 scale[N];                                                                                             \
+            EACH(int n = 0; n < N; n++)                                                                                  \
+                if (BITS == 4) scale[n] = widened(_mm256_loadu_si256((const void *)(halves + (n * groups + g) * LANES))); \
+            EACH(int r = 0; r < R; r++) {                                                                                \
+                __m512 by = _mm512_set1_ps(x.scales[r * groups + g]);                                                    \
+                EACH(int n = 0; n < N; n++) {                                                                            \
+                    __m512 f = _mm512_cvtepi32_ps(sum[r][n]);                                                            \
+                    total[r][n] = _mm512_fmadd_ps(BITS == 4 ? _mm512_mul_ps(f, scale[n]) : f, by, total[r][n]);          \
+                }                                                                                                        \
+            }                                                                                                            \
+        }                                                                                                                \
+        EACH(int n = 0; n < N; n++) {                                                                                    \
+            const float *own = (const float *)w->scales + (block + n) * LANES;                                           \
+            EACH(int r = 0; r < R; r++)                                                                                  \
+                _mm512_storeu_ps(y + r * y_next + n * LANES,                                                             \
+                                 BITS == 8 ? _mm512_mul_ps(total[r][n], _mm512_loadu_ps(own)) : total[r][n]);            \
+        }                                                                                                                \
+    }
+
+#define TILES(BITS) TILE(BITS, 6, 2) TILE(BITS, 6, 1) TILE(BITS, 4, 2) TILE(BITS, 4, 1) TILE(BITS, 2, 4) TILE(BITS, 2, 1) TILE(BITS, 1, 4) TILE(BITS, 1, 1)
+TILES(8)
+TILES(4)
+
+typedef void (*tile)(const matrix *, long, rows8, float *, long);
+
+/* By rows, falling, and blocks, falling. */
+static const struct {
+    long rows, blocks;
+    tile eight, four;
+} WAYS[] = {
+    {6, 2, tile_8_6_2, tile_4_6_2}, {6, 1, tile_8_6_1, tile_4_6_1}, {4, 2, tile_8_4_2, tile_4_4_2},
+    {4, 1, tile_8_4_1, tile_4_4_1},    {2, 4, tile_8_2_4, tile_4_2_4}, {2, 1, tile_8_2_1, tile_4_2_1},
+    {1, 4, tile_8_1_4, tile_4_1_4},    {1, 1, tile_8_1_1, tile_4_1_1},
+};
+
+/* One row's outputs of a span to where they belong, with the bias, in the row's type. */
+VNNI static void finish(const float *from, const void *bias, void *y, int type, long at, long output, long count) {
+    for (long o = 0; o < count; o += LANES) {
+        __mmask16 mask = lanes(count - o);
+        __m512 value = _mm512_loadu_ps(from + o);
+        if (bias) value = _mm512_add_ps(value, loaded(bias, type, output + o, mask));
+        if (type == FLOAT32)
+            _mm512_mask_storeu_ps((float *)y + at + o, mask, value);
+        else
+            _mm256_mask_storeu_epi16((uint16_t *)y + at + o, mask, rounded(value));
+    }
+}
+
+/* All rows with a few blocks, which stay in the core's cache. */
+static void span(const matrix *w, long block, long count, long rows, rows8 x, const void *bias, void *y, int type) {
+    float out[MOST * SPAN * LANES];
+    long output = block * LANES, width = count * LANES;
+    if (width > w->outputs - output) width = w->outputs - output;
+    for (long row = 0, taken; row < rows; row += taken) {
+        rows8 own = {x.codes + row * w->groups * GROUP, x.scales + row * w->groups, x.starts + row * w->groups};
+        int first = 0;
+        while (WAYS[first].rows > rows - row) first++;
+        taken = WAYS[first].rows;
+        for (long b = 0, way; b < count; b += WAYS[way].blocks) {
+            for (way = first; WAYS[way].blocks > count - b;) way++;
+            (w->bits == 4 ? WAYS[way].four : WAYS[way].eight)(w, block + b, own, out + b * LANES, SPAN * LANES);
+        }
+        for (long r = 0; r < taken; r++)
+            finish(out + r * SPAN * LANES, bias, y, type, (row + r) * w->outputs + output, output, width);
+    }
+}
+
+/* y (rows, outputs) = x w^T + bias, all three of `type`; rows of x are x_next apart. scratch: rows * groups * 40 bytes. */
+void zoo_quantised_product(int bits, long rows, long inputs, long outputs, const void *x, long x_next, void *codes,
+                           void *scales, const void *bias, void *y, int type, void *scratch, int threads) {
+    matrix w = matrix_of(bits, outputs, inputs, codes, scales);
+    long spans = (w.blocks + SPAN - 1) / SPAN, total = rows * w.groups, size = type == FLOAT32 ? 4 : 2;
+    rows8 own = {scratch, (float *)((char *)scratch + total * GROUP), (int32_t *)scratch + total * (GROUP / 4 + 1)};
+#pragma omp parallel num_threads(threads)
+    {
+        long all = omp_get_num_threads(), me = omp_get_thread_num();
+        for (long i = total * me / all, end = total * (me + 1) / all, next; i < end; i = next) {
+            long row = i / w.groups, g = i % w.groups, last = w.groups < end - row * w.groups ? w.groups : end - row * w.groups;
+            quantise_row((const char *)x + row * x_next * size, type, inputs, g, last, 1 << (bits - 1),
+                         own.codes + row * w.groups * GROUP, own.scales + row * w.groups, own.starts + row * w.groups);
+            next = row * w.groups + last;
+        }
+#pragma omp barrier
+        for (long s = spans * me / all; s < spans * (me + 1) / all; s++)
+            span(&w, s * SPAN, w.blocks - s * SPAN < SPAN ? w.blocks - s * SPAN : SPAN, rows, own, bias, y, type);
+    }
+}
+
+INLINE float total_of(__m512 a, __m512 b) { return _mm512_reduce_add_ps(_mm512_add_ps(a, b)); }
+
+/* a and b to the nearest whole numbers from `least` to `most`. */
+INLINE __m512 whole(__m512 value, float least, float most) {
+    value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(least)), _mm512_set1_ps(most));
+}
+
+/* Two groups' halves and their scale to codes, and the squares of the error and of the weights. */
+INLINE void keep(__m512 a, __m512 b, __m512 p, __m512 q, float scale, int offset, uint8_t *codes, double *sums) {
+    __m512 s = _mm512_set1_ps(scale), c = _mm512_fmsub_ps(p, s, a), d = _mm512_fmsub_ps(q, s, b);
+    sums[0] += total_of(_mm512_mul_ps(c, c), _mm512_mul_ps(d, d));
+    sums[1] += total_of(_mm512_mul_ps(a, a), _mm512_mul_ps(b, b));
+    __m512i up = _mm512_set1_epi32(offset);
+    _mm_storeu_si128((__m128i *)codes, _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(p), up)));
+    _mm_storeu_si128((__m128i *)(codes + 16), _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(q), up)));
+}
+
+/* One output in eight bits, a scale for all. */
+VNNI static void quantise_output(const void *w, int type, long inputs, long groups, uint8_t *codes, float *scale, double *sums) {
+    __m512 most = _mm512_setzero_ps();
+    for (long i = 0; i < inputs; i += 16)
+        most = _mm512_max_ps(most, _mm512_abs_ps(loaded(w, type, i, lanes(inputs - i))));
+    *scale = _mm512_reduce_max_ps(most) / 127.0f;
+    __m512 by = _mm512_set1_ps(*scale > 1e-30f ? *scale : 1e-30f);
+    for (long g = 0; g < groups; g++) {
+        __m512 a = loaded(w, type, g * GROUP, lanes(inputs - g * GROUP));
+        __m512 b = loaded(w, type, g * GROUP + 16, lanes(inputs - g * GROUP - 16));
+        keep(a, b, whole(_mm512_div_ps(a, by), -127, 127), whole(_mm512_div_ps(b, by), -127, 127), *scale, 128,
+             codes + g * GROUP, sums);
+    }
+}
+
+/* One output's group in four bits: of the codes tried for its largest weight, the one that leaves the least. */
+VNNI static void quantise_group(__m512 a, __m512 b, const float *tried, int count, uint8_t *codes, uint16_t *scale, double *sums) {
+    __m512 size = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+    float most = _mm512_reduce_max_ps(size), best = -1, found = 0;
+    __m512 top = _mm512_set1_ps(most);
+    if (!(_mm512_cmp_ps_mask(a, top, _CMP_EQ_OQ) | _mm512_cmp_ps_mask(b, top, _CMP_EQ_OQ))) most = -most;
+    __m512 by = _mm512_set1_ps(most > -1e-30f && most < 1e-30f ? 0.0f : 1.0f / most);
+    __m512 c = _mm512_mul_ps(a, by), d = _mm512_mul_ps(b, by), p = _mm512_setzero_ps(), q = p;
+    for (int i = 0; i < count; i++) {
+        __m512 code = _mm512_set1_ps(tried[i]);
+        __m512 u = whole(_mm512_mul_ps(c, code), -8, 7), v = whole(_mm512_mul_ps(d, code), -8, 7);
+        float dot = total_of(_mm512_mul_ps(c, u), _mm512_mul_ps(d, v)), square = total_of(_mm512_mul_ps(u, u), _mm512_mul_ps(v, v));
+        if (square < 1) square = 1;
+        if (dot * dot / square > best) best = dot * dot / square, found = dot / square, p = u, q = v;
+    }
+    __m256i half = rounded(_mm512_set1_ps(found * most));
+    *scale = (uint16_t)_mm256_extract_epi16(half, 0);
+    keep(a, b, p, q, _mm512_cvtss_f32(widened(half)), 8, codes, sums);
+}
+
+/* Makes a matrix of w, float32 or bfloat16; rows of w are w_next apart. tried: float32, from which four-bit codes are chosen.
+ * sums: the squared norms of the error and of w. scratch: threads * groups * 512 bytes. */
+VNNI void zoo_quantise(int bits, long outputs, long inputs, const void *w, long w_next, int type, void *codes, void *scales,
+                       const float *tried, int count, double *sums, void *scratch, int threads) {
+    matrix to = matrix_of(bits, outputs, inputs, codes, scales);
+    long width = to.groups * GROUP, size = type == FLOAT32 ? 4 : 2;
+    double lost = 0, all = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : lost, all)
+    for (long block = 0; block < to.blocks; block++) {
+        uint8_t *own = (uint8_t *)scratch + omp_get_thread_num() * width * LANES;
+        double both[2] = {0, 0};
+        for (long lane = 0; lane < LANES; lane++) {
+            const char *row = (const char *)w + (block * LANES + lane) * w_next * size;
+            long there = block * LANES + lane < outputs ? inputs : 0;
+            uint8_t *codes_of = own + lane * width;
+            if (bits == 8)
+                quantise_output(row, type, there, to.groups, codes_of, (float *)scales + block * LANES + lane, both);
+            else
+                for (long g = 0; g < to.groups; g++)
+                    quantise_group(loaded(row, type, g * GROUP, lanes(there - g * GROUP)),
+                                   loaded(row, type, g * GROUP + 16, lanes(there - g * GROUP - 16)), tried, count,
+                                   codes_of + g * GROUP, (uint16_t *)scales + (block * to.groups + g) * LANES + lane, both);
+        }
+        uint8_t *line = to.codes + block * to.groups * bits * 64;
+        for (long g = 0; g < to.groups; g++)
+            for (long j = 0; j < bits; j++, line += 64)
+                for (long lane = 0; lane < LANES; lane++) {
+                    uint32_t value, high;
+                    memcpy(&value, own + lane * width + g * GROUP + 4 * j, 4);
+                    memcpy(&high, own + lane * width + g * GROUP + 16 + 4 * (j % 4), 4);
+                    if (bits == 4) value |= high << 4;
+                    memcpy(line + 4 * lane, &value, 4);
+                }
+        lost += both[0], all += both[1];
+    }
+    sums[0] = lost, sums[1] = all;
+}
+
+#else
+
+/* Another processor or compiler: nothing to offer. */
+int zoo_quantised_level(void) { return 0; }
+
+#endif
