@@ -72,6 +72,7 @@ def load(
     devices: int | Sequence[str] | None = None,
     max_batch_size: int | None = None,
     max_context: int | None = None,
+    prefix_cache: bool = True,
     overrides: Mapping[str, Any] | None = None,
     draft: str | None = None,
     progress: "Progress | None" = None,
@@ -86,6 +87,7 @@ def load(
         seeded values, no files) or a folder or file.
     max_batch_size: sequences that may run together (default 64). max_context: tokens of prompt and answer together
         (default: the card's context length). overrides: dotted card fields and their values.
+    prefix_cache: whether a prompt that begins as an earlier one goes on from what is cached of that.
     adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
         among several by their `adapter`. progress: called with (bytes done, bytes in all) while weights are read.
     draft: what guesses tokens ahead, which are checked several at once and change no answer: "lookup", earlier tokens
@@ -110,7 +112,7 @@ def load(
     paths = _checked_adapters(adapters, plan, placement)
     module, folder, files, notes = _filled(plan, found, placement, weights, storing, progress)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
-    model = _model(plan, module, placement, folder, files, notes, batch, context, source)
+    model = _model(plan, module, placement, folder, files, notes, batch, context, source, prefix_cache)
     names = [model.load_adapter(path) for path in paths]
     with model.engine.between_steps() as (loaded, _):
         loaded.defaults = names
@@ -310,6 +312,7 @@ def _model(
     batch: int,
     context: int,
     draft: Literal["lookup"] | None,
+    prefix_cache: bool,
 ) -> "Model":
     from zoo.components.linear import pack_weights
     from zoo.engine.engine import Engine
@@ -330,6 +333,7 @@ def _model(
         max_batch_size=batch,
         max_context=context,
         draft=draft,
+        prefix_cache=prefix_cache,
     )
     return Model(plan, module, engine, tokenizer, placement, folder, notes, files)
 

@@ -29,10 +29,11 @@ from zoo.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: weights as stored, the cache in use, at its highest and allowed."""
+    """Bytes: weights as stored; the cache in use by unfinished requests, kept for others, at its highest, allowed."""
 
     weights: int
     cache_used: int
+    cache_kept: int
     cache_peak: int
     cache_budget: int
 

@@ -42,6 +42,18 @@ class Storage(Protocol):
         """Gives the room back."""
         ...
 
+    def holds(self, seqs: Sequence[int]) -> int:
+        """Bytes that these sequences hold, those that they share counted once."""
+        ...
+
+    def takes(self, source: int, slots: int, room: int, move: bool) -> int:
+        """Bytes that `adopt` would take, fewer than none where it gives some back."""
+        ...
+
+    def adopt(self, source: int, seq: int, slots: int, room: int, move: bool) -> None:
+        """A new sequence with the first `slots` slots of another, and room for `room` in all; see `Reusable`."""
+        ...
+
     def write(self, layer: int, seq: int, start: int, planes_TGd: Planes, memo: Memo) -> None:
         """Fills the slots from `start` on."""
         ...
@@ -134,6 +146,23 @@ class KVStore:
         """The ring's slots of these positions."""
         assert self.ring is not None
         return [position % self.ring for position in range(start, stop)]
+
+    def serves(self, held: int, tokens: int) -> bool:
+        """See `Reusable`. A ring that has turned lacks what stood before its last `window` tokens; its first slot to
+        be taken is the one that a token more would take."""
+        return self.ring is None or held <= self.ring or tokens >= held - 1
+
+    def holds(self, seqs: Sequence[int]) -> int:
+        """See `Reusable`."""
+        return self.storage.holds(seqs)
+
+    def takes(self, source: int, tokens: int, room: int, move: bool) -> int:
+        """See `Reusable`."""
+        return self.storage.takes(source, self._slots(tokens), self._slots(room), move)
+
+    def adopt(self, source: int, seq: int, tokens: int, room: int, move: bool) -> None:
+        """See `Reusable`."""
+        self.storage.adopt(source, seq, self._slots(tokens), self._slots(room), move)
 
     def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         """One state per layer for a step of `rows` new tokens after `past` cached ones each."""

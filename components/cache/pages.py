@@ -57,20 +57,21 @@ class Pages:
         budget_bytes: int | None,
         limit: int | None,
     ) -> None:
-        """shape: layers, planes, heads. code: how a head's row lies. limit: slots that no sequence exceeds."""
+        """shape: layers, planes, heads. code: how a head's row lies. limit: slots of a ring."""
         self.layers, self.planes, self.heads = shape
         self.code, self.device = code, device
         self.page_bytes = self.layers * self.planes * PAGE * self.heads * code.width * code.stored.itemsize
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.limit = budget_bytes, limit
         count = 0 if budget_bytes is None else budget_bytes // self.page_bytes
         self._pool = self._empty(1 + count)
         self._unused = [page for page in range(1 + count) if page != SPARE]
+        self._users = [0] * (1 + count)
         self._tables: dict[int, list[int]] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages that sequences hold."""
-        return self.page_bytes * sum(len(table) for table in self._tables.values())
+        """Bytes of the pages that sequences hold, each counted once."""
+        return self.page_bytes * (self._pool.shape[1] - 1 - len(self._unused))
 
     def cost(self, slots: int) -> int:
         """Bytes of a sequence with room for `slots` slots: whole pages."""
@@ -80,15 +81,55 @@ class Pages:
         """Makes room for `slots` slots in all. Raises CapacityError when a budget leaves too few pages."""
         table = self._tables.get(seq, [])
         needed = -(-slots // PAGE) - len(table)
-        if needed <= 0:
-            return
-        if needed > len(self._unused):
-            self._enlarge(needed - len(self._unused))
-        self._tables[seq] = table + [self._unused.pop() for _ in range(needed)]
+        if needed > 0:
+            self._tables[seq] = table + self._take(needed)
 
     def free(self, seq: int) -> None:
-        """Gives the pages back to the pool; a sequence without pages is no fault."""
-        self._unused.extend(self._tables.pop(seq, ()))
+        """Gives the pages that no other sequence uses back to the pool; a sequence without pages is no fault."""
+        self._leave(self._tables.pop(seq, []))
+
+    def holds(self, seqs: Sequence[int]) -> int:
+        """Bytes of the pages that these sequences hold, each counted once."""
+        return self.page_bytes * len({page for seq in seqs for page in self._tables.get(seq, ())})
+
+    def trim(self, seq: int, slots: int) -> None:
+        """Gives the pages behind the first `slots` slots back."""
+        table, count = self._tables[seq], -(-slots // PAGE)
+        self._tables[seq] = table[:count]
+        self._leave(table[count:])
+
+    def takes(self, source: int, slots: int, room: int, move: bool) -> int:
+        """Bytes that `adopt` would take, fewer than none where it gives some back."""
+        shared, count = self._shared(slots)
+        alone = sum(self._users[page] == 1 for page in self._tables[source][shared:]) if move else 0
+        return self.page_bytes * (max(-(-room // PAGE), count) - shared - alone)
+
+    def adopt(self, source: int, seq: int, slots: int, room: int, move: bool) -> None:
+        """A new sequence with the first `slots` slots of another, and room for `room` in all. Pages that nobody will
+        write to again are shared, others are copied unless they are handed over. To move: the other has nothing then.
+        """
+        shared, count = self._shared(slots)
+        table = self._tables[source][:count]
+        mine = self._tables[seq] = table[:shared]
+        for page in table[:shared]:
+            self._users[page] += 1
+        copies = [page for page in table[shared:] if not move or self._users[page] > 1]
+        for page in table[shared:]:
+            if page not in copies:
+                self._users[page] += 1
+                mine.append(page)
+        if move:
+            self.free(source)
+        if copies:
+            taken = self._take(len(copies))
+            self._pool[:, taken] = self._pool[:, copies]
+            mine += taken
+        self.grow(seq, room)
+
+    def _shared(self, slots: int) -> tuple[int, int]:
+        """How many of the pages of so many slots sequences may share, and how many there are: full ones, but none of
+        a ring, which is written again."""
+        return slots // PAGE if self.limit is None else 0, -(-slots // PAGE)
 
     def write(self, layer: int, seq: int, start: int, planes_TGd: Planes, memo: Memo) -> None:
         """Fills the slots from `start` on."""
@@ -153,6 +194,22 @@ class Pages:
         places: tuple[Tensor, Tensor] = memo[key]
         return places
 
+    def _take(self, count: int) -> list[int]:
+        """Pages that nobody used."""
+        if count > len(self._unused):
+            self._enlarge(count - len(self._unused))
+        taken = [self._unused.pop() for _ in range(count)]
+        for page in taken:
+            self._users[page] = 1
+        return taken
+
+    def _leave(self, table: list[int]) -> None:
+        """One user fewer for each page."""
+        for page in table:
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._unused.append(page)
+
     def _empty(self, pages: int) -> Tensor:
         """Zeros: unused slots of a gathered batch are masked, but a mask does not silence what is not a number."""
         shape = (self.layers, pages, self.planes, PAGE, self.heads, self.code.width)
@@ -170,3 +227,4 @@ class Pages:
         added = max(missing, count // 2)
         self._pool = torch.cat((self._pool, self._empty(added)), dim=1)
         self._unused.extend(range(count, count + added))
+        self._users += [0] * added

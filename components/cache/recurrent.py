@@ -185,6 +185,31 @@ class RecurrentStore:
         """Whether one of the sequences is marked."""
         return any(seq in self._trails for seq in seqs)
 
+    def serves(self, held: int, tokens: int) -> bool:
+        """See `Reusable`. A state knows only where it stands."""
+        return held == tokens
+
+    def holds(self, seqs: Sequence[int]) -> int:
+        """See `Reusable`."""
+        return self.bytes * sum(seq in self._held for seq in seqs)
+
+    def takes(self, source: int, tokens: int, room: int, move: bool) -> int:
+        """See `Reusable`."""
+        return 0 if move else self.bytes
+
+    def adopt(self, source: int, seq: int, tokens: int, room: int, move: bool) -> None:
+        """See `Reusable`."""
+        assert self._seen[source] == tokens, "a recurrent state goes on where it stands"
+        if move:
+            self._held[seq], self._seen[seq] = self._held.pop(source), self._seen.pop(source)
+            if source in self._place:
+                self._place[seq] = self._place.pop(source)
+            return
+        self.grow(seq, room)
+        for piece, state in self._held[seq].items():
+            state.copy_(self._held[source][piece])
+        self._seen[seq] = tokens
+
     def hold(self, batch: int, tokens: int) -> HeldStates | None:
         """A step of single rows that is run many times; None without a pool."""
         return HeldStates(self, batch) if self._places else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,45 +33,64 @@ class Slabs:
         self.layers, self.planes, self.heads = shape
         self.code, self.device = code, device
         self.budget_bytes, self.limit = budget_bytes, limit
+        self.slot_bytes = self.layers * self.planes * self.heads * code.width * code.stored.itemsize
         self._slabs: dict[int, list[Tensor]] = {}
+        self._slots: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes that sequences hold."""
-        return sum(slab.nbytes for slabs in self._slabs.values() for slab in slabs)
+        return self.slot_bytes * sum(self._slots.values())
 
     def cost(self, slots: int) -> int:
         """Bytes of a sequence with room for `slots` slots: whole steps, at most `limit`."""
-        per_slot = self.layers * self.planes * self.heads * self.code.width * self.code.stored.itemsize
-        return per_slot * self._rounded(slots)
+        return self.slot_bytes * self._rounded(slots)
 
     def grow(self, seq: int, slots: int) -> None:
         """Makes room for `slots` slots in all. Raises CapacityError beyond the budget."""
-        old = self._slabs.get(seq, [])
-        held = old[0].shape[2] if old else 0
-        rounded = self._rounded(slots)
+        held, rounded = self._slots.get(seq, 0), self._rounded(slots)
         if rounded <= held:
             return
-        extra = self.cost(rounded) - self.cost(held)
+        extra = self.slot_bytes * (rounded - held)
         if self.budget_bytes is not None and self.nbytes + extra > self.budget_bytes:
             raise CapacityError(
                 "the cache is full",
                 found=f"{self.nbytes + extra} bytes for {slots} tokens of one more sequence",
                 expected=f"at most {self.budget_bytes} bytes",
             )
-        slabs = self._slabs.setdefault(seq, [])
-        shape = (self.planes, self.heads, rounded, self.code.width)
+        slabs = self._slabs[seq] = self._slabs[seq] if held else []
         for layer in range(self.layers):
-            slab = torch.empty(shape, dtype=self.code.stored, device=self.device)
             if held:
-                slab[:, :, :held] = slabs[layer]
-                slabs[layer] = slab
+                slabs[layer] = self._resized(slabs[layer], rounded, held)
             else:
-                slabs.append(slab)
+                slabs.append(self._empty(rounded))
+        self._slots[seq] = rounded
 
     def free(self, seq: int) -> None:
         """Gives the room back, also after an interrupted `grow`; a sequence without room is no fault."""
         self._slabs.pop(seq, None)
+        self._slots.pop(seq, None)
+
+    def holds(self, seqs: Sequence[int]) -> int:
+        """Bytes that these sequences hold."""
+        return self.slot_bytes * sum(self._slots.get(seq, 0) for seq in seqs)
+
+    def takes(self, source: int, slots: int, room: int, move: bool) -> int:
+        """Bytes that `adopt` would take, fewer than none where it gives some back."""
+        return self.cost(room) - (self.slot_bytes * self._slots[source] if move else 0)
+
+    def adopt(self, source: int, seq: int, slots: int, room: int, move: bool) -> None:
+        """A new sequence with the first `slots` slots of another, and room for `room` in all: a copy, or, to move,
+        the other's own memory, which has nothing then."""
+        old, rounded = [*self._slabs[source]], self._rounded(room)
+        if move:
+            self.free(source)
+        slabs = self._slabs[seq] = []
+        self._slots[seq] = rounded
+        while old:
+            slab = old.pop(0)
+            same = move and slab.shape[2] == rounded
+            slabs.append(slab if same else self._resized(slab, rounded, slots))
 
     def write(self, layer: int, seq: int, start: int, planes_TGd: Planes, memo: Memo) -> None:
         """Fills the slots from `start` on."""
@@ -91,6 +112,16 @@ class Slabs:
         index_S = torch.tensor(slots, device=self.device)
         for layer, slab in enumerate(self._slabs[seq]):
             slab[:, :, index_S] = taken_S[:, layer].movedim(0, 2)
+
+    def _empty(self, slots: int) -> Tensor:
+        shape = (self.planes, self.heads, slots, self.code.width)
+        return torch.empty(shape, dtype=self.code.stored, device=self.device)
+
+    def _resized(self, slab: Tensor, slots: int, filled: int) -> Tensor:
+        """A piece of another size with the first `filled` slots."""
+        new = self._empty(slots)
+        new[:, :, :filled] = slab[:, :, :filled]
+        return new
 
     def _rounded(self, slots: int) -> int:
         rounded = -(-slots // STEP) * STEP

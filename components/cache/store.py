@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -57,6 +57,32 @@ class Store(Protocol):
 
     def rewind(self, seq: int, tokens: int) -> None:
         """A marked sequence is `tokens` long: rows since the mark that stand beyond are taken back. Ends the mark."""
+        ...
+
+
+@runtime_checkable
+class Reusable(Store, Protocol):
+    """A store whose sequences can begin where others stand. Without these methods, models that it serves compute
+    every prompt from its first token."""
+
+    def serves(self, held: int, tokens: int) -> bool:
+        """Whether a sequence of `held` tokens still has all that one needs which goes on after its first `tokens`."""
+        ...
+
+    def holds(self, seqs: Sequence[int]) -> int:
+        """Bytes that these sequences hold, those that they share counted once; one without room holds none."""
+        ...
+
+    def takes(self, source: int, tokens: int, room: int, move: bool) -> int:
+        """Bytes that `adopt` would take, fewer than none where it gives some back."""
+        ...
+
+    def adopt(self, source: int, seq: int, tokens: int, room: int, move: bool) -> None:
+        """Gives a new sequence the state of another after its first `tokens` tokens, and room for `room` in all.
+
+        move: the other's own memory, without a copy where its size fits; the other then has nothing. Without, neither
+        sequence sees what the other does from here on.
+        """
         ...
 
 

@@ -134,7 +134,7 @@ def main() -> None:
         peak = load_peak(folder)
         bandwidth = read_bandwidth()
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        with zoo.load(folder, device="cpu") as ours:
+        with zoo.load(folder, device="cpu", prefix_cache=False) as ours:
             results = [compare(ours, theirs, batch, args, bandwidth) for batch in args.batch]
     report = {
         "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.system()},

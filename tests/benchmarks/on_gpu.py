@@ -130,7 +130,8 @@ def main() -> None:
     }
     torch.cuda.empty_cache()
     started = time.perf_counter()
-    model = zoo.load(args.card, weights="random", device="cuda", dtype="bfloat16", max_batch_size=max(args.batch))
+    options = {"max_batch_size": max(args.batch), "prefix_cache": False}
+    model = zoo.load(args.card, weights="random", device="cuda", dtype="bfloat16", **options)
     report["load_s"] = time.perf_counter() - started
     vocabulary = model.module.spec.vocab_size
     inspection = zoo.inspect(args.card)

@@ -153,7 +153,7 @@ def test_drafts_change_nothing(kind: str, storage: Any, monkeypatch: pytest.Monk
         usages = [c.usage for c in found]
         assert 30 < sum(u.accepted_tokens for u in usages) < 0.9 * sum(u.drafted_tokens for u in usages)
         assert not any(u.drafted_tokens for u, r in zip(usages, requests(), strict=True) if r.params.drafts == 0)
-        assert engine._memory.used == engine._memory.stored == 0
+        assert engine.memory["cache_used"] == 0
 
 
 @pytest.mark.parametrize("kind", ["full", "latent"])

@@ -473,9 +473,15 @@ def test_a_closed_engine_ends_its_streams_and_refuses_more(make_engine: Make, as
 
 def test_memory_is_reported(make_engine: Make, ask: Make) -> None:
     engine = make_engine(layers=2, max_batch_size=3)
-    assert engine.memory == {"weights": 40, "cache_used": 0, "cache_peak": 0, "cache_budget": 3 * 2 * 112}
+    assert engine.memory == {
+        "weights": 40,
+        "cache_used": 0,
+        "cache_kept": 0,
+        "cache_peak": 0,
+        "cache_budget": 3 * 2 * 112,
+    }
     stream = engine.stream(ask([1] * 17))
     next(stream)
-    assert engine.memory["cache_used"] == engine._memory.stored == 2 * 32
+    assert engine.memory["cache_used"] == engine._memory.used == 2 * 32
     stream.close()
     assert (engine.memory["cache_used"], engine.memory["cache_peak"]) == (0, 64)

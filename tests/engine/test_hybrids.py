@@ -77,7 +77,7 @@ def answers(name: str, requests: list[Request], contexts: int | None = None, **s
     budget = None if contexts is None else contexts * Engine(*built(name), **sizes)._memory.cost(CONTEXT)
     engine = Engine(*built(name), memory_bytes=budget, **sizes)
     found = [completion.tokens for completion in engine.generate(requests)]
-    assert engine._memory.used == engine._memory.stored == 0
+    assert engine.memory["cache_used"] == 0
     return found
 
 

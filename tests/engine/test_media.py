@@ -138,3 +138,15 @@ def test_placeholders_and_images_must_agree(engine: MakeEngine) -> None:
             engine().logits(prompt, None, media)
     with pytest.raises(RequestError, match="no encoder for audio"):
         engine().submit(request([1], [Media("audio", torch.zeros(3))]))
+
+
+def test_images_are_told_apart_by_what_they_show(engine: MakeEngine) -> None:
+    other = [PICTURES[0], picture(1, 1, 7), PICTURES[2]]
+    running = engine()
+    prompt = [*range(20, 30), *PROMPT, *range(20, 50)]
+    expected = [engine().generate([request(prompt, media, logprobs=0)])[0].logprobs for media in (PICTURES, other)]
+    found = [running.generate([request(prompt, media, logprobs=0)])[0] for media in (PICTURES, other, PICTURES)]
+    assert expected[0] != pytest.approx(expected[1], abs=1e-3)
+    for each, logprobs in zip(found, [*expected, expected[0]], strict=True):
+        assert each.logprobs == pytest.approx(logprobs, abs=1e-5)
+    assert [each.usage.cached_tokens for each in found] == [0, prompt.index(6) + 1, len(prompt) - 1]

@@ -74,21 +74,21 @@ def test_layers_of_one_state_share_a_store_and_views_come_back_in_layer_order() 
 def test_room_is_reserved_in_grains_and_given_back() -> None:
     held = memory(1000)
     assert held.reserve(1, 17)
-    assert held.used == held.stored == held.cost(32) == 2 * 32 + 32
+    assert held.used == held.cost(32) == 2 * 32 + 32
     assert held.reserve(1, 32)
     assert held.used == held.cost(32)
     assert held.reserve(1, 33)
-    assert held.used == held.stored == 2 * 48 + 32
+    assert held.used == 2 * 48 + 32
     held.free(1)
     held.free(1)
-    assert (held.used, held.stored, held.peak) == (0, 0, 128)
+    assert (held.used, held.peak) == (0, 128)
 
 
 def test_a_refused_reservation_changes_nothing() -> None:
     held = memory(200)
     assert held.reserve(1, 32)
     assert not held.reserve(2, 48)
-    assert held.used == held.stored == 96
+    assert held.used == 96
     assert held.reserve(2, 32)
 
 
@@ -114,7 +114,7 @@ def test_pools_divide_the_budget() -> None:
     # The window's share alone is what two short sequences exceed.
     assert held.reserve(1, 32)
     assert not held.reserve(2, 32)
-    assert held.used == held.stored == 2 * 32 + 32
+    assert held.used == 2 * 32 + 32
 
 
 def test_marks_reach_every_store() -> None:
@@ -150,4 +150,4 @@ def test_an_interrupted_reservation_leaves_nothing(monkeypatch: pytest.MonkeyPat
     with pytest.raises(KeyboardInterrupt):
         held.reserve(1, 16)
     held.free(1)
-    assert (held.used, held.stored) == (0, 0)
+    assert held.used == 0

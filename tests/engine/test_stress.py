@@ -122,7 +122,7 @@ def crowd(engine: Engine, coming: list[Guest]) -> dict[str, Completion]:
             name = str(guest.request.request_id)
             if guest.arrival <= step and guest.patience is not None and made[name] >= guest.patience:
                 engine.cancel(name)
-        assert engine._memory.used == engine._memory.stored <= engine._memory.budget
+        assert engine._memory.used == engine._memory.holds(engine._memory.numbers) <= engine._memory.budget
         step += 1
     ended |= {chunk.request_id: chunk.completion for chunk in engine.step() if chunk.completion is not None}
     return ended
@@ -151,4 +151,4 @@ def test_everyone_gets_what_they_get_alone(
     # A pool of states has room for as many sequences as whole contexts fit, so that there nobody is thrown out.
     assert (engine._scheduler.preemptions > 10) == (storage == "slab" or name.startswith("windowed"))
     assert min(reasons.count("stop"), reasons.count("cancelled")) >= 10
-    assert engine._memory.used == engine._memory.stored == 0
+    assert engine.memory["cache_used"] == 0

@@ -112,6 +112,7 @@ class DecodeRun:
 def decode_steps(model: "Model", prompts: Sequence[Sequence[int]], new_tokens: int) -> DecodeRun:
     """Reads the prompts, then times `new_tokens` steps in which all sequences decode. Ends them whatever happens."""
     engine = model.engine
+    engine.reset_prefix_cache()
     most = answer_tokens(model, len(prompts), max(map(len, prompts)), new_tokens)
     params = SamplingParams(max_tokens=most, ignore_eos=True)
     ids = [engine.submit(Request(prompt, params)) for prompt in prompts]
@@ -151,6 +152,7 @@ def _step(model: "Model", made: dict[str, int]) -> float:
 
 
 def _answer(model: "Model", prompts: list[list[int]], count: int) -> None:
+    model.engine.reset_prefix_cache()
     model.generate(prompts, max_tokens=count, temperature=0.0, ignore_eos=True)
 
 

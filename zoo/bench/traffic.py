@@ -79,6 +79,7 @@ def measure_traffic(model: "Model", plan: list[Arrival], *, seed: int = 0) -> Tr
     times: dict[str, _Times] = {}
     open_counts: list[int] = []
     engine, waiting, done = model.engine, [*zip(plan, prompts, strict=True)], 0
+    engine.reset_prefix_cache()
     start = time.perf_counter()
     try:
         while waiting or done < len(times):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("ref")
 @click.option("--system", help="A system message before the conversation.")
+@click.option("--no-prefix-cache", is_flag=True, help="Compute every turn from the conversation's first token.")
 @effort_option
 @load_options
 @sample_options
@@ -187,7 +188,7 @@ class Conversation:
 
         memory = self.model.memory
         click.echo(
-            f"{self.model!r}\nweights {size(memory.weights)}, cache {size(memory.cache_used)} "
+            f"{self.model!r}\nweights {size(memory.weights)}, cache {size(memory.cache_used + memory.cache_kept)} "
             f"of {size(memory.cache_budget)}\n"
             f"{len(self.messages)} messages, system {self.system!r}, options {self.options}",
             err=True,

@@ -74,7 +74,8 @@ def _with(options: Sequence[Callable[[Decorated], Decorated]], command: Decorate
 
 def load_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `zoo.load` from the command's flags."""
-    return {**{name: flags[name] for name in LOAD_NAMES}, "overrides": parse_overrides(flags["overrides"])}
+    own = {"prefix_cache": False} if flags.get("no_prefix_cache") else {}
+    return {**{name: flags[name] for name in LOAD_NAMES}, **own, "overrides": parse_overrides(flags["overrides"])}
 
 
 def sample_arguments(flags: dict[str, Any]) -> dict[str, Any]:

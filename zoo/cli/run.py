@@ -162,10 +162,12 @@ def write_figures(completion: "Completion") -> None:
     if completion.call_error:
         note(completion.call_error)
     usage, timings = completion.usage, completion.timings
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
     guessed = f", {usage.accepted_tokens} of {usage.drafted_tokens} drafts right" if usage.drafted_tokens else ""
     note(
-        f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new tokens, first after {timings.prefill_s:.2f} s, "
-        f"{timings.tokens_per_second:.1f} tokens/s, stopped by {completion.finish_reason}{guessed}"
+        f"{usage.prompt_tokens} prompt{cached} + {usage.completion_tokens} new tokens, "
+        f"first after {timings.prefill_s:.2f} s, {timings.tokens_per_second:.1f} tokens/s, "
+        f"stopped by {completion.finish_reason}{guessed}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 
 import torch
 from torch import nn
@@ -30,6 +31,9 @@ class Adapters:
         self._loaded: dict[str, Adapter] = {}
         self._hooks: list[RemovableHandle] = []
         self.merged: list[str] = []
+        self._changes = count()
+        self._plain = next(self._changes)
+        self._numbers: dict[str, int] = {}
 
     @property
     def names(self) -> list[str]:
@@ -51,20 +55,21 @@ class Adapters:
                 hint="pass name=..., or unload the other one first",
             )
         self._loaded[name] = adapter
+        self._numbers[name] = next(self._changes)
         self._hook()
 
     def remove(self, name: str, users: Sequence[str | None] = ()) -> None:
         """Raises RequestError for an adapter that is not loaded, merged for good, or chosen by one of `users`."""
         self._named(name)
-        count = sum(self.resolve(user) == name for user in users)
-        if count:
+        unfinished = sum(self.resolve(user) == name for user in users)
+        if unfinished:
             raise RequestError(
                 f"the adapter {name!r} is in use",
                 where="adapter",
-                found=f"{count} unfinished requests",
+                found=f"{unfinished} unfinished requests",
                 hint="let them end, or cancel them",
             )
-        del self._loaded[name]
+        del self._loaded[name], self._numbers[name]
         if name in self.defaults:
             self.defaults.remove(name)
         self._hook()
@@ -82,6 +87,7 @@ class Adapters:
             replace(self._module, tensor.param, tensor.index, value)
         self.remove(name)
         self.merged.append(name)
+        self._plain = next(self._changes)
 
     def resolve(self, name: str | None) -> str | None:
         """The adapter that a request's choice means. Raises RequestError when "auto" could mean several."""
@@ -94,6 +100,16 @@ class Adapters:
                 expected=f"one of {', '.join(self.defaults)}, or None for the plain model",
             )
         return self.defaults[0] if self.defaults else None
+
+    @property
+    def keys(self) -> list[str]:
+        """What states may depend on: the plain weights, and each adapter with them; never the same for two of them."""
+        return [f"{self._plain} {number}" for number in ("", *self._numbers.values())]
+
+    def key(self, choice: str | None) -> str:
+        """What the states of a request depend on that makes this choice."""
+        name = self.resolve(choice)
+        return f"{self._plain} {'' if name is None else self._numbers[name]}"
 
     def check(self, choice: str | None) -> None:
         """Raises RequestError for a choice that no request can make."""

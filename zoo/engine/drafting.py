@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 from typing import Protocol
 
 from zoo.engine.memory import Memory
+from zoo.engine.prefixes import Prefixes
 from zoo.engine.scheduler import Work
 from zoo.engine.sequence import Sequence
 
@@ -68,8 +69,8 @@ class Drafting:
     than one, because all of them read the weights once.
     """
 
-    def __init__(self, source: Source, memory: Memory, most_rows: int) -> None:
-        self.source, self.memory, self.most_rows = source, memory, most_rows
+    def __init__(self, source: Source, memory: Memory, prefixes: Prefixes, most_rows: int) -> None:
+        self.source, self.memory, self.prefixes, self.most_rows = source, memory, prefixes, most_rows
         self._paces: dict[int, Pace] = {}
 
     def extended(self, work: list[Work], left: int) -> list[Work]:
@@ -87,13 +88,13 @@ class Drafting:
             seq = work[place].sequence
             if drafts:
                 extended[place] = Work(seq, 1 + len(drafts[:count]), tuple(drafts[:count]))
-                self.memory.mark(seq.number, seq.past, extended[place].rows)
+                self.memory.mark(seq.cache, seq.past, extended[place].rows)
         return extended
 
     def settle(self, work: Work, right: int) -> None:
         """A step has moved the sequence on by `right` of the work's drafts: takes the rows of the others back."""
         seq = work.sequence
-        self.memory.rewind(seq.number, seq.past)
+        self.memory.rewind(seq.cache, seq.past)
         self._paces[seq.number].learn(len(work.drafts), right)
 
     def free(self, seq: Sequence) -> None:
@@ -111,4 +112,4 @@ class Drafting:
         return min(most, self._paces.setdefault(seq.number, Pace()).ask())
 
     def _has_room(self, seq: Sequence, count: int) -> bool:
-        return self.memory.reserve(seq.number, len(seq.tokens) + count)
+        return self.prefixes.grow(seq, len(seq.tokens) + count)

@@ -26,6 +26,7 @@ from zoo.engine.media import Placed, place
 from zoo.engine.memory import Memory
 from zoo.engine.outcome import Outcome, read
 from zoo.engine.pack import pack
+from zoo.engine.prefixes import Prefixes
 from zoo.engine.request import Chunk, Completion, Media, Request, token_ids
 from zoo.engine.runner import Runner, memory_is_full
 from zoo.engine.scheduler import Scheduler, Work
@@ -42,6 +43,9 @@ DRAFT_ROWS = {"cpu": 16}
 OTHER_DRAFT_ROWS = 128
 """Rows of sequences that decode, drafts included, up to which a step has drafts: reading the weights takes longer."""
 
+KEPT = 4
+"""What is kept for later requests where memory is no pool: a quarter of the budget, or one whole context."""
+
 
 class Engine:
     """Runs requests of any lengths together: continuous batching with chunked prefill.
@@ -52,6 +56,7 @@ class Engine:
     context length. chunk_tokens: rows of one step, by default 512 on the CPU and 2048 elsewhere.
     storage: how the cache is laid out (see zoo.components.cache.store).
     draft: "lookup" guesses tokens ahead from a sequence's own (see zoo.engine.drafting).
+    prefix_cache: whether a prompt that begins as an earlier one goes on from what is cached of that.
     Calls from several threads are safe; they wait for each other's steps. A context manager.
     """
 
@@ -68,6 +73,7 @@ class Engine:
         chunk_tokens: int | None = None,
         storage: Literal["auto", "slab", "pages"] = "auto",
         draft: Literal["lookup"] | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         model, device = cast(DecoderSpec, plan.model), torch.device(device)
         context = model.context_length if max_context is None else max_context
@@ -78,19 +84,20 @@ class Engine:
         def make(spec: StateSpec, layers: int, budget: int | None) -> Store:
             return make_store(spec, layers, dtype, device, storage, budget)
 
+        pooled = storage == "pages" or (storage == "auto" and device.type != "cpu")
         self._memory = Memory(
-            model.states(),
-            make,
-            budget=memory_bytes,
-            batch=max_batch_size,
-            context=context,
-            pooled=storage == "pages" or (storage == "auto" and device.type != "cpu"),
+            model.states(), make, budget=memory_bytes, batch=max_batch_size, context=context, pooled=pooled
         )
+        # A pool's memory is taken anyway; where each sequence takes its own, the rest is for others to use.
+        limit = None if pooled else max(self._memory.cost(context), self._memory.budget // KEPT)
+        prefixes = Prefixes(self._memory, on=prefix_cache, limit=limit)
         self._admission = Admission(model.vocab_size, context, self._memory, drafts=draft is not None)
         self._encoders = model.encoders()
         rows = DRAFT_ROWS.get(device.type, OTHER_DRAFT_ROWS)
-        drafting = None if draft is None else Drafting(Lookup(), self._memory, rows)
-        self._scheduler = Scheduler(self._memory, chunk_tokens=chunk, max_batch_size=max_batch_size, drafting=drafting)
+        drafting = None if draft is None else Drafting(Lookup(), self._memory, prefixes, rows)
+        self._scheduler = Scheduler(
+            self._memory, prefixes, chunk_tokens=chunk, max_batch_size=max_batch_size, drafting=drafting
+        )
         captured = Captured(decoder, self._memory, device, record=device.type == "cuda") if captures(device) else None
         self._runner: Runner | None = Runner(decoder, self._memory, device, captured)
         self._lock = threading.Lock()
@@ -189,17 +196,25 @@ class Engine:
         with self._locked():
             runner = self._open()
             yield runner.adapters, [seq.params.adapter for seq in self._live.values()]
+            self._scheduler.prefixes.retain(runner.adapters.keys)
             if runner.captured is not None:
                 runner.captured.clear()
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets what is kept for later requests. For callers who change weights by hand, or who measure."""
+        with self._locked():
+            self._scheduler.prefixes.clear()
+
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes: weights, cache_used now, cache_peak so far, cache_budget."""
+        """Bytes: weights; the cache's that unfinished requests use now, that are kept for later ones, that were taken
+        at most so far, and that may be."""
         weights = 0 if self._runner is None else self._runner.weight_bytes
-        cache = self._memory
+        cache, kept = self._memory, self._scheduler.prefixes.kept
         return {
             "weights": weights,
-            "cache_used": cache.used,
+            "cache_used": cache.used - kept,
+            "cache_kept": kept,
             "cache_peak": cache.peak,
             "cache_budget": cache.budget,
         }
@@ -212,6 +227,7 @@ class Engine:
             self._doomed.extend((request_id, False) for request_id in self._live)
         with self._locked():
             self._runner = None
+            self._scheduler.prefixes.clear()
             self._memory.close()
 
     def __enter__(self) -> Self:
@@ -263,13 +279,14 @@ class Engine:
         return ids, place(self._encoders, ids, media)
 
     def _enter(self, request: Request, *, mailed: bool) -> str:
-        self._open(request.params.adapter)
+        runner = self._open(request.params.adapter)
         number = next(self._numbers)
         request_id = request.request_id or f"request-{number}"
         if request_id in self._live or request_id in self._mail:
             raise RequestError("a request of this id is unfinished", where="request_id", found=repr(request_id))
         media = place(self._encoders, request.prompt, request.media)
-        seq = Running(number, request_id, request, self._admission.allowed(request), media)
+        allowed, key = self._admission.allowed(request), runner.adapters.key(request.params.adapter)
+        seq = Running(number, request_id, request, allowed, media, key)
         if mailed:
             self._mail[request_id] = deque()
         if seq.idle:
@@ -303,8 +320,8 @@ class Engine:
             for item, outcome in zip(work, read(batch, runner.run(batch)), strict=True):
                 self._apply(item, outcome)
         except BaseException as error:
-            # Interrupted anywhere, also by Ctrl-C: cached states may be half written, tokens are not.
-            self._scheduler.restart(self._live.values())
+            # Interrupted anywhere, also by Ctrl-C: what the step writes may be half written, tokens are not.
+            self._scheduler.restart(self._live.values(), forget=memory_is_full(error))
             if memory_is_full(error):
                 raise _no_memory(runner.device, error) from error
             raise
@@ -319,14 +336,16 @@ class Engine:
         """Move the sequence on by its work, and post what came of it."""
         seq = item.sequence
         chunk = seq.advance(item.rows, outcome, len(item.drafts))
-        if chunk is None:
-            return
-        if chunk.last:
-            self._live.pop(seq.request_id, None)
-            self._scheduler.drop(seq)
-        elif item.drafts:
+        sound = chunk is None or chunk.error is None
+        if item.drafts and sound:
             self._scheduler.settle(item, len(outcome.tokens) - 1)
-        self._post(chunk)
+        if chunk is None or not chunk.last:
+            self._scheduler.prefixes.advanced(seq)
+        else:
+            self._live.pop(seq.request_id, None)
+            self._scheduler.drop(seq, sound=sound)
+        if chunk is not None:
+            self._post(chunk)
 
 
 def _no_memory(device: torch.device, error: BaseException) -> CapacityError:

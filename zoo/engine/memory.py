@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from zoo.components.cache.store import Store, by_layer, stored_parts
+from zoo.components.cache.store import Reusable, Store, by_layer, stored_parts
 from zoo.registry.spec import StateSpec
 
 # Room is asked for in steps of so many tokens, so that a decode step seldom has to ask.
@@ -20,12 +20,14 @@ StoreFactory = Callable[[StateSpec, int, int | None], Store]
 class Group:
     """Layers, or parts of them, that keep the same state, and the bytes that they may take.
 
-    places: where they stand among what all layers store.
+    places: where they stand among what all layers store. moves: a sequence that has gone on no longer has the state
+    of all tokens before; None where the store cannot say.
     """
 
     store: Store
     places: list[int]
     budget: int
+    moves: bool | None
 
 
 class Held(Protocol):
@@ -67,7 +69,9 @@ class HeldStep:
 
 
 class Memory:
-    """Room for sequences within `budget` bytes. used, peak: bytes taken now and at most so far.
+    """Room for sequences within `budget` bytes, each named by a number. peak: the most bytes that were taken.
+
+    What changes it takes and returns numbers only, and does the same wherever the same was done before.
 
     states: what each layer keeps, in layer order; None keeps nothing.
     budget: the bytes allowed, cut to what `batch` sequences of `context` tokens need; None: just that.
@@ -93,15 +97,35 @@ class Memory:
         costs = {spec: store.cost(_rounded(context)) for spec, store in stores.items()}
         most = batch * sum(costs.values())
         self.budget = most if budget is None else min(budget, most)
-        self.layers, self.used, self.peak = states, 0, 0
+        self.layers, self.peak = states, 0
         self._groups: list[Group] = []
         for spec, places in groups.items():
             share = self.budget * costs[spec] // sum(costs.values()) if pooled else self.budget
             store = make(spec, len(places), share) if pooled else stores[spec]
-            self._groups.append(Group(store, places, share))
+            moves = not store.serves(context, 1) if isinstance(store, Reusable) else None
+            self._groups.append(Group(store, places, share, moves))
         self._rooms: dict[int, int] = {}
-        self._costs: dict[int, list[int]] = {}
-        self._taken = self._none = [0] * len(self._groups)
+        self._none = [0] * len(self._groups)
+
+    @property
+    def used(self) -> int:
+        """Bytes taken now."""
+        return sum(group.store.nbytes for group in self._groups)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The sequences that have room."""
+        return [*self._rooms]
+
+    @property
+    def reusable(self) -> bool:
+        """Whether a sequence can begin where another stands."""
+        return bool(self._groups) and all(group.moves is not None for group in self._groups)
+
+    @property
+    def moves(self) -> bool:
+        """Whether a sequence that has gone on may lack the state of fewer tokens, so that it is worth a copy."""
+        return any(group.moves for group in self._groups)
 
     def cost(self, tokens: int) -> int:
         """Bytes that one sequence of `tokens` tokens takes."""
@@ -118,25 +142,56 @@ class Memory:
 
     def reserve(self, seq: int, tokens: int) -> bool:
         """Make room for the sequence's first `tokens` tokens; False, and nothing done, when the budget is too small."""
-        if tokens <= self._rooms.get(seq, 0):
+        held = self._rooms.get(seq, 0)
+        if tokens <= held:
             return True
-        costs, held = self._group_costs(tokens), self._costs.get(seq, self._none)
-        taken = [t - h for t, h in zip(self._taken, held, strict=True)]
-        if not self._fits(costs, taken):
+        before = self._group_costs(held) if held else self._none
+        added = [c - b for c, b in zip(self._group_costs(tokens), before, strict=True)]
+        if not self._fits(added, self._taken):
             return False
+        self._rooms.setdefault(seq, 0)
         for group in self._groups:
             group.store.grow(seq, _rounded(tokens))
-        self._rooms[seq], self._costs[seq] = _rounded(tokens), costs
-        self._count([t + c for t, c in zip(taken, costs, strict=True)])
+        self._rooms[seq] = _rounded(tokens)
+        self.peak = max(self.peak, self.used)
         return True
 
     def free(self, seq: int) -> None:
-        """Give a sequence's room back. Safe at any time, also after an interrupted `reserve`."""
+        """Give a sequence's room back. Safe at any time, also after an interrupted `reserve` or `adopt`."""
         for group in self._groups:
             group.store.free(seq)
-        held = self._costs.pop(seq, self._none)
         self._rooms.pop(seq, None)
-        self._count([t - h for t, h in zip(self._taken, held, strict=True)])
+
+    def could(self, seqs: Sequence[int], tokens: int) -> bool:
+        """Whether a sequence of `tokens` tokens would have room beside these ones alone, nothing being shared."""
+        costs = [self._group_costs(self._rooms[seq]) for seq in seqs]
+        return self._fits(self._group_costs(tokens), [sum(column) for column in zip(self._none, *costs, strict=True)])
+
+    def holds(self, seqs: Sequence[int]) -> int:
+        """Bytes that these sequences hold, each counted once."""
+        return sum(_reusable(group).holds(seqs) for group in self._groups) if self.reusable else self.used
+
+    def serves(self, held: int, tokens: int) -> bool:
+        """Whether another can begin with the first `tokens` tokens of a sequence that stands at `held`."""
+        return all(isinstance(g.store, Reusable) and g.store.serves(held, tokens) for g in self._groups)
+
+    def snapshot(self, seq: int, number: int, tokens: int) -> bool:
+        """A copy under a new number of what a sequence at `tokens` tokens will lack when it has gone on; False, and
+        nothing done, when the budget is too small."""
+        return self._adopt([(group, seq, False) for group in self._groups if group.moves], number, tokens, tokens)
+
+    def adopt(self, seq: int, base: int, point: int, tokens: int, room: int, move: bool) -> bool:
+        """A new sequence with the first `tokens` tokens of others and room for `room`; False, and nothing done, when
+        the budget is too small.
+
+        base: whose tokens they are. point: a sequence that stands at `tokens`, or a snapshot of one: from it comes
+        what others lack. move: the base ends, and its memory is handed over where it can be.
+        """
+        sources = [(g, point, move and point == base) if g.moves else (g, base, move) for g in self._groups]
+        done = self._adopt(sources, seq, tokens, _rounded(room))
+        if done and move:
+            self.free(base)
+        return done
 
     @property
     def back(self) -> int | None:
@@ -170,26 +225,38 @@ class Memory:
 
     def close(self) -> None:
         """Let go of all memory."""
-        self._groups, self._taken, self.used = [], [], 0
+        self._groups = []
         self._rooms.clear()
-        self._costs.clear()
 
     @property
-    def stored(self) -> int:
-        """Bytes in use as the Stores count them."""
-        return sum(group.store.nbytes for group in self._groups)
+    def _taken(self) -> list[int]:
+        return [group.store.nbytes for group in self._groups]
+
+    def _adopt(self, sources: list[tuple[Group, int, bool]], seq: int, tokens: int, room: int) -> bool:
+        """Fills groups of a new sequence, each from its source, to be moved or copied."""
+        added = [0] * len(self._groups)
+        for group, source, move in sources:
+            added[self._groups.index(group)] = _reusable(group).takes(source, tokens, room, move)
+        if not self._fits(added, self._taken):
+            return False
+        self._rooms[seq] = room
+        for group, source, move in sources:
+            _reusable(group).adopt(source, seq, tokens, room, move)
+        self.peak = max(self.peak, self.used)
+        return True
 
     def _group_costs(self, tokens: int) -> list[int]:
         return [group.store.cost(_rounded(tokens)) for group in self._groups]
 
-    def _fits(self, costs: list[int], taken: list[int]) -> bool:
-        totals = [t + c for t, c in zip(taken, costs, strict=True)]
+    def _fits(self, added: list[int], taken: list[int]) -> bool:
+        totals = [t + a for t, a in zip(taken, added, strict=True)]
         within = all(total <= group.budget for total, group in zip(totals, self._groups, strict=True))
         return within and sum(totals) <= self.budget
 
-    def _count(self, taken: list[int]) -> None:
-        self._taken, self.used = taken, sum(taken)
-        self.peak = max(self.peak, self.used)
+
+def _reusable(group: Group) -> Reusable:
+    assert isinstance(group.store, Reusable), "only what can be reused is"
+    return group.store
 
 
 def _by_layer(layers: Sequence[StateSpec | None], groups: Iterable[tuple[list[int], list[Any]]]) -> list[Any]:

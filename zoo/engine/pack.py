@@ -56,7 +56,7 @@ def pack(work: Sequence[Work], device: torch.device) -> Batch:
         tokens_T=packed[:total],
         positions_T=packed[total : 2 * total],
         rows_R=None if len(packing.picks) == total else packed[2 * total :],
-        seqs=[item.sequence.number for item in packing.items],
+        seqs=[item.sequence.cache for item in packing.items],
         rows=packing.rows,
         past=packing.past,
         wanted=wanted,

@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from zoo.engine.memory import Memory
+from zoo.engine.prefixes import Prefixes
 from zoo.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -30,15 +31,22 @@ class Scheduler:
     A sequence is admitted when its tokens fit in memory, all at once, so a half-read prompt never waits for room.
     A decoding sequence that finds no room takes it from the youngest, which is computed again later with what
     it had generated. That one is first in line then, and needs more room than it left, so that it cannot come back
-    before another ends: two sequences never take turns in throwing each other out.
+    before another ends: two sequences never take turns in throwing each other out. What is only kept for later
+    requests makes room before any of them does.
     A step looks at those that run and at the first one that waits, however many wait.
     """
 
     def __init__(
-        self, memory: Memory, *, chunk_tokens: int, max_batch_size: int, drafting: Drafting | None = None
+        self,
+        memory: Memory,
+        prefixes: Prefixes,
+        *,
+        chunk_tokens: int,
+        max_batch_size: int,
+        drafting: Drafting | None = None,
     ) -> None:
-        self.drafting = drafting
-        self.memory, self.chunk_tokens, self.max_batch_size = memory, chunk_tokens, max_batch_size
+        self.memory, self.prefixes, self.drafting = memory, prefixes, drafting
+        self.chunk_tokens, self.max_batch_size = chunk_tokens, max_batch_size
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -46,19 +54,30 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
-    def drop(self, seq: Sequence) -> None:
-        """Forget a sequence that ended, wherever it stands."""
-        self._free(seq)
+    def drop(self, seq: Sequence, *, sound: bool = True) -> None:
+        """Forget a sequence that ended, wherever it stands. sound: others may go on from what it cached."""
+        if sound:
+            self._leave(seq)
+        else:
+            self._forget(seq)
+            self.prefixes.discard(seq)
         # Those that run are few, and what ends nearly always runs.
         line = self.running if seq in self.running else self.waiting
         line.remove(seq)
 
-    def restart(self, seqs: Iterable[Sequence]) -> None:
-        """Make all unfinished sequences wait with nothing cached: after an interrupted step no state can be trusted."""
+    def restart(self, seqs: Iterable[Sequence], *, forget: bool) -> None:
+        """Make all unfinished sequences wait after an interrupted step.
+
+        Their tokens before that step are still cached; windows and states may be half written. forget: give the
+        memory of all that is cached back.
+        """
         self.waiting, self.running = deque(sorted(seqs, key=_arrival)), []
         for seq in self.waiting:
-            self._free(seq)
+            self._leave(seq, whole=False)
             seq.past = 0
+        self.prefixes.sweep()
+        if forget:
+            self.prefixes.clear()
 
     def plan(self) -> list[Work]:
         """The next step's work; empty when there is none. At most `chunk_tokens` rows in all."""
@@ -69,20 +88,25 @@ class Scheduler:
             left = self.chunk_tokens - sum(item.rows for item in work)
         for seq in self.running:
             if left and seq.todo > 1:
-                work.append(Work(seq, min(seq.todo, left)))
+                work.append(Work(seq, min(seq.rows, left)))
                 left -= work[-1].rows
         while left and (admitted := self._admitted()):
-            work.append(Work(admitted, min(admitted.todo, left)))
+            work.append(Work(admitted, min(admitted.rows, left)))
             left -= work[-1].rows
-        return work
+        # Those that were let in or had to wait may have said where the chunks before theirs are to end.
+        return [item if item.drafts else Work(item.sequence, min(item.rows, item.sequence.rows)) for item in work]
 
     def settle(self, work: Work, right: int) -> None:
         """Work with drafts is done, of which so many were right: the rows of the others leave the cache."""
         if self.drafting is not None:
             self.drafting.settle(work, right)
 
-    def _free(self, seq: Sequence) -> None:
-        self.memory.free(seq.number)
+    def _leave(self, seq: Sequence, *, whole: bool = True) -> None:
+        """It has no room of its own any more; what it cached is kept for others, and for itself."""
+        self._forget(seq)
+        self.prefixes.keep(seq, whole=whole)
+
+    def _forget(self, seq: Sequence) -> None:
         if self.drafting is not None:
             self.drafting.free(seq)
 
@@ -98,11 +122,11 @@ class Scheduler:
         return work
 
     def _has_room(self, seq: Sequence) -> bool:
-        while not self.memory.reserve(seq.number, len(seq.tokens)):
+        while not self.prefixes.grow(seq, len(seq.tokens)):
             youngest = self.running.pop()
             self.waiting.appendleft(youngest)
+            self._leave(youngest)
             youngest.past = 0
-            self._free(youngest)
             self.preemptions += 1
             if youngest is seq:
                 return False
@@ -112,7 +136,7 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_batch_size:
             return None
         seq = self.waiting[0]
-        if not self.memory.reserve(seq.number, len(seq.tokens)):
+        if not self.prefixes.admit(seq, self.running):
             return None
         self.running.append(self.waiting.popleft())
         return seq

@@ -6,31 +6,47 @@ import secrets
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from zoo.engine.media import Placed, identity
 from zoo.engine.output import Output
 from zoo.engine.request import Chunk, Completion, FinishReason, Request, Timings, Usage
 from zoo.registry.errors import ZooError
 from zoo.text.answer import Answer
 
 if TYPE_CHECKING:
-    from zoo.engine.media import Placed
     from zoo.engine.outcome import Outcome
+
+
+NOWHERE = -1
+"""The number of what has no room in the cache."""
 
 
 class Sequence:
     """The tokens, progress and results of one request.
 
-    number: order of arrival, and its name in the cache. tokens: prompt and generated ids. past: how many of them
-    are cached. allowed: how many may be generated. media: images and sounds at their places.
+    number: order of arrival. tokens: prompt and generated ids. past: how many of them are cached. cache: its name there
+    while it runs. cached_tokens: how many of the prompt's came from there. allowed: how many may be generated.
+    media: images and sounds at their places. key: what its states depend on beside tokens and media.
+    cuts: where its chunks are to end.
     """
 
     def __init__(
-        self, number: int, request_id: str, request: Request, allowed: int, media: list[Placed] | None = None
+        self,
+        number: int,
+        request_id: str,
+        request: Request,
+        allowed: int,
+        media: list[Placed] | None = None,
+        key: str = "",
     ) -> None:
         params, self.media = request.params, media or []
         self.number, self.request_id, self.params, self.allowed = number, request_id, params, allowed
         self.tokens = list(request.prompt)
         self.prompt_length = len(self.tokens)
         self.past = 0
+        self.cache, self.key = NOWHERE, key
+        self.cached_tokens: int | None = None
+        self.cuts: set[int] = set()
+        self._identity = identity(request.prompt, self.media)
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         own = () if request.tokenizer is None or params.ignore_eos else request.tokenizer.stop_ids
         self.stop_ids = frozenset(params.stop_ids).union(own)
@@ -51,6 +67,22 @@ class Sequence:
     def todo(self) -> int:
         """Tokens that are not cached yet: 1 while decoding."""
         return len(self.tokens) - self.past
+
+    @property
+    def rows(self) -> int:
+        """How many of them a step may compute: up to the next cut."""
+        return min((cut for cut in self.cuts if cut > self.past), default=len(self.tokens)) - self.past
+
+    @property
+    def reusable(self) -> int:
+        """How many first tokens need not be computed: all but the last, and none whose logits are asked for."""
+        last = len(self.tokens) - 1
+        return min(last, len(self.prompt_logprobs) - 1) if self.scores else last
+
+    @property
+    def content(self) -> tuple[int, ...]:
+        """Its tokens, those of images and sounds as what they show."""
+        return (*self._identity, *self.tokens[self.prompt_length :]) if self.generated else self._identity
 
     @property
     def idle(self) -> bool:
@@ -100,6 +132,8 @@ class Sequence:
             self.top_logprobs += tops
         if reason is None:
             return self._chunk(new, tokens, logprobs, tops)
+        # Rows of drafts behind the end are taken back.
+        self.past = min(self.past, len(self.tokens))
         return self.finish(reason, new, tokens, logprobs, tops)
 
     def finish(
@@ -160,7 +194,7 @@ class Sequence:
             prompt_ids=self.tokens[: self.prompt_length],
             finish_reason=reason,
             seed=self.seed,
-            usage=Usage(self.prompt_length, self.generated, 0, self.drafted, self.accepted),
+            usage=Usage(self.prompt_length, self.generated, self.cached_tokens or 0, self.drafted, self.accepted),
             timings=self._timings(),
             logprobs=self.logprobs if asked else None,
             top_logprobs=self.top_logprobs if asked else None,
