@@ -218,14 +218,23 @@ def _mask(q_THd: Tensor, past: int, window: int | None, copies: int, memo: Memo)
 
 
 KERNELS: dict[str, Kernel] = {"auto": sdpa, "reference": reference, "sdpa": sdpa, "xformers": memory_efficient}
-"""By name, as ZOO_ATTENTION says it. "auto" also reads single rows' keys straight from pages where it can."""
+"""By name, as ZOO_ATTENTION says it. "auto" also reads single rows' keys straight from slabs or pages where it can."""
+
+
+def by_slabs(memo: Memo) -> bool:
+    """Whether single rows are attended to by the kernel of zoo.components.native.attention, where it runs."""
+    return _automatic(memo)
 
 
 def by_pages(q_BHd: Tensor, pool: Tensor, memo: Memo) -> bool:
     """Whether single rows are attended to by the kernel of zoo.components.attention.paged."""
-    if "by pages" not in memo:
-        memo["by pages"] = os.environ.get("ZOO_ATTENTION", "auto") == "auto"
-    return bool(memo["by pages"]) and can_attend(q_BHd, pool)
+    return _automatic(memo) and can_attend(q_BHd, pool)
+
+
+def _automatic(memo: Memo) -> bool:
+    if "automatic" not in memo:
+        memo["automatic"] = os.environ.get("ZOO_ATTENTION", "auto") == "auto"
+    return bool(memo["automatic"])
 
 
 def _kernel(memo: Memo) -> Kernel:

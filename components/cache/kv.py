@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zoo.components.attention.kernels import Memo, Scores, attention, attention_rows, by_pages
+from zoo.components.attention.kernels import Memo, Scores, attention, attention_rows, by_pages, by_slabs
 from zoo.components.attention.paged import attention_pages
 from zoo.components.cache.code import RowCode
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.pages import PAGE, PageRows, Pages
 from zoo.components.cache.slab import Planes, Slabs
 from zoo.components.cache.spec import FullCacheSpec, LatentCacheSpec, SharedCacheSpec, WindowCacheSpec
+from zoo.components.native.attention import attend_slabs, attends
 
 
 class Storage(Protocol):
@@ -228,6 +229,16 @@ class StepPlan:
         rows: PageRows = self.memo[key]
         return rows
 
+    def slots(self, slabs: Slabs, wave: slice) -> Tensor:
+        """Of each row of a wave how many slots its slab has, which one it takes, and how many are filled with it."""
+        key = ("slots", wave.start)
+        if key not in self.memo:
+            room = [slabs.room(seq) for seq in self.seqs[wave]]
+            triples = zip(room, *_row_slots(self.past[wave], self.ring), strict=True)
+            self.memo[key] = torch.tensor([number for triple in triples for number in triple])
+        numbers_N: Tensor = self.memo[key]
+        return numbers_N
+
     def seen(self, rows: PageRows, wave: slice, slots: int, window: int | None) -> Tensor:
         """Which of the slots 0 .. `slots` - 1 each row of a wave sees, (B, S) bool, made once for all layers."""
         key = ("seen", wave.start, window)
@@ -281,13 +292,11 @@ class KVView:
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Appends the step's keys and values, then attends causally within each sequence, (T, H, d)."""
-        plan, pages = self.plan, self.storage
+        plan = self.plan
         how: Scores = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
-        if not isinstance(pages, Pages):
-            return self._attend_each(0, q_THd, k_TGd, v_TGd, how)
-        single = plan.single
+        single = plan.single if self._takes_rows(q_THd, k_TGd, v_TGd) else 0
         waves = plan.waves if single else []
-        parts = [self._attend_rows(pages, wave, q_THd[wave], k_TGd[wave], v_TGd[wave], how) for wave in waves]
+        parts = [self._attend_rows(wave, q_THd[wave], k_TGd[wave], v_TGd[wave], how) for wave in waves]
         if single < len(q_THd):
             parts.append(self._attend_each(single, q_THd[single:], k_TGd[single:], v_TGd[single:], how))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -300,14 +309,22 @@ class KVView:
         parts = zip(seqs, past, *(torch.split(x, rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         return torch.cat([self._attend_one(seq, before, q, k, v, how) for seq, before, q, k, v in parts])
 
-    def _attend_rows(
-        self, pages: Pages, wave: slice, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores
-    ) -> Tensor:
-        """The single rows of a wave, all at once: from the pages as they lie where a kernel can, else over pages
+    def _takes_rows(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> bool:
+        """Whether single rows of several sequences are worked on at once: on pages, and on slabs by a kernel."""
+        if isinstance(self.storage, Pages):
+            return True
+        return by_slabs(self.plan.memo) and attends(q_THd, k_TGd, v_TGd, self.storage.code)
+
+    def _attend_rows(self, wave: slice, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores) -> Tensor:
+        """The single rows of a wave, all at once: from slabs or pages as they lie where a kernel can, else over pages
         gathered to equal lengths."""
-        plan, rows = self.plan, self.plan.places(pages, wave)
+        plan, pages, window = self.plan, self.storage, None if self.plan.ring is not None else how["window"]
+        if isinstance(pages, Slabs):
+            slabs, numbers_N = pages.slabs(self.layer, plan.seqs[wave]), plan.slots(pages, wave)
+            return attend_slabs(q_BHd, k_BGd, v_BGd, slabs, numbers_N, pages.code, {**how, "window": window})
+        assert isinstance(pages, Pages)
+        rows, pool = plan.places(pages, wave), pages.pool(self.layer)
         pages.write_rows(self.layer, rows, (k_BGd, v_BGd))
-        pool, window = pages.pool(self.layer), None if plan.ring is not None else how["window"]
         if pages.code.kind is None and by_pages(q_BHd, pool, plan.memo):
             return attention_pages(q_BHd, pool, rows.tables_BP, rows.filled_B, **(how | {"window": window}))
         k_BGSd, v_BGSd = pages.read_rows(self.layer, rows)

@@ -102,6 +102,14 @@ class Slabs:
         """The planes of a range of slots, (G, S, d) each, without a copy unless they are coded."""
         return self.code.decode(self._slabs[seq][layer].narrow(2, start, stop - start)).unbind()
 
+    def slabs(self, layer: int, seqs: Sequence[int]) -> list[Tensor]:
+        """A layer's slabs of these sequences, (planes, G, slots, row) each."""
+        return [self._slabs[seq][layer] for seq in seqs]
+
+    def room(self, seq: int) -> int:
+        """How many slots a sequence has."""
+        return self._slabs[seq][0].shape[2]
+
     def take(self, seq: int, slots: list[int]) -> Tensor:
         """A copy of slots of all layers as they are stored, slots outermost."""
         index_S = torch.tensor(slots, device=self.device)

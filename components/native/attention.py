@@ -1,0 +1,127 @@
+"""Attention of single rows over slabs of keys and values, plain or coded, by the kernel in attention.c.
+
+A slab is read as it lies, once for all query heads of a key head, by all threads however few heads there are; codes
+become numbers on the way. The row's own key and value are written by the same call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.components import native
+from zoo.components.attention.kernels import Scores, reference
+from zoo.components.cache.code import RowCode
+
+log = logging.getLogger("zoo.components")
+
+WIDEST = 256
+"""The largest head, and the most query heads of a key head, that the kernel has room for."""
+
+TOLERANCE = 1e-2
+
+_SIZE, _ADDRESS, _COUNT, _FLOAT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+_ARGUMENTS: list[Any] = [_COUNT, _COUNT, *[_SIZE] * 4, *[_ADDRESS, _SIZE] * 3, _ADDRESS, _ADDRESS, _SIZE]
+_ARGUMENTS += [_FLOAT, _FLOAT, _ADDRESS, _ADDRESS, _COUNT]
+
+_PLAIN = {torch.bfloat16: 0, torch.float32: 1}
+_CODED = {"int8": 2, "fp8": 3}
+
+
+def attends(q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, code: RowCode) -> bool:
+    """Whether `attend_slabs` is the way for such rows: in bfloat16 or float32 on a CPU, without gradients."""
+    width, shared = q_BHd.shape[-1], q_BHd.shape[1] // k_BGd.shape[1]
+    return (
+        q_BHd.device.type == "cpu"
+        and q_BHd.dtype in _PLAIN
+        and q_BHd.dtype == k_BGd.dtype == v_BGd.dtype == code.dtype
+        and code.lanes == (width,)
+        and width % 16 == 0
+        and width <= WIDEST
+        and shared <= WIDEST
+        and all(x.stride()[1:] == (width, 1) for x in (q_BHd, k_BGd, v_BGd))
+        and not torch.is_grad_enabled()
+        and missing() is None
+    )
+
+
+def attend_slabs(
+    q_BHd: Tensor,
+    k_BGd: Tensor,
+    v_BGd: Tensor,
+    slabs: Sequence[Tensor],
+    numbers_N: Tensor,
+    code: RowCode,
+    how: Scores,
+    threads: int | None = None,
+) -> Tensor:
+    """(B, H, d): one new row of each of B slabs (2, G, slots, row) is written, and attends to what they hold.
+
+    numbers_N: int64, for each row the slots of its slab, the one that it takes, and how many are filled with it.
+    """
+    o_BHd = torch.empty(q_BHd.shape, dtype=q_BHd.dtype)
+    sinks_H = None if how["sinks_H"] is None else how["sinks_H"].to(q_BHd.dtype).contiguous()
+    batch, heads, width = q_BHd.shape
+    groups = k_BGd.shape[1]
+    failed = _library().zoo_attend(
+        _PLAIN[code.dtype] if code.kind is None else _CODED[code.kind],
+        q_BHd.dtype is torch.float32,
+        batch,
+        groups,
+        heads // groups,
+        width,
+        *(field for x in (q_BHd, k_BGd, v_BGd) for field in (x.data_ptr(), x.stride(0))),
+        (_ADDRESS * batch)(*[slab.data_ptr() for slab in slabs]),
+        numbers_N.data_ptr(),
+        how["window"] or 0,
+        how["scale"],
+        how["softcap"] or 0.0,
+        None if sinks_H is None else sinks_H.data_ptr(),
+        o_BHd.data_ptr(),
+        threads or torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the sums of attention")
+    return o_BHd
+
+
+@cache
+def missing() -> str | None:
+    """Why the kernel is not in use, None where it is: it is compared with the formula before its first use."""
+    reason = native.missing()
+    if reason is None and not (error := _error()) < TOLERANCE:
+        log.warning("zoo: the native attention is off by %.0e on this processor and is left out", error)
+        reason = f"off by {error:.0e} on this processor"
+    return reason
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    handle = native.library().handle
+    handle.zoo_attend.argtypes = _ARGUMENTS
+    return handle
+
+
+@torch.no_grad()
+def _error() -> float:
+    """The largest relative error of small cases, of every kind of row."""
+    draw, slots, found = torch.Generator().manual_seed(0), 300, []
+    how: Scores = {"scale": 0.2, "window": None, "softcap": None, "sinks_H": None}
+    for code in (RowCode(kind, (32,), torch.float32) for kind in (None, "int8", "fp8")):
+        q_1Hd, new_2Gd, old = (
+            torch.randn(*size, generator=draw) for size in ((1, 6, 32), (2, 2, 32), (2, 2, slots, 32))
+        )
+        slab = code.encode(old)
+        numbers_N = torch.tensor([slots, slots - 1, slots])
+        o_1Hd = attend_slabs(q_1Hd, new_2Gd[:1], new_2Gd[1:], [slab], numbers_N, code, how)
+        old[:, :, -1] = new_2Gd
+        k_GSd, v_GSd = code.rounded(old)
+        expected = reference(q_1Hd, k_GSd, v_GSd, 0.2, slots - 1, None, {})
+        found.append(float((o_1Hd - expected).norm() / expected.norm()))
+    return max(found)
