@@ -74,7 +74,7 @@ def load(
     max_context: int | None = None,
     prefix_cache: bool = True,
     overrides: Mapping[str, Any] | None = None,
-    draft: str | None = None,
+    draft: Ref | None = None,
     progress: "Progress | None" = None,
 ) -> "Model":
     """Build a model, fill its weights and return it ready to generate.
@@ -91,14 +91,14 @@ def load(
     adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
         among several by their `adapter`. progress: called with (bytes done, bytes in all) while weights are read.
     draft: what guesses tokens ahead, which are checked several at once and change no answer: "lookup", earlier tokens
-        of prompt and answer.
+        of prompt and answer; or a smaller model of the same vocabulary, as `ref`, on the same device, in the same dtype
+        and quantised alike.
 
     Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
     where it can be known by then.
     """
     _refuse_later_work(devices)
     quantize = _kind_name(quantize)
-    source = _draft(draft)
     # Asks torch for huge pages, which it decides on at its first allocation: weights are read faster by half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     found = locate(ref, _with_cache(cache_dtype, overrides))
@@ -107,12 +107,13 @@ def load(
 
     placement = choose(device, dtype, found.card.source.dtype)
     context = _context(found.card, max_context)
+    guessing = _guessing(draft, plan, placement, weights, quantize)
     storing = _storing(plan, placement, quantize)
     _check_memory(plan, placement, context, quantize)
     paths = _checked_adapters(adapters, plan, placement)
     module, folder, files, notes = _filled(plan, found, placement, weights, storing, progress)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
-    model = _model(plan, module, placement, folder, files, notes, batch, context, source, prefix_cache)
+    model = _model(plan, module, placement, folder, files, notes, batch, context, guessing, prefix_cache)
     names = [model.load_adapter(path) for path in paths]
     with model.engine.between_steps() as (loaded, _):
         loaded.defaults = names
@@ -311,7 +312,7 @@ def _model(
     notes: "builtins.list[str]",
     batch: int,
     context: int,
-    draft: Literal["lookup"] | None,
+    guessing: "Literal['lookup'] | Model | None",
     prefix_cache: bool,
 ) -> "Model":
     from zoo.components.linear import pack_weights
@@ -324,6 +325,11 @@ def _model(
     tokenizer = _tokenizer(plan, folder)
     notes = [*notes, *coding_notes(module, placement.dtype, placement.device)]
     notes = [*notes, *(["no tokenizer: token ids only"] if isinstance(tokenizer, TextError) else tokenizer.notes)]
+    if isinstance(guessing, Model):
+        from zoo.drafts import check_tokenizers
+
+        known = None if isinstance(tokenizer, TextError) else tokenizer
+        notes += [f"{guessing.card.name} guesses", check_tokenizers(plan, known, guessing.plan, guessing.tokenizer)]
     engine = Engine(
         module,
         plan,
@@ -332,7 +338,7 @@ def _model(
         memory_bytes=_cache_budget(placement),
         max_batch_size=batch,
         max_context=context,
-        draft=draft,
+        draft=(guessing.module, guessing.plan) if isinstance(guessing, Model) else guessing,
         prefix_cache=prefix_cache,
     )
     return Model(plan, module, engine, tokenizer, placement, folder, notes, files)
@@ -345,15 +351,21 @@ def _cache_budget(placement: "Placement") -> int:
     return int(0.8 * memory_free(placement.device))
 
 
-def _draft(draft: str | None) -> Literal["lookup"] | None:
-    """What guesses tokens. Raises RequestError for what cannot."""
+def _guessing(
+    draft: Ref | None, plan: Plan, placement: "Placement", weights: str | Path, quantize: str | None
+) -> "Literal['lookup'] | Model | None":
+    """What guesses tokens for the model: a name, or another model, loaded, with its own requests closed."""
     if draft is None or draft == "none":
         return None
     if draft == "lookup":
         return "lookup"
-    raise RequestError(
-        "nothing guesses tokens by this name", where="draft", found=repr(draft), expected="lookup or none"
-    )
+    from zoo.drafts import check_sizes
+
+    check_sizes(plan, resolve(locate(draft).card))
+    where: dict[str, Any] = {"device": str(placement.device), "dtype": placement.dtype_name, "quantize": quantize}
+    model = load(draft, weights="random" if weights == "random" else "auto", max_batch_size=1, max_context=1, **where)
+    model.engine.close()
+    return model
 
 
 def _refuse_later_work(devices: object) -> None:

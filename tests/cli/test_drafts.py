@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import zoo
-from zoo.registry.errors import RequestError
+from zoo.drafts import check_tokenizers
+from zoo.registry.card import Card
+from zoo.registry.errors import CardError, RequestError
+from zoo.registry.resolve import resolve
 
 CARD = "A card is a YAML file that describes one checkpoint: its sizes, parts, tokenizer and where its weights are."
 PROMPTS = [
@@ -51,8 +55,60 @@ def test_the_command_line_says_what_was_guessed(zoo_command: Callable[..., Any])
 
 
 def test_what_cannot_guess_is_refused(zoo_command: Callable[..., Any]) -> None:
-    with pytest.raises(RequestError, match=r"draft: nothing guesses tokens by this name; found 'lookpu'"):
+    with pytest.raises(CardError, match="lookpu"):
         zoo.load("tiny", draft="lookpu")
     done = zoo_command("run", "tiny", "--prompt", "x", "--drafts", "3")
     assert done.code == 2
     assert "draft='lookup'" in done.err
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    mixer = {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "rope": {"theta": 100.0}}
+    layers = [{"mixer": mixer, "ffn": {"kind": "gated", "hidden_dim": 20}}]
+    model = {"dim": 16, "vocab_size": 61, "norm": {"kind": "rms", "eps": 1e-5}, "layers": layers}
+    return {"name": "small", "context_length": 64, "model": model | changes}
+
+
+def test_a_model_guesses_for_another() -> None:
+    asked: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True}
+    with zoo.load("tiny", dtype="float32", draft="tiny") as model:
+        assert model.memory.weights == 2 * sum(p.nbytes for p in model.module.parameters())
+        found = model.generate(PROMPTS, **asked)
+        assert any("tiny guesses" in note for note in model.notes)
+    with zoo.load("tiny", dtype="float32") as model:
+        assert [c.tokens for c in found] == [c.tokens for c in model.generate(PROMPTS, **asked)]
+    assert sum(c.usage.accepted_tokens for c in found) > 40
+    with zoo.load(small(), weights="random", draft=small(dim=8)) as model:
+        done = model.generate([[1, 2, 3]], max_tokens=20, ignore_eos=True)[0]
+        assert done.usage.drafted_tokens > 0
+        assert any("no tokenizer: ids of small are taken for the same" in note for note in model.notes)
+
+
+def test_models_of_other_vocabularies_are_refused(zoo_command: Callable[..., Any]) -> None:
+    with pytest.raises(RequestError, match=r"draft: small cannot guess for small: .* found 60 token ids; expected 61"):
+        zoo.load(small(), weights="random", draft=small(vocab_size=60))
+    done = zoo_command("run", "tiny", "--prompt", "x", "--draft", "mixtral-8x7b")
+    assert done.code == 2
+    assert "mixtral-8x7b cannot guess for tiny: their vocabularies differ" in done.err
+
+
+def test_ids_must_stand_for_the_same_text() -> None:
+    plan = resolve(Card.from_dict(small()))
+
+    def tokenizer(words: str, control: dict[int, str] | None = None) -> Any:
+        vocabulary = SimpleNamespace(
+            size=len(words),
+            control=(control or {}).get,
+            surface=lambda token, first: words[token].encode(),
+        )
+        return SimpleNamespace(vocabulary=vocabulary, piece=lambda token: words[token])
+
+    assert check_tokenizers(plan, tokenizer("abc"), plan, tokenizer("abc")) == ""
+    for other, found in (
+        (tokenizer("abcd"), "a tokenizer of 4 ids; expected 3"),
+        (tokenizer("axc"), "'x' for id 1; expected 'b'"),
+        (tokenizer("abc", {2: "</s>"}), "'c' for id 2"),
+    ):
+        with pytest.raises(RequestError, match=found):
+            check_tokenizers(plan, tokenizer("abc"), plan, other)
+    assert "no tokenizer" in check_tokenizers(plan, None, plan, tokenizer("abc"))

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from zoo.assemble import assemble
+from zoo.components import native
 from zoo.components.decoder.model import Decoder
 from zoo.engine.capture import Captured
 from zoo.engine.drafting import LONGEST_PAUSE, MOST, Asked, Pace
-from zoo.engine.engine import Engine
-from zoo.engine.lookup import LONGEST, Chains
+from zoo.engine.engine import DRAFT_ROWS, Engine
+from zoo.engine.lookup import LONGEST, Chains, Lookup
 from zoo.engine.request import Completion, Request, SamplingParams
 from zoo.registry.card import Card
 from zoo.registry.errors import RequestError
@@ -74,10 +75,11 @@ def prompt(length: int) -> list[int]:
     return (tokens + chance.choices(range(VOCABULARY), k=2) + tokens)[:length]
 
 
-class Oracle:
+class Oracle(Lookup):
     """Guesses from known answers, each token wrong with some chance: what tries accepting and rejecting best."""
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: float) -> None:
+        super().__init__()
         self.answers, self.wrong, self.chance = answers, wrong, random.Random(3)
 
     def drafts(self, asked: Asked) -> list[list[int]]:
@@ -88,9 +90,6 @@ class Oracle:
             ]
             found.append([t if self.chance.random() > self.wrong else self.chance.randrange(VOCABULARY) for t in rest])
         return found
-
-    def free(self, seq: int) -> None:
-        pass
 
 
 def guessing(engine: Engine, answers: dict[tuple[int, ...], list[int]], wrong: float = 0.3) -> Engine:
@@ -145,6 +144,7 @@ def test_drafts_change_nothing(kind: str, storage: Any, monkeypatch: pytest.Monk
     assert len({token for c in expected for token in c.tokens}) > 20, "the model must not be trivial"
     contexts = 2 * Engine(*built(kind), storage=storage)._memory.cost(CONTEXT)
     monkeypatch.setenv("ZOO_CAPTURE", "on")
+    monkeypatch.setitem(DRAFT_ROWS, "cpu", 24)
     variants: list[dict[str, Any]] = [{}, {"chunk_tokens": 11, "max_batch_size": 3}, {"memory_bytes": contexts}]
     for sizes in variants:
         engine = guessing(Engine(*built(kind), storage=storage, draft="lookup", **sizes), known(expected))
@@ -160,6 +160,7 @@ def test_drafts_change_nothing(kind: str, storage: Any, monkeypatch: pytest.Monk
 def test_drafts_run_in_recorded_steps_where_no_slot_is_taken_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone(kind)
     monkeypatch.setenv("ZOO_CAPTURE", "on")
+    monkeypatch.setitem(DRAFT_ROWS, "cpu", 24)
     runs: list[int] = []
     run = Captured.run
 
@@ -174,6 +175,59 @@ def test_drafts_run_in_recorded_steps_where_no_slot_is_taken_twice(kind: str, mo
     assert max(runs) > len(expected), "more rows than sequences"
 
 
+def own(kind: str, noise: float) -> tuple[Decoder, Plan]:
+    """The model with other weights by a little: one that guesses well."""
+    module, plan = built(kind)
+    draft = assemble(plan, torch.float32).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(9)
+    for mine, others in zip(draft.parameters(), module.parameters(), strict=True):
+        mine.requires_grad_(False).copy_(others + noise * torch.randn(others.shape, generator=generator))
+    return draft, plan
+
+
+@pytest.mark.parametrize("storage", ["slab", "pages"])
+@pytest.mark.parametrize("kind", ["full", "window", "hybrid", "indexed"])
+def test_another_model_guesses(kind: str, storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache follows the sequences: through chunks, wrong guesses, preemption and requests that want none."""
+    expected = alone(kind)
+    contexts = 4 * Engine(*built(kind), storage=storage)._memory.cost(CONTEXT)
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    monkeypatch.setitem(DRAFT_ROWS, "cpu", 24)
+    variants: list[dict[str, Any]] = [{}, {"chunk_tokens": 11, "max_batch_size": 3}, {"memory_bytes": contexts}]
+    for sizes in variants:
+        engine = Engine(*built(kind), storage=storage, draft=own(kind, 0.01), **sizes)
+        found = engine.generate(requests())
+        same(found, expected)
+        usages = [c.usage for c in found]
+        assert 30 < sum(u.accepted_tokens for u in usages) < sum(u.drafted_tokens for u in usages)
+        assert engine.memory["cache_used"] == 0
+        assert engine._scheduler.drafting is not None
+        [cache] = engine._scheduler.drafting.source.caches
+        assert cache.used == 0
+        assert cache.peak > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "hybrid"])
+def test_a_model_that_guesses_for_itself_is_always_right(kind: str) -> None:
+    asked = [Request(prompt(n), replace(SETTINGS[i % 2], max_tokens=30)) for i, n in enumerate((3, 40, 17))]
+    for request in asked:
+        engine = Engine(*built(kind), draft=own(kind, 0.0))
+        [done] = engine.generate([request])
+        assert done.usage.accepted_tokens == done.usage.drafted_tokens > 20
+        assert engine.memory["weights"] == 2 * Engine(*built(kind)).memory["weights"]
+
+
+def test_a_model_with_a_short_context_guesses_as_far_as_it_reads() -> None:
+    module, plan = built("full")
+    short = resolve(plan.card.with_overrides({"context_length": 40}))
+    asked = Request(prompt(30), SamplingParams(max_tokens=60, ignore_eos=True))
+    [expected] = Engine(module, plan).generate([asked])
+    engine = Engine(module, plan, draft=(own("full", 0.0)[0], short))
+    [found] = engine.generate([asked])
+    assert found.tokens == expected.tokens
+    assert 0 < found.usage.accepted_tokens < 12
+
+
 def test_half_precision_gives_the_same_tokens() -> None:
     for kind in ("window", "hybrid", "latent"):
         model = built(kind, torch.bfloat16)
@@ -185,17 +239,15 @@ def test_half_precision_gives_the_same_tokens() -> None:
         assert 5 < found.usage.accepted_tokens < found.usage.drafted_tokens
 
 
-class Fixed:
+class Fixed(Lookup):
     """Guesses the tokens that are written down."""
 
     def __init__(self, tokens: list[int]) -> None:
+        super().__init__()
         self.tokens = tokens
 
     def drafts(self, asked: Asked) -> list[list[int]]:
         return [self.tokens[len(seq.tokens) :][:count] for seq, count in asked]
-
-    def free(self, seq: int) -> None:
-        pass
 
 
 def scripted(make_engine: Make, decoder: Any, answer: list[int], **sizes: Any) -> Engine:
@@ -213,7 +265,7 @@ def test_right_drafts_save_steps(make_engine: Make, ask: Make, fake_decoder: Mak
     decoder = fake_decoder({1: SCRIPT})
     [done] = scripted(make_engine, decoder, SCRIPT).generate([ask([1], max_tokens=14)])
     assert done.tokens == SCRIPT
-    assert decoder.steps == [[1], [1] * 9, [1] * 4]
+    assert decoder.steps == [[1], [1] * 8, [1] * 5]
     assert (done.usage.drafted_tokens, done.usage.accepted_tokens, done.usage.completion_tokens) == (11, 11, 14)
 
 
@@ -287,9 +339,9 @@ def test_many_sequences_share_the_rows_and_prompts_get_the_rest(
     engine = scripted(make_engine, decoder, SCRIPT, chunk_tokens=40)
     engine.generate([ask([1], max_tokens=14) for _ in range(5)] + [ask([1] * 30, max_tokens=1)])
     assert decoder.steps[0] == [1] * 5 + [30]
-    assert decoder.steps[1] == [1] * 15, "5 sequences have 16 rows to share: 2 drafts each"
-    most = engine_rows(decoder, make_engine, ask, 20)
-    assert most == 20, "where sequences fill the rows there are no drafts"
+    assert decoder.steps[1] == [1] * 8, "5 sequences have 8 rows to share"
+    most = engine_rows(decoder, make_engine, ask, 9)
+    assert most == 9, "where sequences fill the rows there are no drafts"
 
 
 def engine_rows(decoder: Any, make_engine: Make, ask: Make, count: int) -> int:
@@ -381,3 +433,53 @@ def test_the_pace_follows_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> N
     pace.learn(size, size)
     assert pace.ask(), "and come back when they are right"
     assert pace.pause == LONGEST_PAUSE // 4
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="the native kernels are not in use")
+@pytest.mark.parametrize("kind", ["window", "hybrid", "latent"])
+def test_every_bit_is_the_same_where_native_kernels_multiply(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide(kind)
+    asked = Request(prompt(20), SamplingParams(max_tokens=60, ignore_eos=True, logprobs=5))
+    [expected] = Engine(*model, dtype=torch.bfloat16).generate([asked])
+    [found] = guessing(Engine(*model, dtype=torch.bfloat16, draft="lookup"), known([expected])).generate([asked])
+    assert 10 < found.usage.accepted_tokens < found.usage.drafted_tokens
+    assert found.tokens == expected.tokens
+    assert found.logprobs == expected.logprobs
+    assert found.top_logprobs == expected.top_logprobs
+
+
+@cache
+def wide(kind: str) -> tuple[Decoder, Plan]:
+    """Sizes like those of real models: multiples of a processor's vectors, so that no row ends within one."""
+    grown: dict[str, Any] = {"num_heads": 4, "head_dim": 32, "hidden_dim": 128, "inner_dim": 128, "kv_lora_rank": 64}
+    grown |= {"q_lora_rank": 64, "nope_head_dim": 32, "rope_head_dim": 32, "v_head_dim": 32, "state_size": 32}
+
+    def widened(node: Any) -> Any:
+        if isinstance(node, list):
+            return [widened(item) for item in node]
+        return {k: grown.get(k, widened(v)) for k, v in node.items()} if isinstance(node, dict) else node
+
+    model = {"dim": 64, "vocab_size": VOCABULARY, "norm": {"kind": "rms", "eps": 1e-5}, "layers": widened(LAYERS[kind])}
+    plan = resolve(Card.from_dict({"name": "wide", "context_length": CONTEXT, "model": model}))
+    module = assemble(plan, torch.bfloat16).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(5)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return module, plan
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "hybrid"])
+def test_what_ended_among_right_guesses_is_gone_on_from(kind: str) -> None:
+    """An answer cut by a stop id has cached no more than its own tokens; a prompt that goes on from it starts there."""
+    first = Request(prompt(40), SamplingParams(max_tokens=30, ignore_eos=True))
+    [whole] = Engine(*built(kind)).generate([first])
+    place = next(i for i in range(9, 30) if whole.tokens[i] not in whole.tokens[:i])
+    engine = guessing(Engine(*built(kind), draft="lookup"), known([whole]), 0.0)
+    stopped = replace(first, params=SamplingParams(max_tokens=30, stop_ids=(whole.tokens[place],)))
+    [cut] = engine.generate([stopped])
+    assert cut.tokens == whole.tokens[:place]
+    on = Request([*first.prompt, *cut.tokens, 3, 4, 5], SamplingParams(max_tokens=20, drafts=0, ignore_eos=True))
+    [expected] = Engine(*built(kind)).generate([replace(on, params=SamplingParams(max_tokens=20, ignore_eos=True))])
+    [found] = engine.generate([on])
+    assert found.tokens == expected.tokens
+    assert found.usage.cached_tokens >= 40

@@ -21,9 +21,7 @@ _LOAD = [
     click.option("--max-batch-size", type=int, help="Sequences that may run together."),
     click.option("--devices", type=int, help="Number of devices to spread the model over."),
     click.option("--quantize", help="int8 or int4: store large matrices so while loading."),
-    click.option(
-        "--draft", help="What guesses tokens ahead, to be checked several at once: lookup, from the text so far."
-    ),
+    click.option("--draft", metavar="lookup|REF", help="Guesses tokens ahead: the text so far, or a smaller model."),
     click.option("--adapter", "adapters", multiple=True, help="Adapter file or folder; may be repeated."),
     click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a card's field."),
 ]

@@ -15,8 +15,8 @@ from zoo.engine.prefixes import Prefixes
 from zoo.engine.scheduler import Work
 from zoo.engine.sequence import Sequence
 
-MOST = 8
-"""Drafts of a sequence in one step, where its request does not say less."""
+MOST = 7
+"""Drafts of a sequence in one step, where its request does not say less: eight rows with the one before them."""
 
 LONGEST_PAUSE = 128
 """Steps after which a sequence whose drafts were all wrong is given another try."""
@@ -34,6 +34,16 @@ class Source(Protocol):
 
     def free(self, seq: int) -> None:
         """Forgets a sequence; it may come back."""
+        ...
+
+    @property
+    def caches(self) -> list[Memory]:
+        """What it keeps of sequences beside the cache of the model that is asked."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its own weights."""
         ...
 
 

@@ -14,16 +14,18 @@ from typing import Literal, Self, cast
 import torch
 from torch import Tensor
 
+from zoo.components import native
 from zoo.components.cache.store import Store, make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.engine.adapters import Adapters
 from zoo.engine.admission import Admission, Sizes
 from zoo.engine.capture import Captured, captures
-from zoo.engine.drafting import Drafting
+from zoo.engine.draft_model import DraftModel
+from zoo.engine.drafting import Drafting, Source
 from zoo.engine.lookup import Lookup
 from zoo.engine.media import Placed, place
-from zoo.engine.memory import Memory
+from zoo.engine.memory import Memory, shares
 from zoo.engine.outcome import Outcome, read
 from zoo.engine.pack import pack
 from zoo.engine.prefixes import Prefixes
@@ -39,9 +41,11 @@ from zoo.registry.spec import StateSpec
 CHUNK_TOKENS = {"cpu": 512}
 OTHER_CHUNK_TOKENS = 2048
 
-DRAFT_ROWS = {"cpu": 16}
+DRAFT_ROWS = {"cpu": native.FEW}
 OTHER_DRAFT_ROWS = 128
-"""Rows of sequences that decode, drafts included, up to which a step has drafts: reading the weights takes longer."""
+"""Rows of sequences that decode, drafts included, up to which a step has drafts: reading the weights takes longer.
+
+On a CPU, as many as are multiplied exactly as one is."""
 
 KEPT = 4
 """What is kept for later requests where memory is no pool: a quarter of the budget, or one whole context."""
@@ -55,7 +59,8 @@ class Engine:
     max_batch_size: sequences that may run together. max_context: prompt and answer together, by default the card's
     context length. chunk_tokens: rows of one step, by default 512 on the CPU and 2048 elsewhere.
     storage: how the cache is laid out (see zoo.components.cache.store).
-    draft: "lookup" guesses tokens ahead from a sequence's own (see zoo.engine.drafting).
+    draft: what guesses tokens ahead (see zoo.engine.drafting): "lookup", a sequence's own tokens; or another model on
+        the same device, whose cache takes a part of the budget.
     prefix_cache: whether a prompt that begins as an earlier one goes on from what is cached of that.
     Calls from several threads are safe; they wait for each other's steps. A context manager.
     """
@@ -72,7 +77,7 @@ class Engine:
         max_context: int | None = None,
         chunk_tokens: int | None = None,
         storage: Literal["auto", "slab", "pages"] = "auto",
-        draft: Literal["lookup"] | None = None,
+        draft: Literal["lookup"] | tuple[Decoder, Plan] | None = None,
         prefix_cache: bool = True,
     ) -> None:
         model, device = cast(DecoderSpec, plan.model), torch.device(device)
@@ -84,22 +89,33 @@ class Engine:
         def make(spec: StateSpec, layers: int, budget: int | None) -> Store:
             return make_store(spec, layers, dtype, device, storage, budget)
 
+        def memory(spec: DecoderSpec, budget: int | None, pooled: bool) -> Memory:
+            length = min(context, spec.context_length)
+            return Memory(spec.states(), make, budget=budget, batch=max_batch_size, context=length, pooled=pooled)
+
+        def runner(decoder: Decoder, memory: Memory) -> Runner:
+            captured = Captured(decoder, memory, device, record=device.type == "cuda") if captures(device) else None
+            return Runner(decoder, memory, device, captured)
+
         pooled = storage == "pages" or (storage == "auto" and device.type != "cpu")
-        self._memory = Memory(
-            model.states(), make, budget=memory_bytes, batch=max_batch_size, context=context, pooled=pooled
-        )
+        source: Source | None = Lookup() if draft == "lookup" else None
+        if isinstance(draft, tuple):
+            other = cast(DecoderSpec, draft[1].model)
+            memory_bytes, rest = shares(memory_bytes, *(memory(spec, None, False).budget for spec in (model, other)))
+            own = memory(other, rest, pooled)
+            source = DraftModel(runner(draft[0], own), own, context=min(context, other.context_length), rows=chunk)
+        self._memory = memory(model, memory_bytes, pooled)
         # A pool's memory is taken anyway; where each sequence takes its own, the rest is for others to use.
         limit = None if pooled else max(self._memory.cost(context), self._memory.budget // KEPT)
         prefixes = Prefixes(self._memory, on=prefix_cache, limit=limit)
         self._admission = Admission(model.vocab_size, context, self._memory, drafts=draft is not None)
         self._encoders = model.encoders()
         rows = DRAFT_ROWS.get(device.type, OTHER_DRAFT_ROWS)
-        drafting = None if draft is None else Drafting(Lookup(), self._memory, prefixes, rows)
+        drafting = None if source is None else Drafting(source, self._memory, prefixes, rows)
         self._scheduler = Scheduler(
             self._memory, prefixes, chunk_tokens=chunk, max_batch_size=max_batch_size, drafting=drafting
         )
-        captured = Captured(decoder, self._memory, device, record=device.type == "cuda") if captures(device) else None
-        self._runner: Runner | None = Runner(decoder, self._memory, device, captured)
+        self._runner: Runner | None = runner(decoder, self._memory)
         self._lock = threading.Lock()
         self._numbers = count()
         self._live: dict[str, Running] = {}
@@ -210,13 +226,14 @@ class Engine:
         """Bytes: weights; the cache's that unfinished requests use now, that are kept for later ones, that were taken
         at most so far, and that may be."""
         weights = 0 if self._runner is None else self._runner.weight_bytes
-        cache, kept = self._memory, self._scheduler.prefixes.kept
+        source = None if self._scheduler.drafting is None else self._scheduler.drafting.source
+        caches, kept = [self._memory, *(source.caches if source else [])], self._scheduler.prefixes.kept
         return {
-            "weights": weights,
-            "cache_used": cache.used - kept,
+            "weights": weights + (source.weight_bytes if source else 0),
+            "cache_used": sum(cache.used for cache in caches) - kept,
             "cache_kept": kept,
-            "cache_peak": cache.peak,
-            "cache_budget": cache.budget,
+            "cache_peak": sum(cache.peak for cache in caches),
+            "cache_budget": sum(cache.budget for cache in caches),
         }
 
     # --- the end ------------------------------------------------------------------------------------------------
@@ -229,6 +246,7 @@ class Engine:
             self._runner = None
             self._scheduler.prefixes.clear()
             self._memory.close()
+            self._scheduler.drafting = None
 
     def __enter__(self) -> Self:
         return self

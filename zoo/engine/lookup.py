@@ -8,6 +8,7 @@ whose tokens agree farthest back wins.
 from __future__ import annotations
 
 from zoo.engine.drafting import Asked
+from zoo.engine.memory import Memory
 
 CANDIDATES = 16
 """Earlier places of a sequence's last pair that are looked at, the latest first."""
@@ -29,6 +30,16 @@ class Lookup:
     def free(self, seq: int) -> None:
         """Forgets a sequence's places."""
         self._chains.pop(seq, None)
+
+    @property
+    def caches(self) -> list[Memory]:
+        """None: places of tokens are small."""
+        return []
+
+    @property
+    def weight_bytes(self) -> int:
+        """It has none."""
+        return 0
 
 
 class Chains:

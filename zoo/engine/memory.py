@@ -268,6 +268,11 @@ def _by_layer(layers: Sequence[StateSpec | None], groups: Iterable[tuple[list[in
     return by_layer(layers, found)
 
 
+def shares(budget: int | None, *needs: int) -> tuple[int | None, ...]:
+    """A budget divided among caches as what they need at most; no budget leaves all of them without."""
+    return tuple(None if budget is None else budget * need // max(sum(needs), 1) for need in needs)
+
+
 def _nothing(batch: int, tokens: int) -> None:
     """The answer of a store without fixed places."""
 

@@ -106,7 +106,10 @@ class Sequence:
         right = len(outcome.tokens) - 1
         self.past += right
         self.drafted += drafted
-        return self._take(outcome)
+        chunk = self._take(outcome)
+        # Tokens behind one that ended the answer are dropped, cached or not.
+        self.past = min(self.past, len(self.tokens))
+        return chunk
 
     def _take(self, outcome: Outcome) -> Chunk:
         """Append the sampled tokens up to one that ends the answer; those behind it are dropped."""

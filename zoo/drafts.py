@@ -1,0 +1,45 @@
+"""Whether a model can guess tokens for another: ids must mean the same to both."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.registry.errors import RequestError
+from zoo.registry.plan import Plan
+from zoo.text.tokenizer import Tokenizer
+
+
+def check_sizes(plan: Plan, draft: Plan) -> None:
+    """RequestError unless both models have vocabularies of one size: known before anything is loaded."""
+    size, other = (cast(DecoderSpec, each.model).vocab_size for each in (plan, draft))
+    if size != other:
+        raise _refused(plan, draft, f"{other} token ids", f"{size}, as {plan.card.name} has")
+
+
+def check_tokenizers(plan: Plan, tokenizer: Tokenizer | None, draft: Plan, other: Tokenizer | None) -> str:
+    """RequestError unless every id stands for the same text or control token; a sentence on what could not be checked.
+
+    Text of ids is the same if their bytes are, at the beginning of a word and within it.
+    """
+    if tokenizer is None or other is None:
+        lacking = plan if tokenizer is None else draft
+        return f"{lacking.card.name} has no tokenizer: ids of {draft.card.name} are taken for the same"
+    mine, others = tokenizer.vocabulary, other.vocabulary
+    if mine.size != others.size:
+        raise _refused(plan, draft, f"a tokenizer of {others.size} ids", f"{mine.size}, as {plan.card.name} has")
+    for token in range(mine.size):
+        if mine.control(token) != others.control(token) or mine.surface(token, False) != others.surface(token, False):
+            found, expected = other.piece(token), tokenizer.piece(token)
+            raise _refused(plan, draft, f"{found!r} for id {token}", f"{expected!r}, as {plan.card.name} has")
+    return ""
+
+
+def _refused(plan: Plan, draft: Plan, found: str, expected: str) -> RequestError:
+    return RequestError(
+        f"{draft.card.name} cannot guess for {plan.card.name}: their vocabularies differ",
+        where="draft",
+        found=found,
+        expected=expected,
+        hint="take a model with the same tokenizer, or draft='lookup', which needs none",
+    )
