@@ -47,7 +47,7 @@ parity: $(VENV)/installed-tests
 	ZOO_PARITY_PAGE=docs/parity.md $(BIN)/python -m pytest tests/parity/test_every_card.py -k shrunk_card
 
 bench: $(VENV)/installed-tests
-	$(BIN)/python tests/benchmarks/against_transformers.py $(ARGS)
+	$(BIN)/python -m tests.benchmarks $(or $(ARGS),prefill decode)
 
 constraints: $(VENV)/installed-tests
 	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > constraints.new

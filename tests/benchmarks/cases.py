@@ -1,0 +1,310 @@
+"""The benchmarks by name: each takes a Bench, that is a shape and who takes part, and returns plain data."""
+
+import gc
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from tests.benchmarks import traffic
+from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of
+from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Timed, Transformers, Zoo
+from zoo.bench import Arrival, arrivals, bytes_per_step, measure_traffic, random_prompts, read_bandwidth
+from zoo.engine.request import Request, SamplingParams
+
+Case = Callable[["Bench"], dict[str, Any]]
+CASES: dict[str, Case] = {}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a benchmark may choose from. batches, contexts: None for what the benchmark itself is about."""
+
+    shape: Shape
+    root: Path
+    peers: Sequence[str] = ("transformers", "llama.cpp")
+    batches: Sequence[int] | None = None
+    contexts: Sequence[int] | None = None
+    prompt: int | None = None
+    steps: int = 12
+    rounds: int = 2
+    zoo_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return folder_of(self.shape, self.root, llama="llama.cpp" in self.peers)
+
+    @contextmanager
+    def sides(self, *, llama: Sequence[str] = ("bf16",)) -> Iterator[list[Side]]:
+        """zoo first, then the peers, all loaded."""
+        with ExitStack() as stack:
+            folder, found = self.folder, list[Side]()
+            found.append(Zoo(folder, max_batch_size=256, **self.zoo_options))
+            if "transformers" in self.peers:
+                found.append(Transformers(folder))
+            if "llama.cpp" in self.peers:
+                found += [LlamaCpp(folder / f"{kind}.gguf") for kind in llama]
+            for side in found:
+                stack.callback(side.close)
+            yield found
+
+    def prompts(self, batch: int, length: int) -> Prompts:
+        generator = torch.Generator().manual_seed(batch)
+        return torch.randint(3, self.shape.vocab, (batch, length), generator=generator).tolist()
+
+
+def case(function: Case) -> Case:
+    CASES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+@case
+def prefill(bench: Bench) -> dict[str, Any]:
+    """From a prompt to its first new token, one prompt at a time."""
+    rows = []
+    with bench.sides() as sides:
+        for length in bench.contexts or (512,):
+            times = _turns(bench, sides, bench.prompts(1, length), 0)
+            rates = {name: length / median(t.prefill for t in runs) for name, runs in times.items()}
+            rows.append({"prompt": length, "tokens_per_second": rates, "ratios": _ratios(rates)})
+    return {"rows": rows}
+
+
+@case
+def decode(bench: Bench) -> dict[str, Any]:
+    """Steps of equal sequences: medians over all steps, the sides by turns."""
+    bandwidth, rows = read_bandwidth(), []
+    with bench.sides() as sides:
+        for batch in bench.batches or (1, 8):
+            length = bench.prompt or (512 if batch == 1 else 64)
+            times = _turns(bench, sides, bench.prompts(batch, length), bench.steps)
+            step = {name: median(s for run in runs for s in run.steps) for name, runs in times.items()}
+            rates = {name: batch / seconds for name, seconds in step.items()}
+            read = bytes_per_step(sides[0].model, batch, length + bench.steps // 2)  # type: ignore[attr-defined]
+            row = {"batch": batch, "prompt": length, "step_seconds": step, "tokens_per_second": rates}
+            total = {name: _total(batch, length, runs) for name, runs in times.items() if batch == 1 or _honest(name)}
+            row |= {"ratios": _ratios(rates), "total_tokens_per_second": total, "total_ratios": _ratios(total)}
+            rows.append(row | {"of_read_limit": read / step["zoo"] / bandwidth})
+    return {"read_bytes_per_second": bandwidth, "rows": rows}
+
+
+@case
+def quantised(bench: Bench) -> dict[str, Any]:
+    """One sequence with int8 and int4 weights beside zoo's own bfloat16 and llama.cpp's kinds."""
+    length, folder = bench.prompt or 128, bench.folder
+    sides: list[Side] = [Zoo(folder)]
+    sides += [Zoo(folder, f"zoo {kind}", quantize=kind) for kind in ("int8", "int4")]
+    if "llama.cpp" in bench.peers:
+        sides += [LlamaCpp(folder / f"{kind}.gguf") for kind in ("bf16", *LLAMA_FILES)]
+    times = _turns(bench, sides, bench.prompts(1, length), bench.steps)
+    decoded = {name: 1 / median(s for run in runs for s in run.steps) for name, runs in times.items()}
+    read = {name: length / median(run.prefill for run in runs) for name, runs in times.items()}
+    for side in sides:
+        side.close()
+    return {"prompt": length, "tokens_per_second": decoded, "prefill_tokens_per_second": read}
+
+
+@case
+def context(bench: Bench) -> dict[str, Any]:
+    """Cost of one decode step against the context, few small layers so that the cache is what is read."""
+    small = replace(bench.shape, layers=4, hidden=bench.shape.dim, vocab=512)
+    window = {"mixer": small.card()["model"]["layers"][0]["mixer"] | {"window": 1024}}
+    sizes = {
+        "num_heads": small.heads,
+        "head_dim": 2 * small.head_dim,
+        "num_groups": 2,
+        "state_size": 128,
+        "conv_size": 4,
+    }
+    recurrent = {"mixer": {"kind": "mamba2"} | sizes}
+    kinds: dict[str, dict[str, Any]] = {"full": {}, "window of 1024": window, "recurrent": recurrent}
+    contexts = bench.contexts or (512, 1024, 2048, 4096, 8192)
+    bandwidth, found = read_bandwidth(), dict[str, Any]()
+    for name, changes in kinds.items():
+        zoo_side = Zoo(small.card(**changes), weights="random", dtype="bfloat16")
+        steps = [_step_at(bench, zoo_side, length) for length in contexts]
+        found[name] = {"step_seconds": steps}
+        if name == "full":
+            cache = zoo_side.model.engine.memory["cache_budget"] / 64 / small.context
+            slope = (steps[-1] - steps[0]) / (contexts[-1] - contexts[0])
+            found[name] |= {"slope_of_read_limit": cache / bandwidth / slope, "cache_bytes_per_token": cache}
+        zoo_side.close()
+    if bench.peers:
+        inner = replace(bench, shape=small)
+        with inner.sides() as sides:
+            for side in sides[1:]:
+                found[side.name] = {"step_seconds": [_step_at(bench, side, length) for length in contexts]}
+    return {"contexts": list(contexts), "read_bytes_per_second": bandwidth, "kinds": found}
+
+
+@case
+def mixed(bench: Bench) -> dict[str, Any]:
+    """Requests of many lengths that arrive one after the other: new tokens per second until the last has ended."""
+    with replace(bench, peers=[p for p in bench.peers if p == "transformers"]).sides() as sides:
+        plan, prompts, found = _plan(bench, sides)
+        for side in sides[1:]:
+            assert isinstance(side, Transformers)
+            for size in bench.batches or (16,):
+                name = f"transformers, batches of {size}"
+                found[name] = traffic.by_static_batches(side, plan, prompts, size)
+    return _compared(plan, found)
+
+
+@case
+def mixed_continuous(bench: Bench) -> dict[str, Any]:
+    """The same requests as `mixed`, beside transformers' own continuous batching."""
+    with replace(bench, peers=["transformers"]).sides() as sides:
+        plan, prompts, found = _plan(bench, sides)
+        assert isinstance(sides[1], Transformers)
+        found["transformers, continuous batching"] = traffic.by_continuous_batching(sides[1], plan, prompts)
+    return _compared(plan, found)
+
+
+def _plan(bench: Bench, sides: Sequence[Side]) -> tuple[list[Arrival], Prompts, dict[str, Any]]:
+    """What arrives, 8 at once and two more each second, and zoo's figures of serving it."""
+    assert isinstance(sides[0], Zoo)
+    plan, model = arrivals(32, 0.5, (16, 8 * (bench.prompt or 48)), (8, 192), burst=8), sides[0].model
+    for side in sides:
+        side.run(bench.prompts(2, 8), 2)
+    prompts = [random_prompts(model, 1, one.prompt, seed=number)[0] for number, one in enumerate(plan)]
+    return plan, prompts, {"zoo": measure_traffic(model, plan).to_dict()}
+
+
+@case
+def mixture(bench: Bench) -> dict[str, Any]:
+    """Eight experts of which two are active, beside a dense model of as many active parameters; random weights."""
+    shape = replace(bench.shape, layers=min(bench.shape.layers, 8))
+    expert = {"kind": "gated", "hidden_dim": shape.hidden // 2}
+    experts = {"kind": "moe", "num_experts": 8, "experts_per_token": 2, "expert": expert}
+    sides: list[Side] = [
+        Zoo(shape.card(), "dense", weights="random", dtype="bfloat16"),
+        Zoo(shape.card(ffn=experts), "mixture", weights="random", dtype="bfloat16"),
+    ]
+    rows = []
+    for batch in bench.batches or (1, 8):
+        times = _turns(bench, sides, bench.prompts(batch, bench.prompt or 64), bench.steps)
+        step = {name: median(s for run in runs for s in run.steps) for name, runs in times.items()}
+        read = {side.name: bytes_per_step(side.model, batch, 64) for side in sides if isinstance(side, Zoo)}
+        row = {"batch": batch, "step_seconds": step, "bytes_per_step": read}
+        rows.append(row | {"ratio": step["mixture"] / step["dense"], "bytes_ratio": read["mixture"] / read["dense"]})
+    for side in sides:
+        side.close()
+    return {"layers": shape.layers, "rows": rows}
+
+
+@case
+def overhead(bench: Bench) -> dict[str, Any]:
+    """What a step spends outside of the model: scheduling, packing, sampling, writing; also with many waiting."""
+    side, rows = Zoo(bench.folder, max_batch_size=64, **bench.zoo_options), []
+    engine, spent = side.model.engine, [0.0]
+    begun = [0.0]
+    before = side.model.module.register_forward_pre_hook(lambda *_: begun.__setitem__(0, time.perf_counter()))
+    after = side.model.module.register_forward_hook(lambda *_: spent.append(time.perf_counter() - begun[0]))
+    for waiting in (0, 1000, 4000):
+        for prompt in bench.prompts(64, 8):
+            engine.submit(Request(prompt, SamplingParams(max_tokens=None, temperature=0.7, top_p=0.9, seed=1)))
+        for prompt in bench.prompts(waiting, 8) if waiting else ():
+            engine.submit(Request(prompt, SamplingParams(max_tokens=4)))
+        while len(engine.step()) < 64:
+            pass
+        whole, outside = [], []
+        for _ in range(bench.steps):
+            start = time.perf_counter()
+            engine.step()
+            whole.append(time.perf_counter() - start)
+            outside.append(whole[-1] - spent[-1])
+        row = {"waiting": waiting, "step_seconds": median(whole), "outside_seconds": median(outside)}
+        rows.append(row | {"share": median(outside) / median(whole)})
+        for name in [*engine._live]:
+            engine.cancel(name)
+        engine.step()
+    before.remove()
+    after.remove()
+    side.close()
+    return {"batch": 64, "rows": rows}
+
+
+@case
+def load(bench: Bench) -> dict[str, Any]:
+    """Seconds and peak memory of a process that loads the checkpoint and makes one token, from warm files."""
+    found = {}
+    for name, code in _LOADERS.items():
+        if name == "zoo" or name in bench.peers:
+            done = subprocess.run(
+                [sys.executable, "-c", _PEAK + code, bench.folder], capture_output=True, text=True, check=True
+            )
+            imported, peak, seconds, weights = (float(word) for word in done.stdout.split()[-4:])
+            found[name] = {"seconds": seconds, "peak_over_weights": (peak - imported) / weights}
+    return found
+
+
+_PEAK = """
+import sys, time
+def peak():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+"""
+
+_LOADERS = {
+    "zoo": """
+import torch, zoo, zoo.model, zoo.engine.engine, zoo.loading.load
+before, start = peak(), time.perf_counter()
+model = zoo.load(sys.argv[1], device="cpu")
+top, seconds = peak(), time.perf_counter() - start
+print(before, top, seconds, model.memory.weights)
+""",
+    "transformers": """
+import torch, transformers
+from transformers.models.mistral import modeling_mistral
+before, start = peak(), time.perf_counter()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+top, seconds = peak(), time.perf_counter() - start
+print(before, top, seconds, sum(p.nbytes for p in model.parameters()))
+""",
+}
+
+
+def _turns(bench: Bench, sides: Sequence[Side], prompts: Prompts, steps: int) -> dict[str, list[Timed]]:
+    """Runs of every side, by turns, so that a drifting machine moves all; a first short one of each is left out."""
+    for side in sides:
+        side.run(prompts[:1], min(steps, 2))
+    times: dict[str, list[Timed]] = {side.name: [] for side in sides}
+    for _ in range(bench.rounds):
+        for side in sides:
+            gc.collect()
+            times[side.name].append(side.run(prompts, steps))
+    return times
+
+
+def _step_at(bench: Bench, side: Side, length: int) -> float:
+    """The median decode step of one sequence after `length` tokens."""
+    return median(side.run(bench.prompts(1, length), bench.steps).steps)
+
+
+def _ratios(rates: dict[str, float]) -> dict[str, float]:
+    """How many times faster zoo is than each peer."""
+    return {name: rates["zoo"] / rate for name, rate in rates.items() if name != "zoo"}
+
+
+def _honest(name: str) -> bool:
+    """Whether a side reads all prompts of a batch."""
+    return not name.startswith("llama.cpp")
+
+
+def _total(batch: int, length: int, runs: Sequence[Timed]) -> float:
+    """Tokens per second, those of the prompts too, of whole runs."""
+    seconds = median(run.prefill + sum(run.steps) for run in runs)
+    return batch * (length + 1 + len(runs[0].steps)) / seconds
+
+
+def _compared(plan: Sequence[Arrival], found: dict[str, Any]) -> dict[str, Any]:
+    rates = {name: side["new_tokens_per_second"] for name, side in found.items()}
+    lengths = [(one.prompt, one.answer) for one in plan]
+    return {"requests": len(plan), "lengths": lengths, "sides": found, "ratios": _ratios(rates)}

@@ -1,0 +1,71 @@
+"""The benchmarks run and report what they measured; how fast anything is cannot be tested."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import traffic
+from tests.benchmarks.cases import CASES, Bench
+from tests.benchmarks.report import report
+from tests.benchmarks.shapes import SHAPES
+from tests.benchmarks.sides import Transformers
+from zoo.bench import arrivals
+
+ABOUT: dict[str, Any] = {
+    "date": "2026-01-01",
+    "machine": {
+        "processor": "one",
+        "instructions": ["avx2"],
+        "cores": 2,
+        "threads": 2,
+        "memory_bytes": 1 << 34,
+        "bfloat16_multiply_adds_per_second": 1e11,
+    },
+    "versions": {"torch": "2"},
+}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr("tests.benchmarks.cases.read_bandwidth", lambda: 1e10)
+    shape = replace(SHAPES["tiny"], dim=64, hidden=96, vocab=80)
+    return Bench(shape, tmp_path, ["transformers"], batches=(3,), contexts=(7, 14), prompt=9, steps=2, rounds=1)
+
+
+def test_sides_agree_about_the_next_token(bench: Bench) -> None:
+    tokens = bench.prompts(1, 20)[0]
+    with bench.sides() as (ours, theirs):
+        difference = ours.logits(tokens) - theirs.logits(tokens)
+        assert difference.norm() < 0.02 * theirs.logits(tokens).norm()
+        assert [len(side.run(bench.prompts(3, 9), 4).steps) for side in (ours, theirs)] == [4, 4]
+
+
+def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:
+    results = {name: ABOUT | CASES[name](bench) for name in ("decode", "prefill", "mixture", "context")}
+    assert [row["batch"] for row in results["decode"]["rows"]] == [3]
+    assert set(results["decode"]["rows"][0]["total_ratios"]) == {"transformers"}
+    page = tmp_path / "benchmarks.md"
+    page.write_text("before\n<!-- results: here -->\nold\n<!-- end of results -->\nafter\n")
+    (tmp_path / "benchmarks").mkdir()
+    report(results, tmp_path)
+    report(results, tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("| batch | zoo | transformers | of read limit |") == 1
+    for plot in ("batch.svg", "context.svg"):
+        assert len(ElementTree.fromstring((tmp_path / "benchmarks" / plot).read_text())) > 10
+
+
+def test_all_of_the_traffic_is_served(bench: Bench) -> None:
+    plan = arrivals(5, 0.001, (3, 9), (2, 8))
+    with bench.sides() as sides:
+        theirs = sides[1]
+        assert isinstance(theirs, Transformers)
+        found = traffic.by_static_batches(theirs, plan, [[3] * one.prompt for one in plan], 2)
+    assert found["new_tokens_per_second"] == pytest.approx(sum(one.answer for one in plan) / found["seconds"])
+    assert 0 < found["first_median"] < found["seconds"]
