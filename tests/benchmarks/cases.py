@@ -123,7 +123,7 @@ def context(bench: Bench) -> dict[str, Any]:
         "state_size": 128,
         "conv_size": 4,
     }
-    recurrent = {"mixer": {"kind": "mamba2"} | sizes}
+    recurrent = {"mixer": {"kind": "mamba2", "conv_size": 4, "norm_eps": 1e-5} | sizes}
     kinds: dict[str, dict[str, Any]] = {"full": {}, "window of 1024": window, "recurrent": recurrent}
     contexts = bench.contexts or (512, 1024, 2048, 4096, 8192)
     bandwidth, found = read_bandwidth(), dict[str, Any]()
