@@ -120,8 +120,8 @@ def keep(file: Path, name: str, result: dict[str, Any], args: argparse.Namespace
 def _merged(old: Any, new: Any) -> Any:
     if isinstance(old, dict):
         return old | new
-    rows = {tuple(row.get(key) for key in ("batch", "prompt", "waiting")): row for row in [*old, *new]}
-    return [rows[key] for key in sorted(rows, key=lambda key: [k or 0 for k in key])]
+    rows = {tuple(row.get(key) for key in ("batch", "prompt", "waiting", "sampling")): row for row in [*old, *new]}
+    return [rows[key] for key in sorted(rows, key=lambda key: [k or 0 for k in key[:3]])]
 
 
 if __name__ == "__main__":

@@ -202,33 +202,50 @@ def mixture(bench: Bench) -> dict[str, Any]:
 @case
 def overhead(bench: Bench) -> dict[str, Any]:
     """What a step spends outside of the model: scheduling, packing, sampling, writing; also with many waiting."""
-    side, rows = Zoo(bench.folder, max_batch_size=64, **bench.zoo_options), []
-    engine, spent = side.model.engine, [0.0]
-    begun = [0.0]
-    before = side.model.module.register_forward_pre_hook(lambda *_: begun.__setitem__(0, time.perf_counter()))
-    after = side.model.module.register_forward_hook(lambda *_: spent.append(time.perf_counter() - begun[0]))
+    side, spent = Zoo(bench.folder, max_batch_size=64, **bench.zoo_options), [0.0]
+    module = side.model.module
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: spent.append(-time.perf_counter())),
+        module.register_forward_hook(lambda *_: spent.append(spent.pop() + time.perf_counter())),
+    ]
+    rows = []
     for waiting in (0, 1000, 4000):
-        for prompt in bench.prompts(64, 8):
-            engine.submit(Request(prompt, SamplingParams(max_tokens=None, temperature=0.7, top_p=0.9, seed=1)))
-        for prompt in bench.prompts(waiting, 8) if waiting else ():
-            engine.submit(Request(prompt, SamplingParams(max_tokens=4)))
-        while len(engine.step()) < 64:
-            pass
-        whole, outside = [], []
-        for _ in range(bench.steps):
-            start = time.perf_counter()
-            engine.step()
-            whole.append(time.perf_counter() - start)
-            outside.append(whole[-1] - spent[-1])
-        row = {"waiting": waiting, "step_seconds": median(whole), "outside_seconds": median(outside)}
-        rows.append(row | {"share": median(outside) / median(whole)})
-        for name in [*engine._live]:
-            engine.cancel(name)
-        engine.step()
-    before.remove()
-    after.remove()
+        for name, options in SAMPLING.items():
+            whole, inside = _steps_of_64(bench, side, options, waiting, spent)
+            outside = median(w - i for w, i in zip(whole, inside, strict=True))
+            row = {"waiting": waiting, "sampling": name, "step_seconds": median(whole), "outside_seconds": outside}
+            rows.append(row | {"share": outside / median(whole)})
+    for hook in hooks:
+        hook.remove()
     side.close()
     return {"batch": 64, "rows": rows}
+
+
+SAMPLING: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "temperature 0.7, top_k 40": {"temperature": 0.7, "top_k": 40},
+}
+
+
+def _steps_of_64(
+    bench: Bench, side: Zoo, options: dict[str, Any], waiting: int, spent: list[float]
+) -> tuple[list[float], list[float]]:
+    """Seconds of steps of 64 sequences while others wait: of the whole, and inside of the model."""
+    engine, whole = side.model.engine, []
+    prompts = [*bench.prompts(64, 8), *(bench.prompts(waiting, 8) if waiting else ())]
+    params = SamplingParams(max_tokens=1000, seed=1, ignore_eos=True, **options)
+    names = [engine.submit(Request(prompt, params)) for prompt in prompts]
+    while len(engine.step()) < 64:
+        pass
+    for _ in range(bench.steps):
+        start = time.perf_counter()
+        engine.step()
+        whole.append(time.perf_counter() - start)
+    for name in names:
+        engine.cancel(name)
+    engine.run()
+    return whole, spent[-bench.steps :]
 
 
 @case

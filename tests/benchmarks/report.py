@@ -120,6 +120,7 @@ def _mixture(result: Mapping[str, Any]) -> str:
 def _overhead(result: Mapping[str, Any]) -> str:
     rows = [
         [
+            row["sampling"],
             str(row["waiting"]),
             f"{1000 * row['step_seconds']:.0f}",
             f"{1000 * row['outside_seconds']:.2f}",
@@ -127,8 +128,8 @@ def _overhead(result: Mapping[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    head = ["waiting", "step, ms", "outside of the model, ms", "share"]
-    return f"The engine's own time in a step of {result['batch']} sampled sequences:\n\n{_table(head, rows)}"
+    head = ["sampling", "waiting", "step, ms", "outside of the model, ms", "share"]
+    return f"The engine's own time in a step of {result['batch']} sequences:\n\n{_table(head, rows)}"
 
 
 def _load(result: Mapping[str, Any]) -> str:

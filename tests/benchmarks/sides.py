@@ -44,7 +44,8 @@ class Zoo:
     """zoo's engine, step by step."""
 
     def __init__(self, ref: Any, name: str = "zoo", **options: Any) -> None:
-        self.name, self.model = name, zoo.load(ref, device="cpu", **options)
+        # Rounds repeat their prompts, and are to read them anew.
+        self.name, self.model = name, zoo.load(ref, device="cpu", prefix_cache=False, **options)
         self.chunk = 512
 
     def run(self, prompts: Prompts, steps: int) -> Timed:

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.engine.randoms import uniform
 from zoo.engine.request import SamplingParams
-from zoo.engine.sampler import CANDIDATES, best, choose, ranked
+from zoo.engine.sampler import BLOCK, CANDIDATES, best, choose, ranked
 
 
 def kept(logits: list[float], params: SamplingParams) -> list[tuple[int, float]]:
@@ -69,6 +70,15 @@ def test_unfiltered_rows_follow_the_distribution() -> None:
     assert torch.allclose(shares, (logits_V / 0.7).softmax(0), atol=0.015)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.5, 8.0])
+def test_unfiltered_rows_follow_the_definition_in_the_order_of_ids(spread: float) -> None:
+    logits_RV = wide(5 * BLOCK + 7, spread)[:1].expand(200, -1)
+    numbers = [uniform(4, row) for row in range(200)]
+    found = choose(logits_RV, [SamplingParams(temperature=1.3)] * 200, numbers).tolist()
+    shares = (logits_RV[0].double() / 1.3).softmax(-1).tolist()
+    assert found == [inverse([*enumerate(shares)], number) for number in numbers]
+
+
 def test_a_row_does_not_depend_on_the_others() -> None:
     generator = torch.Generator().manual_seed(1)
     logits_RV = (torch.randn(40, 3000, generator=generator) * 3).bfloat16().float()
@@ -93,6 +103,10 @@ def test_what_has_no_probability_is_never_taken(options: dict[str, float]) -> No
     logits_RV = torch.tensor([[-1e4, -1e4, 1.0, -1e4, 0.0, -1e4]]).expand(4, 6)
     params = SamplingParams(temperature=1.0, **options)  # type: ignore[arg-type]
     assert choose(logits_RV, [params] * 4, [0.0, 0.5, 0.9, 1 - 2**-53]).tolist() == [2, 2, 4, 4]
+    # Nor where whole blocks of tokens have none, before and behind.
+    logits_RV = F.pad(logits_RV, (3 * BLOCK, 2 * BLOCK + 1), value=-1e4)
+    found = choose(logits_RV, [params] * 4, [0.0, 0.5, 0.9, 1 - 2**-53]).tolist()
+    assert found == [3 * BLOCK + place for place in (2, 2, 4, 4)]
 
 
 def test_a_huge_temperature_is_uniform() -> None:

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.engine.request import SamplingParams
 
 # So many tokens are sorted at first, then for rows whose filters keep more; at last all are.
 CANDIDATES = (64, 1024)
+
+BLOCK = 128
+"""Tokens whose weights are added up before any is looked at by itself."""
 
 
 def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
@@ -88,8 +92,18 @@ def _greedy(logits_RV: Tensor, settings: Tensor) -> Tensor:
 
 
 def _plain(logits_RV: Tensor, settings: Tensor) -> Tensor:
-    sums_RV = _weights(logits_RV, settings[0]).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(sums_RV, settings[4] * sums_RV[:, -1:], right=True)[:, 0]
+    """First the block of tokens in which the uniform number falls, then the token: two short sums for a long one."""
+    weights_RV = F.pad(_weights(logits_RV, settings[0]), (0, -logits_RV.shape[-1] % BLOCK))
+    weights_RNC = weights_RV.unflatten(-1, (-1, BLOCK))
+    ends_RN = weights_RNC.sum(-1).cumsum(-1, dtype=torch.float64)
+    goal_R1 = settings[4].clamp(max=1 - 1e-15) * ends_RN[:, -1:]
+    block_R1 = torch.searchsorted(ends_RN, goal_R1, right=True).clamp(max=ends_RN.shape[-1] - 1)
+    before_R1 = F.pad(ends_RN, (1, 0)).gather(-1, block_R1)
+    index_R1C = block_R1.unsqueeze(-1).expand(-1, -1, BLOCK)
+    sums_RC = weights_RNC.gather(1, index_R1C)[:, 0].cumsum(-1, dtype=torch.float64)
+    # The two sums round differently: the token is one of the block, and one that has weight.
+    rest_R1 = torch.minimum((goal_R1 - before_R1).clamp(min=0), sums_RC[:, -1:] * (1 - 1e-15))
+    return (block_R1 * BLOCK + torch.searchsorted(sums_RC, rest_R1, right=True))[:, 0]
 
 
 def _filtered(logits_RV: Tensor, settings: Tensor) -> Tensor:
