@@ -55,6 +55,10 @@ class Storage(Protocol):
         """A new sequence with the first `slots` slots of another, and room for `room` in all; see `Reusable`."""
         ...
 
+    def trim(self, seq: int, slots: int) -> bool:
+        """Gives back the room behind the first `slots` slots; False where that needs a copy."""
+        ...
+
     def write(self, layer: int, seq: int, start: int, planes_TGd: Planes, memo: Memo) -> None:
         """Fills the slots from `start` on."""
         ...
@@ -164,6 +168,10 @@ class KVStore:
     def adopt(self, source: int, seq: int, tokens: int, room: int, move: bool) -> None:
         """See `Reusable`."""
         self.storage.adopt(source, seq, self._slots(tokens), self._slots(room), move)
+
+    def trim(self, seq: int, tokens: int) -> bool:
+        """See `Reusable`."""
+        return self.storage.trim(seq, self._slots(tokens))
 
     def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         """One state per layer for a step of `rows` new tokens after `past` cached ones each."""

@@ -92,11 +92,12 @@ class Pages:
         """Bytes of the pages that these sequences hold, each counted once."""
         return self.page_bytes * len({page for seq in seqs for page in self._tables.get(seq, ())})
 
-    def trim(self, seq: int, slots: int) -> None:
+    def trim(self, seq: int, slots: int) -> bool:
         """Gives the pages behind the first `slots` slots back."""
         table, count = self._tables[seq], -(-slots // PAGE)
         self._tables[seq] = table[:count]
         self._leave(table[count:])
+        return True
 
     def takes(self, source: int, slots: int, room: int, move: bool) -> int:
         """Bytes that `adopt` would take, fewer than none where it gives some back."""

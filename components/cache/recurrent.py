@@ -210,6 +210,10 @@ class RecurrentStore:
             state.copy_(self._held[source][piece])
         self._seen[seq] = tokens
 
+    def trim(self, seq: int, tokens: int) -> bool:
+        """See `Reusable`."""
+        return False
+
     def hold(self, batch: int, tokens: int) -> HeldStates | None:
         """A step of single rows that is run many times; None without a pool."""
         return HeldStates(self, batch) if self._places else None

@@ -92,6 +92,10 @@ class Slabs:
             same = move and slab.shape[2] == rounded
             slabs.append(slab if same else self._resized(slab, rounded, slots))
 
+    def trim(self, seq: int, slots: int) -> bool:
+        """A piece of memory has one size."""
+        return False
+
     def write(self, layer: int, seq: int, start: int, planes_TGd: Planes, memo: Memo) -> None:
         """Fills the slots from `start` on."""
         slots = self._slabs[seq][layer].narrow(2, start, planes_TGd[0].shape[0])

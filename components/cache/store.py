@@ -85,6 +85,11 @@ class Reusable(Store, Protocol):
         """
         ...
 
+    def trim(self, seq: int, tokens: int) -> bool:
+        """Gives back the room of a sequence behind its first `tokens` tokens; False, and nothing done, where that needs
+        a copy. Asked only where every store of the model serves any number of a sequence's tokens."""
+        ...
+
 
 def make_store(
     spec: StateSpec,

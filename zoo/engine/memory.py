@@ -193,6 +193,14 @@ class Memory:
             self.free(base)
         return done
 
+    def trim(self, seq: int, tokens: int) -> bool:
+        """Give back a sequence's room behind its first `tokens` tokens; False, and nothing done, where layers keep
+        what has no tail."""
+        if self.moves or not all(_reusable(group).trim(seq, _rounded(tokens)) for group in self._groups):
+            return False
+        self._rooms[seq] = min(self._rooms[seq], _rounded(tokens))
+        return True
+
     @property
     def back(self) -> int | None:
         """How many rows of a sequence can be taken back at most; None for any number."""

@@ -33,6 +33,9 @@ WORTH = 64
 LONG = 256
 """Tokens to compute from which a prompt's chunk is cut before its end, which costs a step more, for a snapshot."""
 
+TAIL = 16
+"""Tokens by which a line is shortened at least."""
+
 POINTS = 8
 """Snapshots of one line."""
 
@@ -124,13 +127,14 @@ class Prefixes:
                 found.leader.cuts.add(found.ahead)
             return False
         number, match = next(self._numbers), found.match
-        roomy: bool | None = None
+        roomy, needed = None, TAIL
         while not self._entered(number, seq, match):
             if roomy is None:
                 roomy = self.memory.could([other.cache for other in running], len(seq.tokens))
             if not roomy:
                 return False
-            if self.evict(match):
+            if self.evict(match, needed):
+                needed *= 2
                 continue
             if match is None:
                 return False
@@ -146,9 +150,11 @@ class Prefixes:
     def grow(self, seq: Running, tokens: int) -> bool:
         """Room for so many tokens of a running sequence, from what is only kept if need be; False if that is not
         enough."""
+        needed = TAIL
         while not self.memory.reserve(seq.cache, tokens):
-            if not self.evict():
+            if not self.evict(needed=needed):
                 return False
+            needed *= 2
         return True
 
     def advanced(self, seq: Running) -> None:
@@ -193,11 +199,15 @@ class Prefixes:
         self.memory.free(seq.cache)
         seq.cache = NOWHERE
 
-    def evict(self, spare: Match | None = None) -> bool:
-        """Give the memory of what was used longest ago back; False when nothing is left but what `spare` needs."""
+    def evict(self, spare: Match | None = None, needed: int | None = None) -> bool:
+        """Give the memory of what was used longest ago back; False when nothing is left but what `spare` needs.
+
+        needed: tokens for which there is no room: where it can be, a line loses its tail only.
+        """
         for number, line in self._kept.items():
             if spare is None or (line is not spare.line and number != spare.point):
-                self._drop(number)
+                if needed is None or line.number != number or not self._trimmed(line, line.ended - needed):
+                    self._drop(number)
                 return True
         return False
 
@@ -329,6 +339,16 @@ class Prefixes:
     def _remove(self, line: Line) -> None:
         del self._of[line.number]
         del self._lines[bisect_left(self._lines, line.place)]
+
+    def _trimmed(self, line: Line, tokens: int) -> bool:
+        """Whether a line is still there with its first `tokens` tokens, and the memory of the others is free."""
+        tokens = tokens // TAIL * TAIL
+        if tokens < WORTH or not self.memory.trim(line.number, tokens):
+            return False
+        self._remove(line)
+        line.ids, line.ended = line.ids[:tokens], tokens
+        self._insert(line)
+        return True
 
     def _drop(self, number: int) -> None:
         """Forget a snapshot, or a line with its snapshots."""
