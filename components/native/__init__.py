@@ -34,6 +34,7 @@ NONE, MULTIPLY_ADD, DOT = range(3)
 _SIZE, _ADDRESS, _COUNT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
 _ARGUMENTS = {
     "zoo_product": [_COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
+    "zoo_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
     "zoo_read": [_ADDRESS, _SIZE, _COUNT],
 }
 
@@ -107,6 +108,27 @@ class Kernels:
             x_TI.data_ptr(),
             x_TI.stride(0),
             weight_OI.data_ptr(),
+            None if bias_O is None else bias_O.data_ptr(),
+            y_TO.data_ptr(),
+            outputs,
+            torch.get_num_threads(),
+        )
+        return y_TO
+
+    def panels(self, x_TI: Tensor, words: Tensor, outputs: int, bias_O: Tensor | None) -> Tensor:
+        """x W^T + b of any number of rows, with a matrix in panels (zoo.components.native.panels)."""
+        if x_TI.ndim != 2 or x_TI.stride(1) != 1:
+            flat_TO = self.panels(x_TI.reshape(-1, x_TI.shape[-1]).contiguous(), words, outputs, bias_O)
+            return flat_TO.view(*x_TI.shape[:-1], outputs)
+        rows, inputs = x_TI.shape
+        y_TO = torch.empty(rows, outputs, dtype=x_TI.dtype)
+        self.handle.zoo_panels(
+            rows,
+            inputs,
+            outputs,
+            x_TI.data_ptr(),
+            x_TI.stride(0),
+            words.data_ptr(),
             None if bias_O is None else bias_O.data_ptr(),
             y_TO.data_ptr(),
             outputs,

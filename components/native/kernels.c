@@ -1,4 +1,4 @@
-/* Products of few and of many rows with row-major bfloat16 matrices, for x86-64 with AVX-512.
+/* Products of few and of many rows with bfloat16 matrices, for x86-64 with AVX-512.
  *
  * Loaded by ctypes and called with the addresses of tensors (zoo.components.native); every function has a formula in
  * PyTorch that it is tested against. One binary serves every machine: what a processor can do is asked at run time, and
@@ -23,7 +23,7 @@ typedef uint16_t bf16;
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define EACH _Pragma("GCC unroll 24") for
+#define EACH _Pragma("GCC unroll 32") for
 
 enum { NONE = 0, MULTIPLY_ADD = 1, DOT = 2 };
 
@@ -53,17 +53,21 @@ static inline bf16 rounded(float value) {
     return (bits & 0x7fffffff) > 0x7f800000 ? (bf16)(bits >> 16 | 0x40) : (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* Few rows: R rows of x by N rows of w at a time, as many streams from memory. Lane l of a sum takes the elements l (of
- * dot products: 2 l and 2 l + 1) of every piece of inputs, so that it is the same for every R and N. */
+enum { MOST = 8, ROWS = 64, OUTPUTS = 48, FEW_OUTPUTS = 24, FEW = 16, SERIAL = 1 << 17 };
 
-typedef void (*few)(long inputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y, long y_next);
+/* Tiles of R rows of x by N rows of w. Lane l of a sum takes the inputs l (of dot products: 2 l and 2 l + 1) of every 32,
+ * and lanes are added up in one order, so that a result is the same whatever R and N are. */
+
+typedef void (*tile)(long inputs, const bf16 *x, long x_next, const bf16 *w, long w_next, __m512 *sums, int first, float *y);
 
 #define EVEN(v) _mm512_castsi512_ps(_mm512_slli_epi32(v, 16))
 #define ODD(v) _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)))
+#define WHOLE(address) _mm512_loadu_si512(address)
+#define PART(address) _mm512_maskz_loadu_epi16(part, address)
 
 #define DOT_STEP(R, N, LOAD)                                                                                             \
     __m512bh u[N];                                                                                                       \
-    EACH(int n = 0; n < N; n++) u[n] = (__m512bh)LOAD(w + n * inputs + i);                                               \
+    EACH(int n = 0; n < N; n++) u[n] = (__m512bh)LOAD(w + n * w_next + i);                                               \
     EACH(int r = 0; r < R; r++) {                                                                                        \
         __m512bh v = (__m512bh)LOAD(x + r * x_next + i);                                                                 \
         EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], u[n], v);                                    \
@@ -72,72 +76,177 @@ typedef void (*few)(long inputs, const bf16 *x, long x_next, const bf16 *w, cons
 #define MULTIPLY_ADD_STEP(R, N, LOAD)                                                                                    \
     __m512 even[N], odd[N];                                                                                              \
     EACH(int n = 0; n < N; n++) {                                                                                        \
-        __m512i u = LOAD(w + n * inputs + i);                                                                            \
+        __m512i u = LOAD(w + n * w_next + i);                                                                            \
         even[n] = EVEN(u), odd[n] = ODD(u);                                                                              \
     }                                                                                                                    \
     EACH(int r = 0; r < R; r++) {                                                                                        \
         __m512i v = LOAD(x + r * x_next + i);                                                                            \
         __m512 v_even = EVEN(v), v_odd = ODD(v);                                                                         \
-        EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_fmadd_ps(odd[n], v_odd, _mm512_fmadd_ps(even[n], v_even, sum[r][n])); \
+        EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_fmadd_ps(even[n], v_even, sum[r][n]);                             \
+        EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_fmadd_ps(odd[n], v_odd, sum[r][n]);                               \
     }
 
-#define WHOLE(address) _mm512_loadu_si512(address)
-#define PART(address) _mm512_maskz_loadu_epi16(part, address)
+/* The totals of sixteen sums: pairs of lanes that lie two apart, then neighbours, then quarters likewise. */
+AVX512 static inline __attribute__((always_inline)) __m512 totals(const __m512 *sums) {
+    __m512 a[8], b[4], c[2];
+    EACH(int i = 0; i < 8; i++)
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]), _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
+    EACH(int i = 0; i < 4; i++) {
+        __m512d p = _mm512_castps_pd(a[2 * i]), q = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    }
+    EACH(int i = 0; i < 2; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
 
-#define FEW(TARGET, STEP, NAME, R, N)                                                                                    \
-    TARGET static void NAME(long inputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y, long y_next) { \
+/* Goes on with `sums` unless these inputs are the `first`, and leaves them there, or after the last inputs the totals in y. */
+#define TILE(TARGET, STEP, NAME, R, N)                                                                                   \
+    TARGET static void NAME##_##R##_##N(long inputs, const bf16 *x, long x_next, const bf16 *w, long w_next, __m512 *sums, \
+                                        int first, float *y) {                                                           \
         __m512 sum[R][N];                                                                                                \
-        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_setzero_ps();                         \
+        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) sum[r][n] = first ? _mm512_setzero_ps() : sums[r * N + n]; \
         long i = 0;                                                                                                      \
         for (; i + 32 <= inputs; i += 32) { STEP(R, N, WHOLE) }                                                          \
         if (i < inputs) {                                                                                                \
             __mmask32 part = (1u << (inputs - i)) - 1;                                                                   \
             STEP(R, N, PART)                                                                                             \
         }                                                                                                                \
-        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) {                                                        \
-            float total = _mm512_reduce_add_ps(sum[r][n]);                                                               \
-            y[r * y_next + n] = rounded(bias ? total + widened(bias[n]) : total);                                        \
+        if (!y) {                                                                                                        \
+            EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) sums[r * N + n] = sum[r][n];                         \
+            return;                                                                                                      \
         }                                                                                                                \
+        __m512 all[2][16];                                                                                               \
+        float found[32];                                                                                                 \
+        EACH(int s = 0; s < 32; s++) all[s / 16][s % 16] = s < R * N ? sum[s / N % R][s % N] : _mm512_setzero_ps();      \
+        EACH(int s = 0; s < R * N; s += 16) _mm512_storeu_ps(found + s, totals(all[s / 16]));                            \
+        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) y[r * OUTPUTS + n] = found[r * N + n];                   \
     }
 
-#define FEWS(TARGET, STEP, NAME)                                                                                         \
-    FEW(TARGET, STEP, NAME##_1_8, 1, 8) FEW(TARGET, STEP, NAME##_1_1, 1, 1) FEW(TARGET, STEP, NAME##_2_8, 2, 8)          \
-    FEW(TARGET, STEP, NAME##_2_1, 2, 1) FEW(TARGET, STEP, NAME##_3_8, 3, 8) FEW(TARGET, STEP, NAME##_3_1, 3, 1)          \
-    FEW(TARGET, STEP, NAME##_4_6, 4, 6) FEW(TARGET, STEP, NAME##_4_1, 4, 1) FEW(TARGET, STEP, NAME##_5_4, 5, 4)          \
-    FEW(TARGET, STEP, NAME##_5_1, 5, 1) FEW(TARGET, STEP, NAME##_6_4, 6, 4) FEW(TARGET, STEP, NAME##_6_1, 6, 1)          \
-    FEW(TARGET, STEP, NAME##_7_3, 7, 3) FEW(TARGET, STEP, NAME##_7_1, 7, 1) FEW(TARGET, STEP, NAME##_8_3, 8, 3)          \
-    FEW(TARGET, STEP, NAME##_8_1, 8, 1)                                                                                  \
-    static const few NAME##_wide[] = {NULL,       NAME##_1_8, NAME##_2_8, NAME##_3_8, NAME##_4_6,                        \
-                                      NAME##_5_4, NAME##_6_4, NAME##_7_3, NAME##_8_3};                                   \
-    static const few NAME##_single[] = {NULL,       NAME##_1_1, NAME##_2_1, NAME##_3_1, NAME##_4_1,                      \
-                                        NAME##_5_1, NAME##_6_1, NAME##_7_1, NAME##_8_1};
+#define TILES(TARGET, STEP, NAME)                                                                                        \
+    TILE(TARGET, STEP, NAME, 1, 8) TILE(TARGET, STEP, NAME, 2, 8) TILE(TARGET, STEP, NAME, 3, 8)                         \
+    TILE(TARGET, STEP, NAME, 4, 6) TILE(TARGET, STEP, NAME, 5, 4) TILE(TARGET, STEP, NAME, 6, 4)                         \
+    TILE(TARGET, STEP, NAME, 7, 3) TILE(TARGET, STEP, NAME, 8, 3)                                                        \
+    TILE(TARGET, STEP, NAME, 1, 1) TILE(TARGET, STEP, NAME, 2, 1) TILE(TARGET, STEP, NAME, 3, 1)                         \
+    TILE(TARGET, STEP, NAME, 4, 1) TILE(TARGET, STEP, NAME, 5, 1) TILE(TARGET, STEP, NAME, 6, 1)                         \
+    TILE(TARGET, STEP, NAME, 7, 1) TILE(TARGET, STEP, NAME, 8, 1)                                                        \
+    static const tile NAME##_tiles[2][MOST + 1] = {                                                                      \
+        {NULL, NAME##_1_1, NAME##_2_1, NAME##_3_1, NAME##_4_1, NAME##_5_1, NAME##_6_1, NAME##_7_1, NAME##_8_1},          \
+        {NULL, NAME##_1_8, NAME##_2_8, NAME##_3_8, NAME##_4_6, NAME##_5_4, NAME##_6_4, NAME##_7_3, NAME##_8_3}};
 
-FEWS(AVX512_BF16, DOT_STEP, dot)
-FEWS(AVX512, MULTIPLY_ADD_STEP, fma)
+static const int WIDTH[MOST + 1] = {0, 8, 8, 8, 6, 4, 4, 3, 3};
 
-enum { MOST = 8, PIECE = 24 };
-static const int WIDTH[MOST + 1] = {1, 8, 8, 8, 6, 4, 4, 3, 3};
+TILES(AVX512_BF16, DOT_STEP, dot)
+TILES(AVX512, MULTIPLY_ADD_STEP, fma)
 
-static void few_rows(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias,
-                     bf16 *y, long y_next, int dots) {
-    few wide = (dots ? dot_wide : fma_wide)[rows], single = (dots ? dot_single : fma_single)[rows];
-    long n = 0;
-    for (; n + WIDTH[rows] <= outputs; n += WIDTH[rows])
-        wide(inputs, x, x_next, w + n * inputs, bias ? bias + n : NULL, y + n, y_next);
-    for (; n < outputs; n++) single(inputs, x, x_next, w + n * inputs, bias ? bias + n : NULL, y + n, y_next);
+/* A block of the product: `rows` of x with `outputs` rows of w, at most ROWS and OUTPUTS. Inputs are taken in chunks that
+ * let the rows of x stay in the nearest cache while w is read past them. */
+AVX512 static void block(const tile tiles[2][MOST + 1], long rows, long inputs, long outputs, const bf16 *x, long x_next,
+                         const bf16 *w, const bf16 *bias, bf16 *y, long y_next) {
+    static _Thread_local __m512 sums[ROWS * OUTPUTS];
+    static _Thread_local float found[ROWS * OUTPUTS];
+    long groups = (rows + MOST - 1) / MOST, chunk = 16384 / (rows < 16 ? rows : 16) / 32 * 32;
+    for (long i = 0; i < inputs; i += chunk) {
+        long here = inputs - i < chunk ? inputs - i : chunk;
+        __m512 *next = sums;
+        for (long g = 0; g < groups; g++) {
+            long r = rows * g / groups, count = rows * (g + 1) / groups - r;
+            for (long n = 0, wide; n < outputs; n += wide ? WIDTH[count] : 1) {
+                wide = n + WIDTH[count] <= outputs;
+                tiles[wide][count](here, x + r * x_next + i, x_next, w + n * inputs + i, inputs, next, i == 0,
+                                   i + here == inputs ? found + r * OUTPUTS + n : NULL);
+                next += count * (wide ? WIDTH[count] : 1);
+            }
+        }
+    }
+    for (long r = 0; r < rows; r++)
+        for (long n = 0; n < outputs; n++)
+            y[r * y_next + n] = rounded(bias ? found[r * OUTPUTS + n] + widened(bias[n]) : found[r * OUTPUTS + n]);
 }
 
-/* y = x w^T + bias: rows in groups of at most eight, for which a piece of w is read from memory once. */
-void zoo_product(int level, long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
-                 long y_next, int threads) {
-    long groups = (rows + MOST - 1) / MOST, pieces = (outputs + PIECE - 1) / PIECE;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long piece = 0; piece < pieces; piece++) {
-        long n = piece * PIECE, width = outputs - n < PIECE ? outputs - n : PIECE;
-        for (long group = 0; group < groups; group++) {
-            long r = rows * group / groups, count = rows * (group + 1) / groups - r;
-            few_rows(count, inputs, width, x + r * x_next, x_next, w + n * inputs, bias ? bias + n : NULL,
-                     y + r * y_next + n, y_next, level == DOT);
+/* y = x w^T + bias. Rows of w are read from memory once. */
+void zoo_product(int level, long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias,
+                 bf16 *y, long y_next, int threads) {
+    long some = rows <= FEW ? FEW_OUTPUTS : OUTPUTS, lower = (rows + ROWS - 1) / ROWS, across = (outputs + some - 1) / some;
+    long worth = rows * inputs * outputs / SERIAL + 1;
+#pragma omp parallel for schedule(static) num_threads(threads < worth ? threads : worth)
+    for (long piece = 0; piece < lower * across; piece++) {
+        long n = piece / lower * some, r = piece % lower * rows / lower, last = (piece % lower + 1) * rows / lower;
+        block(level == DOT ? dot_tiles : fma_tiles, last - r, inputs, outputs - n < some ? outputs - n : some, x + r * x_next,
+              x_next, w + n * inputs, bias ? bias + n : NULL, y + r * y_next + n, y_next);
+    }
+}
+
+/* Panels: w stored as (outputs / 16, inputs / 2, 16, 2), so that a line of memory has two inputs of sixteen outputs. Tiles of
+ * R rows of x by N panels; every output has a lane of its own, which adds up its inputs in their order whatever R and N are. */
+
+typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, long next, int first);
+
+#define PANEL_TILE(R, N)                                                                                                 \
+    AVX512_BF16 static void panels_##R##_##N(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, \
+                                             long next, int first) {                                                     \
+        __m512 sum[R][N];                                                                                                \
+        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++)                                                          \
+            sum[r][n] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * next + n * 16);                         \
+        for (long i = 0; i < pairs; i++) {                                                                               \
+            __m512bh u[N];                                                                                               \
+            EACH(int n = 0; n < N; n++) u[n] = (__m512bh)_mm512_loadu_si512(w + n * w_next + i * 32);                    \
+            EACH(int r = 0; r < R; r++) {                                                                                \
+                int pair;                                                                                                \
+                memcpy(&pair, x + r * x_next + i * 2, 4);                                                                \
+                EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], u[n], (__m512bh)_mm512_set1_epi32(pair)); \
+            }                                                                                                            \
+        }                                                                                                                \
+        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) _mm512_storeu_ps(sums + r * next + n * 16, sum[r][n]);   \
+    }
+
+PANEL_TILE(1, 1) PANEL_TILE(2, 1) PANEL_TILE(3, 1) PANEL_TILE(4, 1) PANEL_TILE(5, 1) PANEL_TILE(6, 1) PANEL_TILE(7, 1)
+PANEL_TILE(8, 1) PANEL_TILE(1, 8) PANEL_TILE(2, 8) PANEL_TILE(3, 8) PANEL_TILE(4, 6) PANEL_TILE(5, 4) PANEL_TILE(6, 4)
+PANEL_TILE(7, 3) PANEL_TILE(8, 3)
+static const panel_tile panel_tiles[2][MOST + 1] = {
+    {NULL, panels_1_1, panels_2_1, panels_3_1, panels_4_1, panels_5_1, panels_6_1, panels_7_1, panels_8_1},
+    {NULL, panels_1_8, panels_2_8, panels_3_8, panels_4_6, panels_5_4, panels_6_4, panels_7_3, panels_8_3}};
+
+enum { PANELS = 24, MANY_PANELS = 6, MANY_ROWS = 256, CHUNK = 1024 };
+
+/* A block of the product: at most MANY_ROWS rows and MANY_PANELS panels, or MOST rows and PANELS panels. Of many rows,
+ * inputs are taken in chunks whose piece of w stays in the second cache for all rows. */
+AVX512_BF16 static void panel_block(long rows, long pairs, long outputs, const bf16 *x, long x_next, const bf16 *w,
+                                    const bf16 *bias, bf16 *y, long y_next) {
+    static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16];
+    long groups = (rows + MOST - 1) / MOST, chunk = groups == 1 ? pairs : CHUNK, panels = (outputs + 15) / 16, next = panels * 16;
+    for (long i = 0; i < pairs; i += chunk)
+        for (long g = 0; g < groups; g++) {
+            long r = rows * g / groups, count = rows * (g + 1) / groups - r;
+            for (long n = 0, wide; n < panels; n += wide ? WIDTH[count] : 1) {
+                wide = n + WIDTH[count] <= panels;
+                panel_tiles[wide][count](pairs - i < chunk ? pairs - i : chunk, x + r * x_next + i * 2, x_next,
+                                         w + (n * pairs + i) * 32, pairs * 32, sums + r * next + n * 16, next, i == 0);
+            }
+        }
+    for (long n = 0; n < outputs; n += 16) {
+        __mmask16 part = outputs - n < 16 ? (1u << (outputs - n)) - 1 : 0xffff;
+        __m512 added = _mm512_setzero_ps();
+        if (bias) added = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, bias + n)), 16));
+        for (long r = 0; r < rows; r++)
+            _mm256_mask_storeu_epi16(y + r * y_next + n, part,
+                                     (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_loadu_ps(sums + r * next + n), added)));
+    }
+}
+
+/* As zoo_product, of w in panels. inputs are even; x's rows may lie at any distance. */
+void zoo_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
+                long y_next, int threads) {
+    long panels = (outputs + 15) / 16, some = rows <= MOST ? PANELS : MANY_PANELS, worth = rows * inputs * outputs / SERIAL + 1;
+    threads = threads < worth ? threads : worth;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long t = 0; t < threads; t++) {
+        long last = panels * (t + 1) / threads;
+        for (long p = panels * t / threads; p < last; p += some) {
+            long end = (p + some < last ? p + some : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
+            for (long r = 0; r < rows; r += MANY_ROWS)
+                panel_block(rows - r < MANY_ROWS ? rows - r : MANY_ROWS, inputs / 2, width, x + r * x_next, x_next,
+                            w + p * 16 * inputs, bias ? bias + p * 16 : NULL, y + r * y_next + p * 16, y_next);
         }
     }
 }

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from zoo.components import linear, native, tuning
+from zoo.components import native
 from zoo.components.cache.store import fresh_step
-from zoo.components.linear import Linear, pack_weights, product
+from zoo.components.linear import Linear, pack_weights
 from zoo.components.matrix import values, weight_bytes
 
-needs_onednn = pytest.mark.skipif(not tuning._has_onednn(), reason="this processor has no oneDNN bfloat16 products")
+needs_panels = pytest.mark.skipif(
+    native.missing() is not None or native.library().level != native.DOT, reason="no fast bfloat16 dot products here"
+)
 
 
-@pytest.fixture
-def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small weights go the way of large ones, and packing pays."""
-    monkeypatch.setattr(linear, "LARGE", 1)
-    monkeypatch.setattr(linear, "packing_pays", lambda: True)
-
-
-@pytest.fixture(params=[F.linear, tuning.two_rows, tuning.vector])
-def way(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.mark.parametrize("bias", [None, torch.ones(7) / 3])
-def test_ways_agree(way: Any, bias: Any, close: Callable[..., None]) -> None:
-    x, weight = torch.randn(1, 5), torch.randn(7, 5)
-    expected = x @ weight.T + (0 if bias is None else bias)
-    close(way(x, weight, bias), expected)
-
-
-@needs_onednn
+@needs_panels
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_packed_weights_give_the_same(
-    rows: int, bias: bool, everything_is_large: None, close: Callable[..., None]
-) -> None:
-    layer = Linear(48, 33, bias=bias)
+def test_packed_weights_give_the_same(rows: int, bias: bool, close: Callable[..., None]) -> None:
+    layer = Linear(48, 32, bias=bias)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     layer = layer.bfloat16()
@@ -60,9 +41,9 @@ def test_packed_weights_give_the_same(
     assert [name for name, _ in layer.named_parameters()] == names
 
 
-@needs_onednn
-def test_stored_weights_change_by_pieces(everything_is_large: None) -> None:
-    layer = Linear(48, 33).bfloat16()
+@needs_panels
+def test_stored_weights_change_by_pieces() -> None:
+    layer = Linear(48, 32).bfloat16()
     torch.nn.init.normal_(layer.weight)
     piece, expected = torch.randn(2, 48), layer.weight.detach().clone()
     expected[3:5] = piece
@@ -72,13 +53,12 @@ def test_stored_weights_change_by_pieces(everything_is_large: None) -> None:
     assert torch.equal(layer.stored["weight"][0].plain(), expected)
 
 
-@needs_onednn
+@needs_panels
 @pytest.mark.parametrize("tied", [False, True])
 def test_packed_models_give_the_same(
     tied: bool,
     small: Callable[..., Any],
     filled: Callable[..., Any],
-    everything_is_large: None,
     close: Callable[..., None],
 ) -> None:
     ffn = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": {"kind": "gated", "hidden_dim": 24}}
@@ -102,66 +82,14 @@ def test_packed_models_give_the_same(
             close(packed(tokens, step), model(tokens, fresh_step(spec, rows)), "bfloat16")
 
 
-def test_small_and_exact_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "packing_pays", lambda: True)
-    layers = [Linear(1024, 512).bfloat16(), Linear(8, 8).bfloat16(), Linear(1024, 512), Linear(1024, 512).half()]
-    can = [linear.can_pack(layer.weight) for layer in layers]
-    assert can == [True, False, False, False]
-    monkeypatch.setattr(linear, "packing_pays", lambda: False)
-    pack_weights(layers[0])
-    assert not layers[0].stored
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_large_single_rows_take_the_fastest_way(
-    rows: int, everything_is_large: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[Any] = []
-
-    def noted(*args: Any) -> Any:
-        used.append(args)
-        return tuning.vector(*args)
-
-    monkeypatch.setattr(linear, "row_product", lambda: noted)
-    monkeypatch.setattr(native, "runs", lambda *_: False)
-    x, weight = torch.randn(rows, 8).bfloat16(), torch.randn(4, 8).bfloat16()
-    with torch.no_grad():
-        product(x, weight)
-    assert len(used) == (1 if rows == 1 else 0)
-    product(x, weight)
-    product(x.float(), weight.float())
-    assert len(used) == (1 if rows == 1 else 0)
-
-
-@pytest.fixture
-def seconds(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, float]]:
-    """What a race finds, to be filled by the test."""
-    found = dict.fromkeys((tuning.packed_product, tuning.two_rows, F.linear, tuning.vector), 1.0)
-    monkeypatch.setattr(tuning, "_race", lambda: found)
-    tuning.row_product.cache_clear()
-    yield found
-    tuning.row_product.cache_clear()
-
-
-def test_expected_ways_win_close_races(seconds: dict[Any, float]) -> None:
-    seconds[F.linear] = 0.8
-    assert tuning.row_product() is tuning.two_rows
-    assert tuning.packing_pays()
-
-
-def test_clear_winners_win(seconds: dict[Any, float]) -> None:
-    seconds[tuning.vector] = 0.5
-    assert tuning.row_product() is tuning.vector
-    assert not tuning.packing_pays()
-
-
-def test_without_onednn_nothing_is_packed(seconds: dict[Any, float]) -> None:
-    del seconds[tuning.packed_product]
-    assert not tuning.packing_pays()
-
-
-def test_race_is_run_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "SHAPE", (64, 96))
-    race = tuning._race.__wrapped__()
-    assert {F.linear, tuning.two_rows, tuning.vector} <= set(race)
-    assert all(0 < time < 1 for time in race.values())
+@needs_panels
+def test_what_panels_cannot_hold_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [Linear(12, 48).bfloat16(), Linear(12, 48), Linear(12, 48).half()]
+    layers += [Linear(13, 48).bfloat16(), Linear(12, 47).bfloat16()]
+    for layer in layers:
+        pack_weights(layer)
+    assert [bool(layer.stored) for layer in layers] == [True, False, False, False, False]
+    monkeypatch.setattr(native, "missing", lambda: "ZOO_NATIVE=off")
+    layer = Linear(12, 48).bfloat16()
+    pack_weights(layer)
+    assert not layer.stored

@@ -13,6 +13,7 @@ from zoo.components import native
 from zoo.components.linear import Linear
 from zoo.components.native import measure
 from zoo.components.native.measure import plain_read_rate, product_rates, read_limit
+from zoo.components.native.panels import Panels
 from zoo.registry.errors import ZooError
 
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
@@ -72,6 +73,34 @@ def test_what_is_not_a_number_stays_so(kernels: native.Kernels) -> None:
     found = kernels.product(x, weight, None)
     assert found[1].isnan().all()
     assert found[0].isfinite().tolist() == [n != 4 for n in range(9)]
+
+
+needs_panels = pytest.mark.skipif(
+    native.missing() is not None or native.library().level != native.DOT, reason="no fast bfloat16 dot products here"
+)
+
+
+@needs_panels
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 16), (74, 48), (2100, 144)])
+def test_panels_equal_the_formula(inputs: int, outputs: int, close: Callable[..., None]) -> None:
+    for rows in (*range(1, 10), 300):
+        x, weight, bias = operands(rows, inputs, outputs)
+        panels = Panels.of(weight)
+        for added in (None, bias):
+            close(panels.product(x, added), native.product_reference(x, weight, added), "bfloat16")
+    apart = torch.randn(inputs, 7).bfloat16().T
+    close(panels.product(apart, None), native.product_reference(apart, weight), "bfloat16")
+    assert panels.product(x.view(3, 100, inputs), None).shape == (3, 100, outputs)
+    assert panels.product(x[:0], None).shape == (0, outputs)
+
+
+@needs_panels
+def test_rows_of_panels_do_not_depend_on_their_neighbours() -> None:
+    x, weight, bias = operands(270, 2306, 80)
+    panels = Panels.of(weight)
+    alone = torch.cat([panels.product(row.unsqueeze(0), bias) for row in x])
+    for rows in (2, 3, 8, 9, 16, 100, 270):
+        assert torch.equal(panels.product(x[:rows], bias), alone[:rows]), rows
 
 
 @needs_kernels

@@ -1,0 +1,61 @@
+"""Matrices in the layout that `zoo_panels` in kernels.c reads: for a few rows as fast as memory gives, for many as fast
+as the processor multiplies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.components import native
+from zoo.components.matrix import Index
+
+LANES = 16
+"""Outputs of a panel: a matrix has a multiple of them."""
+
+
+def pays(weight: Tensor) -> bool:
+    """Whether a parameter's matrices are worth storing in panels: on processors with fast bfloat16 dot products."""
+    return (
+        weight.dtype is torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.shape[-1] % 2 == 0
+        and weight.shape[-2] % LANES == 0
+        and native.missing() is None
+        and native.library().level == native.DOT
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A bfloat16 matrix (O, I) whose values lie as (O / 16, I / 2, 16, 2): two inputs of sixteen outputs together.
+
+    words: (O / 16, I / 2, 16) int32, each of two inputs.
+    """
+
+    words: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, weight_OI: Tensor) -> Panels:
+        """The same values in panels."""
+        words = weight_OI.contiguous().view(torch.int32).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+        return cls(words, weight_OI.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return native.library().panels(x_TI, self.words, self.shape[0], bias_O)
+
+    def plain(self, index: Index = ()) -> Tensor:
+        return self.words.transpose(1, 2).contiguous().view(torch.bfloat16).view(self.shape)[index]
+
+    def renewed(self, weight_OI: Tensor) -> Panels:
+        return Panels.of(weight_OI)
