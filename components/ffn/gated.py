@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from zoo.components import fused
 from zoo.components.ffn.spec import Activation, GatedSpec
 from zoo.components.linear import Linear
+from zoo.components.native import small
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -46,5 +47,7 @@ def gate(gate_up_T2F: Tensor, activation: Activation) -> Tensor:
     """activation(first half) * second half, (T, 2 F) to (T, F)."""
     if activation == "silu" and gate_up_T2F.ndim == 2 and fused.runs(gate_up_T2F):
         return fused.gate(gate_up_T2F)
+    if activation == "silu" and gate_up_T2F.ndim == 2 and small.runs(gate_up_T2F):
+        return small.gate(gate_up_T2F)
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate_TF).mul_(up_TF)

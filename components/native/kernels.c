@@ -177,6 +177,101 @@ void zoo_product(int level, long rows, long inputs, long outputs, const bf16 *x,
     }
 }
 
+/* Small operations. Each rounds to bfloat16 where the formula beside its component does. */
+
+AVX512 static inline __m512 load16(const bf16 *p, __mmask16 part) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, p)), 16));
+}
+
+AVX512 static inline __m512 round16(__m512 value) {
+    __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 numbers = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(numbers, _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)), near));
+}
+
+AVX512 static inline void store16(bf16 *p, __mmask16 part, __m512 value) {
+    __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round16(value)), 16);
+    _mm256_mask_storeu_epi16(p, part, _mm512_cvtepi32_epi16(high));
+}
+
+static inline unsigned part_of(long left) { return left < 16 ? (1u << left) - 1 : 0xffff; }
+
+static inline int threads_for(long work, int threads) {
+    long worth = work / SERIAL + 1;
+    return threads < worth ? threads : (int)worth;
+}
+
+/* e^x: 2^n times a polynomial of the rest of x log2(e), which is within half of one. */
+AVX512 static inline __m512 exp16(__m512 x) {
+    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(89)), _mm512_set1_ps(-104));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 y = _mm512_set1_ps(1.f / 720);
+    const float factors[] = {1.f / 120, 1.f / 24, 1.f / 6, .5f, 1, 1};
+    EACH(int i = 0; i < 6; i++) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(factors[i]));
+    return _mm512_scalef_ps(y, n);
+}
+
+/* x / sqrt(mean(x^2) + eps), rounded, times the weight. */
+AVX512 void zoo_rms(long rows, long width, const bf16 *x, long x_next, const bf16 *weight, double eps, bf16 *y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
+    for (long r = 0; r < rows; r++) {
+        __m512 squares = _mm512_setzero_ps();
+        for (long i = 0; i < width; i += 16) {
+            __m512 v = load16(x + r * x_next + i, part_of(width - i));
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+        __m512 scale = _mm512_set1_ps(1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + (float)eps));
+        for (long i = 0; i < width; i += 16) {
+            __mmask16 part = part_of(width - i);
+            __m512 v = round16(_mm512_mul_ps(load16(x + r * x_next + i, part), scale));
+            v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
+            store16(y + r * width + i, part, _mm512_mul_ps(v, load16(weight + i, part)));
+        }
+    }
+}
+
+/* silu(first half), rounded, times the second half of each row of x. */
+AVX512 void zoo_gate(long rows, long width, const bf16 *x, long x_next, bf16 *y, int threads) {
+    long pieces = (width + 511) / 512;
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * width * 4, threads))
+    for (long piece = 0; piece < rows * pieces; piece++) {
+        long r = piece / pieces, first = piece % pieces * 512, end = first + 512 < width ? first + 512 : width;
+        for (long i = first; i < end; i += 16) {
+            __mmask16 part = part_of(end - i);
+            __m512 g = load16(x + r * x_next + i, part), one = _mm512_set1_ps(1);
+            __m512 v = round16(_mm512_div_ps(g, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), g)))));
+            v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
+            store16(y + r * width + i, part, _mm512_mul_ps(v, load16(x + r * x_next + width + i, part)));
+        }
+    }
+}
+
+/* (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of the first `lanes` of each head; sin is negative in the
+ * first half. x: (rows, heads, width) at any distances, y without gaps, cos and sin: (rows, lanes). */
+AVX512 void zoo_rotate(long rows, long heads, long width, long lanes, const bf16 *x, long row_next, long head_next,
+                       const float *cos, const float *sin, bf16 *y, int threads) {
+    long half = lanes / 2;
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * heads * width, threads))
+    for (long r = 0; r < rows; r++)
+        for (long h = 0; h < heads; h++) {
+            const bf16 *from = x + r * row_next + h * head_next;
+            bf16 *to = y + (r * heads + h) * width;
+            const float *c = cos + r * lanes, *s = sin + r * lanes;
+            for (long i = 0; i < half; i += 16) {
+                __mmask16 part = part_of(half - i);
+                __m512 a = load16(from + i, part), b = load16(from + half + i, part);
+                __m512 first = _mm512_mul_ps(a, _mm512_maskz_loadu_ps(part, c + i));
+                __m512 second = _mm512_mul_ps(b, _mm512_maskz_loadu_ps(part, c + half + i));
+                store16(to + i, part, _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(part, s + i), first));
+                store16(to + half + i, part, _mm512_fmadd_ps(a, _mm512_maskz_loadu_ps(part, s + half + i), second));
+            }
+            if (lanes < width) memcpy(to + lanes, from + lanes, (width - lanes) * sizeof(bf16));
+        }
+}
+
 /* Panels: w stored as (outputs / 16, inputs / 2, 16, 2), so that a line of memory has two inputs of sixteen outputs. Tiles of
  * R rows of x by N panels; every output has a lane of its own, which adds up its inputs in their order whatever R and N are. */
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.components import fused
+from zoo.components.native import small
 from zoo.components.norm.spec import RMSSpec
 
 
@@ -25,6 +26,8 @@ class RMS(nn.Module):
         """Normalises the last axis of (..., D)."""
         if fused.runs(x_TD) and self.spec.dim <= fused.WIDEST:
             return fused.rms(x_TD, self.weight, self.spec.eps)
+        if small.runs(x_TD) and self.weight.dtype is x_TD.dtype:
+            return small.rms(x_TD, self.weight, self.spec.eps)
         return F.rms_norm(x_TD, (self.spec.dim,), None, self.spec.eps).mul_(self.weight)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zoo.components import fused
 from zoo.components.build import load
+from zoo.components.native import small
 from zoo.components.rope.spec import RopeSpec
 from zoo.components.step import Step
 
@@ -60,6 +61,8 @@ def rotate(x_THd: Tensor, angles: Angles) -> Tensor:
     cos, sin = angles
     if fused.runs(x_THd):
         return fused.rotate(x_THd, cos, sin)
+    if small.runs(x_THd):
+        return small.rotate(x_THd, cos, sin)
     lanes = cos.shape[-1]
     turning = x_THd if lanes == x_THd.shape[-1] else x_THd[..., :lanes]
     turned = torch.addcmul(turning * cos, turning.roll(lanes // 2, -1), sin).to(x_THd.dtype)

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from zoo.components import native
 from zoo.components.linear import Linear
-from zoo.components.native import measure
+from zoo.components.native import measure, small
 from zoo.components.native.measure import plain_read_rate, product_rates, read_limit
 from zoo.components.native.panels import Panels
+from zoo.components.norm.rms import rms_reference
+from zoo.components.rope.rotary import rotate
 from zoo.registry.errors import ZooError
 
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
@@ -104,6 +106,36 @@ def test_rows_of_panels_do_not_depend_on_their_neighbours() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("width", [16, 37, 2050])
+def test_norms_equal_the_formula(width: int, close: Callable[..., None]) -> None:
+    wide, weight = torch.randn(6, 3, width + 3).bfloat16() * 3, torch.randn(width).bfloat16()
+    for x in (wide[..., :width], wide[:, 1, 1 : width + 1], wide.flatten()[: 4 * width].view(4, width)):
+        close(small.rms(x, weight, 1e-5), rms_reference(x, weight, 1e-5), "bfloat16")
+    alone = torch.cat([small.rms(row.unsqueeze(0), weight, 1e-5) for row in wide[:, 0, :width]])
+    assert torch.equal(small.rms(wide[:, 0, :width], weight, 1e-5), alone)
+
+
+@needs_kernels
+def test_gates_equal_the_formula(close: Callable[..., None]) -> None:
+    x = torch.randn(7, 2 * 531).bfloat16() * 4
+    x[0, :5] = torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4])
+    expected = torch.nn.functional.silu(x[:, :531]) * x[:, 531:]
+    close(small.gate(x), expected, "bfloat16")
+    assert (small.gate(x) != expected).float().mean() < 0.01
+    close(small.gate(x[::2]), expected[::2], "bfloat16")
+
+
+@needs_kernels
+@pytest.mark.parametrize("lanes", [40, 12])
+def test_rotations_equal_the_formula(lanes: int, close: Callable[..., None]) -> None:
+    x = torch.randn(5, 9, 40).bfloat16()[:, 2:8]
+    angles = torch.randn(5, 1, lanes // 2)
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    with torch.enable_grad():
+        close(small.rotate(x, cos, sin), rotate(x, (cos, sin)), "bfloat16")
+
+
+@needs_kernels
 def test_linear_maps_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = operands(3, 24, 17)
     layer = Linear(24, 17, bias=True).bfloat16()
@@ -146,9 +178,9 @@ def test_absence_is_said(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_that_err_are_left_out(
     fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = native.product_reference
-    monkeypatch.setattr(native, "product_reference", lambda *args: real(*args) * 1.1)
-    assert str(native.missing()).startswith("off by 9e-02")
+    real = small.gate
+    monkeypatch.setattr(small, "gate", lambda x: real(x) * 1.1)
+    assert native.missing() == "on this processor gate is off by 1e-01"
     assert "left out" in caplog.text
 
 
