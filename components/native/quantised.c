@@ -20,7 +20,7 @@
 #define INLINE VNNI static inline __attribute__((always_inline))
 #define EACH _Pragma("GCC unroll 16") for
 
-enum { GROUP = 32, LANES = 16, SPAN = 4, MOST = 12, AHEAD = 1024 };
+enum { GROUP = 32, LANES = 16, SPAN = 4, MOST = 6, AHEAD = 1024 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 /* codes: (blocks, groups, bits, 64). scales: float32 (blocks, 16) of eight bits, bfloat16 (blocks, groups, 16) of four. */
@@ -120,8 +120,11 @@ INLINE __m512i four(const int8_t *codes) {
                 }                                                                                                        \
             }                                                                                                            \
             __m512 scale[N];                                                                                             \
-            EACH(int n = 0; n < N; n++)                                                                                  \
-                if (BITS == 4) scale[n] = widened(_mm256_loadu_si256((const void *)(halves + (n * groups + g) * LANES))); \
+            if (BITS == 4) EACH(int n = 0; n < N; n++) {                                                                 \
+                const uint16_t *at = halves + (n * groups + g) * LANES;                                                  \
+                scale[n] = widened(_mm256_loadu_si256((const void *)at));                                                \
+                _mm_prefetch((const char *)at + AHEAD / 4, _MM_HINT_T0);                                                 \
+            }                                                                                                            \
             EACH(int r = 0; r < R; r++) {                                                                                \
                 __m512 by = _mm512_set1_ps(x.scales[r * groups + g]);                                                    \
                 EACH(int n = 0; n < N; n++) {                                                                            \

@@ -147,6 +147,13 @@ def test_notes_tell_the_error() -> None:
     assert "at most" in notes[0]
 
 
+def test_notes_tell_of_missing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = drawn(plan_of(), INT8)
+    for native in (True, False):
+        monkeypatch.setattr("zoo.loading.quantising.is_native", lambda native=native: native)
+        assert ("without native kernels" in described(module)) != native
+
+
 def test_inspection_counts_stored_bytes() -> None:
     plain, eight, four = (zoo.inspect("mistral-7b-v0.3", quantize=kind).weight_bytes for kind in (None, "int8", "int4"))
     assert plain / eight == pytest.approx(1.962, abs=0.005)

@@ -11,7 +11,7 @@ from torch import nn
 
 from zoo.components.kinds import Kind, quantised
 from zoo.components.matrix import Holder
-from zoo.components.quantised import Quantised
+from zoo.components.quantised import Quantised, is_native
 from zoo.loading.hub.types import human_bytes
 from zoo.loading.targets import Making, Storing
 from zoo.registry.errors import RequestError
@@ -51,7 +51,8 @@ def described(module: nn.Module) -> str:
     kinds: dict[Kind, list[tuple[str, Quantised]]] = defaultdict(list)
     for param, matrix in quantised_parts(module):
         kinds[matrix.kind].append((param, matrix))
-    return "; ".join(_described(kind, parts) for kind, parts in kinds.items())
+    slow = "" if is_native() else "; without native kernels for them, which makes them slow (`zoo doctor` says why)"
+    return "; ".join(_described(kind, parts) for kind, parts in kinds.items()) + slow
 
 
 def _described(kind: Kind, parts: list[tuple[str, Quantised]]) -> str:
