@@ -2,11 +2,13 @@
 
 The layout is a property of the weight, and `product` asks it. Row-major weights are multiplied with a few rows by the
 native kernels, which read them as fast as memory gives; with many rows, or without the kernels, by PyTorch. Where the
-processor has fast dot products of bfloat16 pairs, `pack_weights` stores weights in panels, whose kernel is the fastest
+processor has fast dot products of bfloat16 pairs, `fastest` has weights stored in panels, whose kernel is the fastest
 for every number of rows. Which of these it is follows from the processor alone, so that it is the same in every run.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +41,10 @@ def product(x_TI: Tensor, weight_OI: Tensor | Matrix, bias_O: Tensor | None = No
     return F.linear(x_TI, weight_OI, bias_O)
 
 
-def pack_weights(module: nn.Module) -> None:
-    """Stores the bfloat16 weights of a loaded model in the layout that this CPU reads fastest.
+def fastest(weight: Tensor) -> Callable[[Tensor], Matrix] | None:
+    """What stores a parameter's matrices in the layout that this CPU reads fastest; None for as they are.
 
-    Inference only: gradients and `state_dict` need the plain layout (`zoo.components.matrix.values` gives it back).
-    Parameters are packed one by one, so that memory never holds more than one twice. Does nothing where it would not
-    help.
+    weight: the parameter, which may still be on the meta device. For inference only: gradients and `state_dict` need
+    the plain layout (`zoo.components.matrix.values` gives it back).
     """
-    for holder in module.modules():
-        if isinstance(holder, Holder):
-            for name in holder.MATRICES:
-                if name not in holder.stored and panels.pays(holder.get_parameter(name)):
-                    holder.store(name, panels.Panels.of)
+    return panels.Panels.of if panels.pays(weight) else None

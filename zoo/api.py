@@ -197,13 +197,11 @@ def _kind_name(quantize: str | None) -> str | None:
     return None if quantize in (None, "none") else kind_named(quantize).name
 
 
-def _storing(plan: Plan, placement: "Placement", quantize: str | None) -> "Storing | None":
-    """How matrices are stored; None for all as they come."""
-    if quantize is None:
-        return None
-    from zoo.loading.quantising import quantising
+def _storing(plan: Plan, placement: "Placement", quantize: str | None) -> "Storing":
+    """How matrices are stored."""
+    from zoo.loading.quantising import storing_of
 
-    return quantising(plan, KINDS[quantize], placement.device)
+    return storing_of(plan, KINDS[quantize] if quantize else None, placement.device)
 
 
 def _check_memory(plan: Plan, placement: "Placement", context: int, quantize: str | None) -> None:
@@ -241,7 +239,7 @@ def _filled(
     found: Located,
     placement: "Placement",
     weights: str | Path,
-    storing: "Storing | None",
+    storing: "Storing",
     progress: "Progress | None",
 ) -> "tuple[Decoder, Path | None, WeightSet | None, builtins.list[str]]":
     """The assembled module with its weights, their folder and files, and what was chosen on the way."""
@@ -252,7 +250,7 @@ def _filled(
     if weights == "random":
         module = assemble(plan, placement.dtype)
         random_weights(module, plan, device=placement.device, storing=storing)
-        notes += ["random weights: the answers mean nothing", *_quantised(module, storing)]
+        notes += ["random weights: the answers mean nothing", *_quantised(module)]
         return module, found.folder, None, notes
     from zoo.loading.files import locate as locate_files
 
@@ -260,7 +258,7 @@ def _filled(
     files = locate_files(folder, plan.card.source.layout)
     module = assemble(plan, placement.dtype)
     load_weights(module, plan, files, device=placement.device, storing=storing, progress=progress)
-    notes += [files.note, *(_quantised(module, storing) or _decoding(files, plan, placement))]
+    notes += [files.note, *(_quantised(module) or _decoding(files, plan, placement))]
     return module, folder if folder.is_dir() else folder.parent, files, notes
 
 
@@ -274,13 +272,12 @@ def _decoding(files: "WeightSet", plan: Plan, placement: "Placement") -> "builti
     return [f"quantised weights ({', '.join(files.schemes)}) take {taken} in {placement.dtype_name}"]
 
 
-def _quantised(module: "Decoder", storing: "Storing | None") -> "builtins.list[str]":
+def _quantised(module: "Decoder") -> "builtins.list[str]":
     """What was quantised and its error, in a sentence."""
-    if storing is None:
-        return []
     from zoo.loading.quantising import described
 
-    return [described(module)]
+    found = described(module)
+    return [found] if found else []
 
 
 def _weights_folder(
@@ -315,12 +312,9 @@ def _model(
     guessing: "Literal['lookup'] | Model | None",
     prefix_cache: bool,
 ) -> "Model":
-    from zoo.components.linear import pack_weights
     from zoo.engine.engine import Engine
     from zoo.engine.fidelity import coding_notes
     from zoo.model import Model
-
-    pack_weights(module)
 
     tokenizer = _tokenizer(plan, folder)
     notes = [*notes, *coding_notes(module, placement.dtype, placement.device)]

@@ -19,7 +19,7 @@ def pays(weight: Tensor) -> bool:
     """Whether a parameter's matrices are worth storing in panels: on processors with fast bfloat16 dot products."""
     return (
         weight.dtype is torch.bfloat16
-        and weight.device.type == "cpu"
+        and weight.device.type in ("cpu", "meta")
         and weight.shape[-1] % 2 == 0
         and weight.shape[-2] % LANES == 0
         and native.missing() is None

@@ -7,16 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from zoo.components import native
 from zoo.components.cache.store import fresh_step
-from zoo.components.linear import Linear, pack_weights
-from zoo.components.matrix import values, weight_bytes
+from zoo.components.linear import Linear, fastest
+from zoo.components.matrix import Holder, values, weight_bytes
 
 needs_panels = pytest.mark.skipif(
     native.missing() is not None or native.library().level != native.DOT, reason="no fast bfloat16 dot products here"
 )
+
+
+def pack(module: nn.Module) -> None:
+    """Stores all weights as loading does."""
+    for holder in module.modules():
+        if isinstance(holder, Holder):
+            for name in holder.MATRICES:
+                if making := fastest(holder.get_parameter(name)):
+                    holder.store(name, making)
 
 
 @needs_panels
@@ -31,7 +41,7 @@ def test_packed_weights_give_the_same(rows: int, bias: bool, close: Callable[...
     x = torch.randn(rows, 48).bfloat16()
     with torch.inference_mode():
         plain, weight = F.linear(x, layer.weight, layer.bias), layer.weight.clone()
-        pack_weights(layer)
+        pack(layer)
         close(layer(x), plain, "bfloat16")
     (packed,) = layer.stored["weight"]
     assert (packed.shape, packed.nbytes) == (weight.shape, weight.nbytes)
@@ -47,7 +57,7 @@ def test_stored_weights_change_by_pieces() -> None:
     torch.nn.init.normal_(layer.weight)
     piece, expected = torch.randn(2, 48), layer.weight.detach().clone()
     expected[3:5] = piece
-    pack_weights(layer)
+    pack(layer)
     layer.replace("weight", (slice(3, 5),), piece)
     assert torch.equal(layer.values("weight"), expected)
     assert torch.equal(layer.stored["weight"][0].plain(), expected)
@@ -66,8 +76,7 @@ def test_packed_models_give_the_same(
     model, packed = filled(spec, torch.bfloat16), filled(spec, torch.bfloat16)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     assert weight_bytes(packed) == weight_bytes(model)
-    pack_weights(packed)
-    pack_weights(packed)
+    pack(packed)
     assert {name: p.shape for name, p in packed.named_parameters()} == shapes
     assert weight_bytes(packed) == weight_bytes(model)
     assert packed.layers[0].mixer.qkv.weight.is_meta
@@ -87,9 +96,9 @@ def test_what_panels_cannot_hold_stays_plain(monkeypatch: pytest.MonkeyPatch) ->
     layers = [Linear(12, 48).bfloat16(), Linear(12, 48), Linear(12, 48).half()]
     layers += [Linear(13, 48).bfloat16(), Linear(12, 47).bfloat16()]
     for layer in layers:
-        pack_weights(layer)
+        pack(layer)
     assert [bool(layer.stored) for layer in layers] == [True, False, False, False, False]
     monkeypatch.setattr(native, "missing", lambda: "ZOO_NATIVE=off")
     layer = Linear(12, 48).bfloat16()
-    pack_weights(layer)
+    pack(layer)
     assert not layer.stored

@@ -19,7 +19,7 @@ from zoo.components.quantised import Quantised
 from zoo.loading import targets
 from zoo.loading.files import locate
 from zoo.loading.load import load_weights, random_weights
-from zoo.loading.quantising import described, quantised_parts, quantising
+from zoo.loading.quantising import described, quantised_parts, storing_of
 from zoo.registry.card import Card
 from zoo.registry.errors import RequestError
 from zoo.registry.resolve import Plan, resolve
@@ -54,7 +54,7 @@ def plan_of(mixer: dict[str, Any] = ATTENTION, ffn: dict[str, Any] | None = GATE
 
 def drawn(plan: Plan, kind: Kind | None = None, dtype: torch.dtype = torch.float32) -> Decoder:
     module = assemble(plan, dtype)
-    random_weights(module, plan, storing=quantising(plan, kind, CPU) if kind else None)
+    random_weights(module, plan, storing=storing_of(plan, kind, CPU) if kind else None)
     return module
 
 
@@ -94,7 +94,7 @@ def test_loaded_matrices_are_those_of_the_plain_weights(tmp_path: Path, ffn: dic
     tensors = {tensor.name: plain.get_parameter(tensor.param)[tensor.index] for tensor in plan.model.tensors()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
     module = assemble(plan, torch.bfloat16)
-    load_weights(module, plan, locate(tmp_path, "zoo"), storing=quantising(plan, kind, CPU))
+    load_weights(module, plan, locate(tmp_path, "zoo"), storing=storing_of(plan, kind, CPU))
     given, same = quantised(plan.model, kind), drawn(plan, kind, torch.bfloat16)
     for name, parameter in plain.named_parameters():
         for index in [()] if parameter.ndim < 3 else [(e,) for e in range(len(parameter))]:
@@ -182,7 +182,7 @@ def test_models_without_large_matrices_are_refused() -> None:
 
 def test_other_devices_are_refused() -> None:
     with pytest.raises(RequestError, match=r"run on a CPU only.*found cuda:1; expected cpu"):
-        quantising(plan_of(), INT8, torch.device("cuda", 1))
+        storing_of(plan_of(), INT8, torch.device("cuda", 1))
 
 
 def test_quantised_models_are_not_saved(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_decoded_files_are_quantised(tmp_path: Path, native_names: Callable[...,
     save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
     whole, module = assemble(plan, torch.bfloat16), assemble(plan, torch.bfloat16)
     load_weights(whole, plan, locate(tmp_path, "zoo"))
-    load_weights(module, plan, locate(tmp_path, "zoo"), storing=quantising(plan, INT8, CPU))
+    load_weights(module, plan, locate(tmp_path, "zoo"), storing=storing_of(plan, INT8, CPU))
     decoded = whole.get_parameter("layers.1.ffn.gate_up.weight").detach()
     assert load_file(tmp_path / "model.safetensors")["layers.1.ffn.up.weight"].dtype is torch.float8_e4m3fn
     assert torch.equal(values(module, "layers.1.ffn.gate_up.weight"), Quantised.of(INT8, decoded).plain())

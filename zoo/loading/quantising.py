@@ -1,4 +1,4 @@
-"""Weights that are quantised while they are loaded: which, and what it cost."""
+"""How matrices are stored while they are loaded: which are quantised, and what it cost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zoo.components.kinds import Kind, quantised
+from zoo.components.linear import fastest
 from zoo.components.matrix import Holder
 from zoo.components.quantised import Quantised, is_native
 from zoo.loading.hub.types import human_bytes
@@ -18,12 +19,12 @@ from zoo.registry.errors import RequestError
 from zoo.registry.plan import Plan
 
 
-def quantising(plan: Plan, kind: Kind, device: torch.device) -> Storing:
-    """Stores the plan's matrices in the kinds that they are to have.
+def storing_of(plan: Plan, kind: Kind | None, device: torch.device) -> Storing:
+    """Stores the plan's large matrices as `kind`, where there is one, and others as the device reads them fastest.
 
-    Raises RequestError for a device without such products, and for a model without large matrices.
+    Raises RequestError for a kind on a device without such products, and for a model without large matrices.
     """
-    if device.type != "cpu":
+    if kind and device.type != "cpu":
         raise RequestError(
             "quantised weights run on a CPU only in this version",
             where=f"quantize={kind.name}",
@@ -31,10 +32,12 @@ def quantising(plan: Plan, kind: Kind, device: torch.device) -> Storing:
             expected="cpu",
             hint="leave `quantize` out, or use `--device cpu`",
         )
-    kinds = quantised(plan.model, kind)
+    kinds = quantised(plan.model, kind) if kind else {}
 
-    def storing(param: str) -> Making | None:
-        return partial(Quantised.of, kinds[param]) if param in kinds else None
+    def storing(param: str, like: torch.Tensor) -> Making | None:
+        if param in kinds:
+            return partial(Quantised.of, kinds[param])
+        return fastest(like) if device.type == "cpu" else None
 
     return storing
 
@@ -47,10 +50,12 @@ def quantised_parts(module: nn.Module) -> Iterator[tuple[str, Quantised]]:
 
 
 def described(module: nn.Module) -> str:
-    """What a loaded module's quantised weights are, and their error."""
+    """What a loaded module's quantised weights are, and their error; nothing where there are none."""
     kinds: dict[Kind, list[tuple[str, Quantised]]] = defaultdict(list)
     for param, matrix in quantised_parts(module):
         kinds[matrix.kind].append((param, matrix))
+    if not kinds:
+        return ""
     slow = "" if is_native() else "; without native kernels for them, which makes them slow (`zoo doctor` says why)"
     return "; ".join(_described(kind, parts) for kind, parts in kinds.items()) + slow
 

@@ -21,8 +21,8 @@ from zoo.registry.spec import Tensor
 Making = Callable[[torch.Tensor], Matrix]
 """A row-major matrix -> what it is stored as."""
 
-Storing = Callable[[str], Making | None]
-"""The path of a parameter -> how its matrices are stored; None for a parameter that stays as it is."""
+Storing = Callable[[str, torch.Tensor], Making | None]
+"""The path of a parameter, and one like it on the meta device -> how its matrices are stored; None for as they are."""
 
 
 class Unit(NamedTuple):
@@ -95,7 +95,7 @@ class Targets:
         if param not in self._makings:
             owner, leaf = self._owner(param)
             holds = isinstance(owner, Holder) and leaf in owner.MATRICES
-            self._makings[param] = self._storing(param) if self._storing and holds else None
+            self._makings[param] = self._storing(param, owner.get_parameter(leaf)) if self._storing and holds else None
         return self._makings[param]
 
     def _owner(self, param: str) -> tuple[nn.Module, str]:
