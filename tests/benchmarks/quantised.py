@@ -59,7 +59,9 @@ def main() -> None:
     models: dict[str | None, zoo.Model] = {}
     for kind in KINDS:
         start = time.perf_counter()
-        models[kind] = zoo.load(card(args), weights="random", device="cpu", dtype="bfloat16", quantize=kind)
+        models[kind] = zoo.load(
+            card(args), weights="random", device="cpu", dtype="bfloat16", quantize=kind, prefix_cache=False
+        )
         taken = models[kind].memory.weights / 1e9
         say(f"{kind or 'bfloat16'}: {taken:.2f} GB, loaded in {time.perf_counter() - start:.1f} s")
     draw = torch.Generator().manual_seed(0)
