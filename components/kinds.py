@@ -23,6 +23,8 @@ GROUP = 32
 LANES = 16
 """Outputs of a block, whose codes lie side by side. Matrices are filled up with zeros to whole blocks."""
 
+HEAD = "head.weight"
+
 SMALL = 1 << 13
 """Elements below which a matrix keeps its numbers: their bytes and their time count for nothing."""
 
@@ -68,9 +70,8 @@ def quantised(model: Spec, kind: Kind) -> dict[str, Kind]:
         for name, param in model.all_parameters().items()
         if _is_matrix(param) and not (encoders and name.startswith(encoders))
     }
-    found = {
-        name: INT8 if name == "head.weight" else kind for name, param in candidates.items() if _elements(param) >= SMALL
-    }
+    kinds = {name: kind_of(param, kind, name == HEAD) for name, param in candidates.items()}
+    found = {name: own for name, own in kinds.items() if own is not None}
     if not found:
         raise RequestError(
             "no matrix of this model is large enough to be quantised",
@@ -80,6 +81,13 @@ def quantised(model: Spec, kind: Kind) -> dict[str, Kind]:
             hint="leave `quantize` out: so small a model gains nothing by it",
         )
     return found
+
+
+def kind_of(param: Param, kind: Kind, head: bool) -> Kind | None:
+    """The kind of a parameter outside of encoders; None for one that keeps its numbers."""
+    if not _is_matrix(param) or _elements(param) < SMALL:
+        return None
+    return INT8 if head else kind
 
 
 def weight_bytes(param: Param, itemsize: int, kind: Kind | None) -> int:

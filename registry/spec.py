@@ -132,6 +132,11 @@ class Spec(BaseModel):
         """Floating-point operations for one token at `context` cached tokens, children excluded."""
         return sum(2.0 * p.numel * p.active for p in self.parameters().values() if p.product)
 
+    def pace(self) -> str | None:
+        """What beside sizes decides how fast it runs, in words from the general to the special; None for a part whose
+        time is that of its products, or counts with what stands around it."""
+        return None
+
     def state(self) -> StateSpec | None:
         """What a mixer, or a block around one, keeps of a sequence between steps; None keeps nothing."""
         return None

@@ -6,12 +6,16 @@ from typing import Any
 
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.components.kinds import KINDS, quantised, weight_bytes
+from zoo.costs.work import BYTES as BYTES
+from zoo.costs.work import Work
 from zoo.machine import free_memory, total_memory
 from zoo.registry.card import Card
+from zoo.registry.errors import ZooError
 from zoo.registry.plan import phrase
 from zoo.registry.resolve import Plan
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SPEED_BATCHES = (1, 8, 32)
+"""Sequences that decode together in the figures of speed."""
 
 # Room for one chunk's activations, the interpreter and torch itself, beside weights and cache.
 OVERHEAD_BYTES = 1 << 30
@@ -110,6 +114,33 @@ class Inspection:
             low, high = (middle, high) if self.fits(middle) else (low, middle - 1)
         return low
 
+    def speed(self, prompt: int = 512, context: int = 1024) -> dict[str, Any]:
+        """What this machine's stored measurements let expect: the first token of a prompt, and decode steps.
+
+        `why` says why there are no figures, `unmeasured` which parts were reckoned like others.
+        """
+        from zoo.costs.forecast import forecast
+        from zoo.costs.profile import profile_file, stored
+
+        device = "cuda" if profile_file("cuda").exists() else "cpu"
+        try:
+            profile = stored(device)
+            known = forecast(profile, Work(self.plan, self.dtype, self.quantize), device)
+        except ZooError as error:
+            return {"why": str(error)}
+        first = known.prefill(prompt)
+        steps = {batch: known.decode(batch, context) for batch in SPEED_BATCHES}
+        return {
+            "device": profile.device,
+            "measured": profile.measured,
+            "prefill": {"tokens": prompt, "seconds": first.total, "parts": first.to_dict()},
+            "decode": [
+                {"batch": b, "context": context, "tokens_per_second": b / s.total, "parts": s.to_dict()}
+                for b, s in steps.items()
+            ],
+            "unmeasured": sorted(known.unknown),
+        }
+
     def layers(self) -> list[dict[str, Any]]:
         """The layer table: equal layers in one row, wherever they stand."""
         rows: dict[tuple[Any, ...], list[str]] = {}
@@ -117,9 +148,16 @@ class Inspection:
             rows.setdefault((("block", row.block), *row.parts.items()), []).append(row.layers)
         return [{"layers": ", ".join(places), **dict(parts)} for parts, places in rows.items()]
 
-    def to_dict(self, context: int | None = None) -> dict[str, Any]:
-        """Everything above as plain data; `context` (tokens) defaults to the card's context length."""
-        return self._facts() | (self._figures(context or self.card.context_length) if self.resolved else {})
+    def to_dict(self, context: int | None = None, prompt: int = 512) -> dict[str, Any]:
+        """Everything above as plain data; `context` (tokens) defaults to the card's context length.
+
+        prompt: tokens of the prompt whose first answer `speed` tells of.
+        """
+        if not self.resolved:
+            return self._facts()
+        seen = min(context or 1024, self.card.context_length)
+        speed = self.speed(min(prompt, self.card.context_length), seen)
+        return self._facts() | self._figures(context or self.card.context_length) | {"speed": speed}
 
     def _facts(self) -> dict[str, Any]:
         card = self.card

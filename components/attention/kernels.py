@@ -66,7 +66,7 @@ def attention(
         if q_THd.shape[0] > max(window, BLOCK):
             return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, how)
         if past + q_THd.shape[0] <= window:
-            window = None
+            how["window"] = window = None
     if softcap is not None or sinks_H is not None:
         if q_THd.shape[0] > max(window or 0, BLOCK):
             return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, how)

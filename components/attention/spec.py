@@ -120,6 +120,15 @@ class AttentionSpec(Spec):
             found["rope"] = self.rope
         return found
 
+    def pace(self) -> str:
+        """Windows need masks; soft caps and sinks are computed by the formula."""
+        words = [
+            self.kind,
+            "formula" if self.softcap is not None or self.sinks else "",
+            "window" if self.window else "",
+        ]
+        return " ".join(word for word in words if word)
+
     def state(self) -> StateSpec:
         return self.cache
 
@@ -225,6 +234,9 @@ class LatentAttentionSpec(Spec):
         if self.q_lora_rank is not None:
             found["q_a_norm"] = self.norm.model_copy(update={"dim": self.q_lora_rank})
         return found
+
+    def pace(self) -> str:
+        return self.kind if self.indexer is None else f"{self.kind} indexer"
 
     def state(self) -> StateSpec | None:
         """The cache with a place for the indexer's keys; None for a layer that keeps nothing of its own."""

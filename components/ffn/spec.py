@@ -28,6 +28,9 @@ class GatedSpec(Spec):
         """The projections of the input and their rows, in the order in which they are stored."""
         return {"gate": self.hidden_dim, "up": self.hidden_dim}
 
+    def pace(self) -> str:
+        return self.kind
+
     def parameters(self) -> dict[str, Param]:
         rows = self.hidden_dim
         parts = {"gate.weight": Part(((0, rows),)), "up.weight": Part(((rows, 2 * rows),))}
@@ -55,6 +58,9 @@ class MLPSpec(Spec):
         """The projections of the input and their rows."""
         return {"up": self.hidden_dim}
 
+    def pace(self) -> str:
+        return self.kind
+
     def parameters(self) -> dict[str, Param]:
         return {
             "up.weight": Param((self.hidden_dim, self.dim), shard=0),
@@ -81,6 +87,9 @@ class ClampedSpec(Spec):
     def inputs(self) -> dict[str, int]:
         """The projection of the input and its rows."""
         return {"gate_up": 2 * self.hidden_dim}
+
+    def pace(self) -> str:
+        return self.kind
 
     def parameters(self) -> dict[str, Param]:
         rows = 2 * self.hidden_dim
@@ -219,6 +228,9 @@ class MoESpec(Spec):
         """The expert, by its own type."""
         assert isinstance(self.expert, EXPERTS)
         return self.expert
+
+    def pace(self) -> str:
+        return self.kind
 
     def parameters(self) -> dict[str, Param]:
         experts, share = self.num_experts, self.experts_per_token / self.num_experts

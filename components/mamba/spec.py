@@ -62,6 +62,9 @@ class Mamba2Spec(Spec):
             **_projection("out_proj", self.dim, inner, self.bias),
         }
 
+    def pace(self) -> str:
+        return self.kind
+
     def state(self) -> StateSpec:
         return RecurrentCacheSpec(
             conv_channels=self.conv_channels,
@@ -118,6 +121,9 @@ class Mamba1Spec(Spec):
             return {}
         sizes = {"b_norm": self.state_size, "c_norm": self.state_size, "dt_norm": self.dt_rank}
         return {name: RMSSpec(dim=size, eps=self.bcdt_norm.eps) for name, size in sizes.items()}
+
+    def pace(self) -> str:
+        return self.kind
 
     def state(self) -> StateSpec:
         return RecurrentCacheSpec(

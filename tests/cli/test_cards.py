@@ -187,7 +187,10 @@ def test_plugins_and_doctor(zoo_command: Command) -> None:
     assert "memory" in shown
 
 
-def test_bench_measures(zoo_command: Command, quick_limits: None) -> None:
+def test_bench_measures(
+    zoo_command: Command, quick_limits: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sizes = (
         "--prompt-tokens",
         "9",
@@ -211,6 +214,8 @@ def test_bench_measures(zoo_command: Command, quick_limits: None) -> None:
     assert "decode of 2 sequences of 9 tokens" in shown.err
     assert "against context" in shown.out
     assert "GB/s" in shown.out
+    assert "no predictions: " in shown.out
+    assert "has not been measured" in shown.out
 
 
 def test_bench_of_nothing_is_refused(zoo_command: Command) -> None:
@@ -234,9 +239,18 @@ def test_bench_of_the_machine_is_stored(
     zoo_command: Command, quick_limits: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    from zoo.costs.profile import Product, Speed
+
+    times = (Product(elements=1000, rows=1, seconds=1e-10),)
+    speed = Speed(products={"plain": times}, elements=1e9, step_s=0.0, sequence_s=0.0, paces={})
+    monkeypatch.setattr("zoo.bench.machine._speed", lambda *_: speed)
     found = json.loads(zoo_command("bench", "--machine", "--json").out)
     assert found["machine"]["limits"]["call_s"] > 0
     assert json.loads((tmp_path / "zoo/machine-cpu.json").read_text()) == found["machine"]
+    sizes = ("--prompt-tokens", "9", "--new-tokens", "4", "--repeats", "1", "--batch", "2", "--requests", "0")
+    shown = zoo_command("bench", "tiny", "--weights", "random", *sizes).out
+    assert "within 25 % (" in shown
+    assert "no predictions" not in shown
 
 
 def test_removing_or_fetching_what_has_no_repository(zoo_command: Command) -> None:

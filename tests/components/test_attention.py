@@ -253,3 +253,15 @@ def test_query_scaling_equals_transformers(oracle: ModuleType) -> None:
     positions = torch.tensor([0, 15, 16, 17, 47, 48, 100_000])
     found = query_scale(QueryScaling(beta=0.1, original_context=16), Step(positions, [7], [0], []))
     torch.testing.assert_close(found.flatten(), get_llama_4_attn_scale(positions[None], 0.1, 16).flatten())
+
+
+@pytest.mark.parametrize("rows", [9, 12])
+def test_a_window_that_hides_nothing_yet_ends_in_blocks_too(
+    rows: int, oracle: ModuleType, close: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than a block and fewer than the window, by the formula."""
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    q, k, v = _qkv(rows, 0)
+    sinks = torch.linspace(-1.0, 30.0, HEADS)
+    found = attention(q, k, v, scale=WIDTH**-0.5, past=0, window=12, sinks_H=sinks)
+    close(found, _loops(q, k, v, 0, 12, oracle, sinks))

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from zoo.costs.profile import Key, Limits, Profile, profile_file, store, stored
+from zoo.costs.profile import Key, Limits, Pace, Product, Profile, Speed, profile_file, store, stored
 from zoo.registry.errors import ZooError
 
 LIMITS = Limits(read={"sum": 2e10, "rows": 3e10}, multiply={"bfloat16": 1e11, "float32": 2e10}, call_s=1e-6)
+SPEED = Speed(
+    products={"plain": (Product(elements=1000, rows=1, seconds=1e-10),)},
+    elements=1e9,
+    step_s=1e-4,
+    sequence_s=0.0,
+    paces={"attention": Pace(call_s=1e-5, item_s=1e-5, read=1e10, multiply=1e10)},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +27,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def profile(**changes: str) -> Profile:
     key = Key.here().model_copy(update=changes)
-    return Profile(key=key, measured="2026-11-28T05:00:00+00:00", seconds=4.0, limits=LIMITS)
+    return Profile(
+        key=key, measured="2026-11-28T05:00:00+00:00", seconds=4.0, limits=LIMITS, speeds={"bfloat16": SPEED}
+    )
 
 
 def test_stored_is_found_again(cache: Path) -> None:

@@ -1,24 +1,383 @@
-"""Measuring this machine, once, for the figures that `zoo inspect` gives before anything is loaded."""
+"""Measuring this machine, once, for the figures that `zoo inspect` gives before anything is loaded.
+
+Products are timed as loaded models run them, on more matrices than caches hold. Everything else is timed in the engine,
+on small models made of one kind of part with random weights: what their steps take beyond their products is what
+the part takes.
+"""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.bench.limits import machine_limits
-from zoo.costs.profile import Key, Profile
+from zoo.bench.limits import DTYPES, machine_limits
+from zoo.bench.measure import decode_steps, random_prompts
+from zoo.bench.timing import fastest
+from zoo.components.ffn.gated import Gated
+from zoo.components.ffn.spec import GatedSpec, MoESpec
+from zoo.components.kinds import KINDS, Kind
+from zoo.components.linear import Linear, pack_weights
+from zoo.components.norm.rms import RMS
+from zoo.components.norm.spec import RMSSpec
+from zoo.components.quantised import Quantised
+from zoo.costs.forecast import PLAIN, Forecast, items_of
+from zoo.costs.profile import Key, Pace, Product, Profile, Speed
+from zoo.costs.work import Step, Work, chunk_tokens, prefill
+
+if TYPE_CHECKING:
+    from zoo.model import Model
+
+Report = Callable[[str], None]
+
+SHAPES = ((512, 512), (2048, 2048), (8192, 4096))
+"""Rows and columns of the matrices to time; times of others lie in between."""
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512)
+WEIGHTS = 96 << 20
+"""Elements of all matrices that are multiplied by turns: no processor's caches hold them."""
+
+SLOW = 0.05
+"""Seconds of one product that cannot be waiting for memory: it is timed alone."""
+
+LAYERS = 8
+"""Of a model of one part."""
+
+FEW = 2
+"""Of one with few layers: what does not grow with them is the engine's."""
+
+SHORT, LONG = 32, 1024
+"""Tokens of a short and of a long sequence."""
+
+MANY, FAR = 16, 4
+"""Short sequences that decode together, and long ones."""
+
+CUT = 64
+"""Tokens by which long sequences are shorter where they go on."""
+
+CALLS = 20
+"""Of one product in a row."""
+
+STEPS = 24
+"""Steps to time."""
+
+TINY = 1e-9
+"""Seconds that stand for what was too short to see."""
+
+DIM = 256
+WIDE = (512, 1024, 4096)
+"""Rows, stream and hidden size of a feed-forward whose small operations are timed."""
+
+ATTENTION: dict[str, Any] = {
+    "kind": "attention",
+    "num_heads": 16,
+    "num_kv_heads": 4,
+    "head_dim": 64,
+    "rope": {"theta": 1e4},
+}
+MIXERS: dict[str, dict[str, Any]] = {
+    "attention": ATTENTION,
+    "attention window": ATTENTION | {"window": 256},
+    "attention formula": ATTENTION | {"softcap": 50.0},
+    "latent_attention": {
+        "kind": "latent_attention",
+        "num_heads": 8,
+        "q_lora_rank": None,
+        "kv_lora_rank": 256,
+        "nope_head_dim": 64,
+        "rope_head_dim": 32,
+        "v_head_dim": 64,
+        "rope": {"theta": 1e4},
+    },
+    "mamba1": {"kind": "mamba1", "inner_dim": 2048, "state_size": 16, "dt_rank": 32, "conv_size": 4},
+    "mamba2": {
+        "kind": "mamba2",
+        "num_heads": 32,
+        "head_dim": 64,
+        "num_groups": 1,
+        "state_size": 128,
+        "conv_size": 4,
+        "norm_eps": 1e-5,
+    },
+}
+FFNS: dict[str, dict[str, Any]] = {
+    "gated": {"kind": "gated", "hidden_dim": 1024},
+    "moe": {"kind": "moe", "num_experts": 16, "experts_per_token": 2, "expert": {"kind": "gated", "hidden_dim": 256}},
+}
+
+LIKE = {"mlp": "gated", "clamped": "gated"}
+"""Feed-forwards that are called like another one and are not timed by themselves."""
 
 
-def profile(device: torch.device, progress: Callable[[str], None]) -> Profile:
-    """Measures the device. `progress` is told what comes next."""
+def profile(device: torch.device, report: Report) -> Profile:
+    """Measures the device. `report` is told what comes next."""
     start = time.perf_counter()
-    progress("reading, multiplying, calling")
+    report("the machine's limits: reading, multiplying, calling")
+    limits = machine_limits(device)
+    speeds = {name: _speed(device, name, report) for name in DTYPES}
     return Profile(
         key=Key.here(torch.cuda.get_device_name(device) if device.type == "cuda" else None),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
-        limits=machine_limits(device),
+        limits=limits,
+        speeds=speeds,
         seconds=time.perf_counter() - start,
     )
+
+
+def _speed(device: torch.device, dtype: str, report: Report) -> Speed:
+    report(f"products in {dtype}")
+    products = {PLAIN: tuple(times_of_products(device, DTYPES[dtype]))}
+    if dtype == "bfloat16" and device.type == "cpu":
+        for kind in KINDS.values():
+            report(f"products with {kind.name} weights in {dtype}")
+            products[kind.name] = tuple(times_of_products(device, DTYPES[dtype], kind))
+    report(f"the engine and its parts in {dtype}")
+    return Parts(device, dtype, products).speed(report)
+
+
+@torch.inference_mode()
+def times_of_products(device: torch.device, dtype: torch.dtype, kind: Kind | None = None) -> Iterator[Product]:
+    """Every shape with every number of rows."""
+    for outputs, inputs in SHAPES:
+        numel = outputs * inputs
+        layers = _linears(-(-WEIGHTS // numel), outputs, inputs, device, dtype, kind)
+        for count in ROWS:
+            x_TI = torch.randn(count, inputs, device=device).to(dtype)
+            # Many rows do not wait for memory: some of the matrices are enough.
+            some = layers[: max(2, len(layers) * 16 // max(16, count))]
+            if (first := fastest(lambda x=x_TI, some=some: some[0](x), 1)) > SLOW:  # type: ignore[misc]
+                some = some[:1]
+            taken = first if len(some) == 1 else fastest(lambda x=x_TI, s=some: [layer(x) for layer in s], 3)  # type: ignore[misc]
+            yield Product(elements=numel, rows=count, seconds=taken / len(some) / numel)
+
+
+def _linears(
+    count: int, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype, kind: Kind | None
+) -> list[Linear]:
+    """Several as loaded models store them. Of quantised ones, the first is made and copied, which takes less time."""
+    if kind is None:
+        return [_linear(outputs, inputs, device, dtype) for _ in range(count)]
+    layers = [_linear(outputs, inputs, device, dtype, pack=False) for _ in range(count)]
+    first = Quantised.of(kind, layers[0].weight.detach())
+    for layer in layers:
+        layer.store("weight", lambda _: replace(first, codes=first.codes.clone(), scales=first.scales.clone()))
+    return layers
+
+
+@torch.inference_mode()
+def elements_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Activations per second that stand between the products of a gated feed-forward: its norm, its gate, its sum."""
+    rows, dim, hidden = WIDE
+    norm, form = RMS(RMSSpec(dim=dim, eps=1e-5)).to(device, dtype), GatedSpec(dim=dim, hidden_dim=hidden)
+    x_TD, y_T2F = (torch.randn(rows, size, device=device).to(dtype) for size in (dim, 2 * hidden))
+
+    def work() -> None:
+        for _ in range(LAYERS):
+            norm(x_TD)
+            Gated.between(form, y_T2F)
+            x_TD.add(x_TD)
+
+    return LAYERS * rows * (2 * dim + 3 * hidden) / fastest(work, 5)
+
+
+def _linear(outputs: int, inputs: int, device: torch.device, dtype: torch.dtype, pack: bool = True) -> Linear:
+    """As a loaded model stores it."""
+    with torch.device(device):
+        layer = Linear(inputs, outputs).to(dtype)
+    layer.weight.requires_grad_(False)
+    torch.nn.init.normal_(layer.weight, std=0.02)
+    if pack:
+        pack_weights(layer)
+    return layer
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of a step, or of the steps of a prompt."""
+
+    steps: tuple[Step, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """A small model's runs, by name."""
+
+    work: Work
+    runs: dict[str, Run]
+    hot: Hot
+
+    def left(self, name: str, speed: Speed) -> float:
+        """Seconds of a run that the speed does not explain. The small model's own products stand in caches."""
+        run, known = self.runs[name], Forecast(speed, self.work)
+        explained = (known.step(step) for step in run.steps)
+        products = sum(self.hot.products(self.work, step) for step in run.steps)
+        return run.seconds - products - sum(seconds.total - seconds.products for seconds in explained)
+
+    def mixed(self, name: str) -> float:
+        """Multiply-adds of mixing tokens."""
+        work, steps = self.work, self.runs[name].steps
+        return sum(n * s.tokens * work.mixing(spec, s.middle) for spec, n in work.parts.items() for s in steps)
+
+
+class Hot:
+    """Seconds of products with matrices that stay in caches, as those of a small model do."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self._known = device, dtype, dict[tuple[int, int, int], float]()
+
+    def products(self, work: Work, step: Step) -> float:
+        """All of a step."""
+        total = 0.0
+        for matrix, count in work.matrices.items():
+            if rows := matrix.rows(step):
+                touched = matrix.touched(rows)
+                each = max(1, round(rows * matrix.chosen / touched))
+                total += count * touched * self._seconds(matrix.outputs, matrix.inputs, each)
+        return total
+
+    @torch.inference_mode()
+    def _seconds(self, outputs: int, inputs: int, rows: int) -> float:
+        key = (outputs, inputs, rows)
+        if key not in self._known:
+            layer, x_TI = _linear(outputs, inputs, self.device, self.dtype), torch.randn(rows, inputs)
+            x_TI = x_TI.to(self.device, self.dtype)
+            self._known[key] = fastest(lambda: [layer(x_TI) for _ in range(CALLS)], 5) / CALLS
+        return self._known[key]
+
+
+class Parts:
+    """What the engine's steps take beside the products with weights, part by part."""
+
+    def __init__(self, device: torch.device, dtype: str, products: dict[str, tuple[Product, ...]]) -> None:
+        self.device, self.dtype = device, dtype
+        self.hot = Hot(device, DTYPES[dtype])
+        self.nothing = Speed(products=products, elements=1e30, step_s=0.0, sequence_s=0.0, paces={})
+
+    def speed(self, report: Report) -> Speed:
+        """All figures of the number format."""
+        plain, few = self.times(ATTENTION, None, ALL), self.times(ATTENTION, None, STEPPING, layers=FEW)
+        speed = self.engine(few, plain)
+        speed = speed.model_copy(update={"elements": elements_rate(self.device, DTYPES[self.dtype])})
+        for name, node in MIXERS.items():
+            report(f"{name} in {self.dtype}")
+            times = plain if name == "attention" else self.times(node, None, ALL)
+            speed = _with(speed, name, _mixer(times, speed))
+        for name, node in FFNS.items():
+            report(f"{name} in {self.dtype}")
+            times = self.times(ATTENTION, node, STEPPING)
+            speed = _with(speed, name, _ffn(times, speed))
+        return speed.model_copy(update={"paces": speed.paces | {n: speed.paces[other] for n, other in LIKE.items()}})
+
+    def engine(self, few: Times, plain: Times) -> Speed:
+        """What a step takes with no layers at all, by those with few and with more."""
+        at_none = []
+        for name in ("one", "many"):
+            low, high = (t.left(name, self.nothing) for t in (few, plain))
+            at_none.append(max(TINY, low - (high - low) / (LAYERS - FEW) * FEW))
+        sequence = max(0.0, (at_none[1] - at_none[0]) / (MANY - 1))
+        return self.nothing.model_copy(update={"step_s": max(0.0, at_none[0] - sequence), "sequence_s": sequence})
+
+    def times(
+        self, mixer: dict[str, Any], ffn: dict[str, Any] | None, names: Sequence[str], layers: int = LAYERS
+    ) -> Times:
+        """The named runs of a model of such layers."""
+        with _model(mixer, ffn, layers, self.device, self.dtype) as model:
+            work = Work(model.plan, self.dtype)
+            runs = {name: RUNS[name](model) for name in names}
+        return Times(work, runs, self.hot)
+
+
+def _mixer(times: Times, speed: Speed) -> Pace:
+    """A mixer's pace, from what its layers took that the rest of the speed does not explain."""
+    (spec,), speed = times.work.parts, speed.model_copy(update={"paces": {}})
+    state, itemsize = spec.state(), times.work.cache_itemsize
+    assert state is not None
+    one, many = times.left("one", speed), times.left("many", speed)
+    each = max(TINY, (many - one) / (MANY - 1)) / LAYERS
+    if fixed := state.nbytes(0, itemsize):
+        pace = Pace(call_s=max(0.0, one / LAYERS - each), item_s=0.0, read=fixed / each)
+    else:
+        pace = Pace(call_s=max(0.0, one / LAYERS - each), item_s=each)
+        far = max(TINY, times.left("far", _with(speed, _name(times), pace)))
+        past = times.runs["far"].steps[0].past
+        pace = pace.model_copy(update={"read": LAYERS * FAR * state.nbytes(past, itemsize) / far})
+    taken = sum(times.left(name, _with(speed, _name(times), pace)) for name in PROMPTS)
+    return pace.model_copy(update={"multiply": sum(map(times.mixed, PROMPTS)) / max(TINY, taken)})
+
+
+def _ffn(times: Times, speed: Speed) -> Pace:
+    """A feed-forward's pace: for each call, and of a mixture for each expert that it touches."""
+    spec = next(spec for spec in times.work.parts if spec.state() is None)
+    one, many = (max(0.0, times.left(name, speed)) / LAYERS for name in STEPPING)
+    few, more = (items_of(spec, times.runs[name].steps[0]) for name in STEPPING)
+    if not isinstance(spec, MoESpec):
+        return Pace(call_s=one, item_s=0.0)
+    each = max(0.0, (many - one) / (more - few))
+    return Pace(call_s=max(0.0, one - few * each), item_s=each)
+
+
+def _name(times: Times) -> str:
+    (spec,) = times.work.parts
+    return str(spec.pace())
+
+
+def _with(speed: Speed, name: str, pace: Pace) -> Speed:
+    return speed.model_copy(update={"paces": speed.paces | {name: pace}})
+
+
+def _decode(model: Model, batch: int, context: int) -> Run:
+    run = decode_steps(model, random_prompts(model, batch, context), STEPS)
+    return Run((Step.decode(batch, round(run.context)),), sorted(run.steps)[len(run.steps) // 4])
+
+
+def _prompt(model: Model, tokens: int) -> Run:
+    def read() -> None:
+        model.generate(random_prompts(model, 1, tokens), max_tokens=1, temperature=0.0, ignore_eos=True)
+
+    chunk = chunk_tokens(model.placement.device.type)
+    return Run(tuple(prefill(tokens, chunk)), fastest(read, 3))
+
+
+RUNS: dict[str, Callable[[Model], Run]] = {
+    "one": lambda model: _decode(model, 1, SHORT),
+    "many": lambda model: _decode(model, MANY, SHORT),
+    "far": lambda model: _decode(model, FAR, LONG - CUT),
+    "prompt": lambda model: _prompt(model, model.engine.sizes.chunk_tokens),
+    "long_prompt": lambda model: _prompt(model, 2 * model.engine.sizes.chunk_tokens),
+}
+"""Decode steps of one short sequence, of many, of some long ones; the prompt of one step, and of two."""
+
+ALL, STEPPING, PROMPTS = tuple(RUNS), ("one", "many"), ("prompt", "long_prompt")
+
+
+@contextmanager
+def _model(
+    mixer: dict[str, Any], ffn: dict[str, Any] | None, layers: int, device: torch.device, dtype: str
+) -> Iterator[Model]:
+    """A model of random weights, and nothing of it afterwards."""
+    from zoo.api import load
+
+    card = {
+        "name": "probe",
+        "family": "probe",
+        "summary": "Layers of one kind, to be timed.",
+        "context_length": 2 * chunk_tokens(device.type) + LONG,
+        "source": {"dtype": dtype},
+        "text": {"features": []},
+        "model": {
+            "dim": DIM,
+            "vocab_size": 512,
+            "norm": {"kind": "rms", "eps": 1e-5},
+            "layers": [{"repeat": layers, "mixer": mixer, "ffn": ffn}],
+        },
+    }
+    with load(card, weights="random", device=str(device), dtype=dtype, max_batch_size=MANY) as model:
+        yield model
+    gc.collect()

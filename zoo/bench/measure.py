@@ -12,9 +12,13 @@ from zoo.bench.timing import seconds
 from zoo.costs.profile import Limits
 from zoo.costs.work import Step, Work, prefill
 from zoo.engine.request import Request, SamplingParams
+from zoo.loading.quantising import quantised_parts
 
 if TYPE_CHECKING:
     from zoo.model import Model
+
+TOLERANCE = 0.25
+"""How far a prediction may be off."""
 
 WARM = 3
 """Steps of single rows that do not count."""
@@ -27,7 +31,8 @@ class Measurement:
     kind: prefill, or decode. context: tokens that a row saw, on average. tokens_per_second: of all sequences together.
     seconds: of the prompts, or of one step: the median; fastest, slowest: the others. read_bytes, multiply_adds: what
     the work needs at least. of_read, of_multiply: these per second, over the limits; of_limit: the time that the
-    nearer of both limits would allow, over the time that was taken.
+    nearer of both limits would allow, over the time that was taken. predicted: tokens per second that `zoo inspect`
+    reckons from the stored measurements of the machine; None without them.
     """
 
     kind: str
@@ -43,14 +48,29 @@ class Measurement:
     of_read: float
     of_multiply: float
     of_limit: float
+    predicted: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over measured time; None without a prediction."""
+        return None if self.predicted is None else self.tokens_per_second / self.predicted
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether predicted and measured time differ by no more than a quarter of the smaller; None without one."""
+        return None if self.ratio is None else 1 / (1 + TOLERANCE) <= self.ratio <= 1 + TOLERANCE
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"prediction_holds": self.holds}
 
 
 def work_of(model: "Model") -> Work:
     """The arithmetic of a loaded model."""
-    return Work(model.plan, model.placement.dtype_name)
+    kinds = {matrix.kind.name for _, matrix in quantised_parts(model.module)}
+    # Where blocks have four bits the head still has eight.
+    return Work(
+        model.plan, model.placement.dtype_name, next((name for name in ("int4", "int8") if name in kinds), None)
+    )
 
 
 def bytes_per_step(model: "Model", batch: int, context: int) -> float:

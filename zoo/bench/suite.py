@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from zoo.bench.measure import (
@@ -14,7 +14,9 @@ from zoo.bench.measure import (
     work_of,
 )
 from zoo.bench.traffic import Traffic, arrivals, measure_traffic
-from zoo.costs.profile import Limits
+from zoo.costs.forecast import Forecast, forecast
+from zoo.costs.profile import Limits, Profile
+from zoo.registry.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -65,12 +67,14 @@ class Options:
 
 @dataclass
 class Report:
-    """What was measured so far. left_out: what was not, and why."""
+    """What was measured so far. left_out: what was not, and why. why: there are no predictions."""
 
     name: str
     device: str
     dtype: str
     limits: Limits
+    profile: Profile | None = None
+    why: str | None = None
     results: list[Measurement] = field(default_factory=list)
     curves: dict[str, list[Measurement]] = field(default_factory=dict)
     traffic: Traffic | None = None
@@ -82,6 +86,7 @@ class Report:
             "name": self.name,
             "device": self.device,
             "dtype": self.dtype,
+            "profile": None if self.profile is None else self.profile.key.model_dump() | {"why": self.why},
             "limits": self.limits.model_dump() | {"read_way": self.limits.read_way},
             "results": [r.to_dict() for r in self.results],
             "curves": {name: [r.to_dict() for r in points] for name, points in self.curves.items()},
@@ -123,10 +128,24 @@ def cases(model: Model, options: Options) -> Iterator[Case]:
 
 
 def _measured(report: Report, model: Model, case: Case, options: Options) -> Measurement:
+    known = None if report.profile is None else _forecast(report, report.profile, model)
     if case.kind == "prefill":
-        return measure_prefill(model, report.limits, tokens=case.context, repeats=options.repeats)
+        found = measure_prefill(model, report.limits, tokens=case.context, repeats=options.repeats)
+        return found if known is None else replace(found, predicted=case.context / known.prefill(case.context).total)
     sizes = {"batch": case.batch, "context": case.context, "new_tokens": options.new_tokens}
-    return measure_decode(model, report.limits, **sizes)
+    found = measure_decode(model, report.limits, **sizes)
+    if known is None:
+        return found
+    return replace(found, predicted=case.batch / known.decode(case.batch, found.context).total)
+
+
+def _forecast(report: Report, profile: Profile, model: Model) -> Forecast | None:
+    """What predicts; None, and the report says why, where the profile has not the model's formats."""
+    try:
+        return forecast(profile, work_of(model), model.placement.device.type)
+    except ZooError as error:
+        report.why = str(error)
+        return None
 
 
 def _left_out(report: Report, model: Model, case: Case, options: Options) -> str | None:

@@ -90,8 +90,21 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     if flags["max_batch_size"] is None:
         flags["max_batch_size"] = max(64, *options.batches)
     with load_model(ref, flags) as model:
-        found["model"] = Report(model.card.name, describe(device), model.placement.dtype_name, here)
+        known, why = _stored(device, found.get("machine"))
+        found["model"] = Report(model.card.name, describe(device), model.placement.dtype_name, here, known, why)
         fill(found["model"], model, options, note)
+
+
+def _stored(device: Any, fresh: Any) -> tuple[Any, str | None]:
+    """The machine's profile, just measured or stored; else why there is none."""
+    from zoo.costs.profile import stored
+    from zoo.device import describe
+    from zoo.registry.errors import ZooError
+
+    try:
+        return fresh or stored(device.type, describe(device) if device.type == "cuda" else None), None
+    except ZooError as error:
+        return None, str(error)
 
 
 def _write_limits(limits: "Limits") -> None:
@@ -110,8 +123,10 @@ def _write(report: "Report") -> None:
     _write_limits(report.limits)
     for title, rows in {"": report.results, **report.curves}.items():
         if rows:
-            head = ["WHAT", "BATCH", "CONTEXT", "tok/s", "ms", "OF READ", "OF MULTIPLY"]
+            head = ["WHAT", "BATCH", "CONTEXT", "tok/s", "ms", "OF READ", "OF MULTIPLY", "PREDICTED"]
             click.echo("\n" + (f"against {title}\n" if title else "") + columns([head, *map(_row, rows)]))
+    if report.why:
+        click.echo(f"no predictions: {report.why}")
     if report.traffic:
         click.echo("\n" + _traffic(report.traffic))
     for left in report.left_out:
@@ -120,7 +135,15 @@ def _write(report: "Report") -> None:
 
 def _row(m: "Measurement") -> list[str]:
     rates = [f"{m.tokens_per_second:.1f}", f"{m.seconds * 1e3:.1f}"]
-    return [m.kind, str(m.batch), str(m.context), *rates, f"{m.of_read:.0%}", f"{m.of_multiply:.0%}"]
+    return [m.kind, str(m.batch), str(m.context), *rates, f"{m.of_read:.0%}", f"{m.of_multiply:.0%}", _predicted(m)]
+
+
+def _predicted(m: "Measurement") -> str:
+    """The tokens per second that were predicted, and how far that is off."""
+    if m.predicted is None or m.ratio is None:
+        return "-"
+    verdict = "within 25 %" if m.holds else "not within 25 %"
+    return f"{m.predicted:.1f}, {verdict} ({m.predicted / m.tokens_per_second - 1:+.0%})"
 
 
 def _traffic(t: "Traffic") -> str:

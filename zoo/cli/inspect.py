@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 @click.option("--cache-dtype", default="auto", show_default=True, help="int8, fp8, none, or auto: as the card says.")
 @click.option("--quantize", help="int8 or int4: reckon with large matrices stored so.")
 @click.option("--prompt", help="Show this prompt's token ids and pieces as the model would get them.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Without --prompt: of the prompt whose first new token is reckoned.",
+)
 @click.option("--raw", is_flag=True, help="With --prompt: as raw text, not as a chat turn.")
 @click.option("--files", is_flag=True, help="Ask the hub which files a pull would fetch.")
 @click.option("--resolved", is_flag=True, help="Print the flat card, parents merged, and nothing else.")
@@ -31,6 +38,7 @@ def inspect(
     cache_dtype: str,
     quantize: str | None,
     prompt: str | None,
+    prompt_tokens: int,
     raw: bool,
     files: bool,
     resolved: bool,
@@ -45,11 +53,12 @@ def inspect(
     if resolved:
         click.echo(found.card.to_yaml(), nl=False)
         return
-    data = found.to_dict(context)
+    shown = None if prompt is None else _prompt(found, prompt, raw)
+    data = found.to_dict(context, prompt_tokens if shown is None else len(shown))
     if files:
         data["files"] = _files(found)
-    if prompt is not None:
-        data["prompt"] = _prompt(found, prompt, raw)
+    if shown is not None:
+        data["prompt"] = shown
     if as_json:
         emit(data)
     else:
@@ -97,6 +106,7 @@ def _write(data: dict[str, Any]) -> None:
         ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens"],
         ["here", f"{size(memory['free_bytes'])} free: {room}"],
     ]
+    facts += _speed(data["speed"])
     facts += [[name, text] for name, text in data["encoders"].items()]
     if not memory["fits"] and memory["largest_context"]:
         facts.append(["", f"the longest context that fits here now is {memory['largest_context']} tokens"])
@@ -112,6 +122,20 @@ def _write(data: dict[str, Any]) -> None:
 
 def _format(data: dict[str, Any]) -> str:
     return data["dtype"] if data["quantize"] is None else f"{data['quantize']}, what stays in {data['dtype']}"
+
+
+def _speed(speed: dict[str, Any]) -> list[list[str]]:
+    """What to expect of this machine, or why that is not known."""
+    if "why" in speed:
+        return [["speed", f"not known: {speed['why']}"]]
+    first, (one, *more) = speed["prefill"], speed["decode"]
+    others = ", ".join(f"{row['tokens_per_second']:.3g} for {row['batch']}" for row in more)
+    rest = f"; like others: {', '.join(speed['unmeasured'])}" if speed["unmeasured"] else ""
+    return [
+        ["speed", f"{one['tokens_per_second']:.3g} tokens/s for one sequence of {one['context']} tokens, {others}"],
+        ["", f"first token of a prompt of {first['tokens']} tokens after {first['seconds']:.3g} s"],
+        ["", f"reckoned for {speed['device']}, measured on {speed['measured'][:10]}{rest}"],
+    ]
 
 
 def _cache(data: dict[str, Any]) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from zoo.machine import cache_folder, cores, processor
 from zoo.registry.errors import ZooError
@@ -22,7 +24,8 @@ class _Data(BaseModel):
 class Key(_Data):
     """What the figures depend on. A profile whose key is not that of the running installation is refused.
 
-    threads: OMP_NUM_THREADS, where it is set. torch, zoo: versions. accelerator: a GPU's name, or None for the CPU.
+    threads: OMP_NUM_THREADS, where it is set. torch, zoo: versions. native: whether kernels in C are built and not left
+    out by ZOO_NATIVE. accelerator: a GPU's name, or None for the CPU.
     """
 
     processor: str
@@ -30,6 +33,7 @@ class Key(_Data):
     threads: str | None
     torch: str
     zoo: str
+    native: bool
     accelerator: str | None = None
 
     @classmethod
@@ -41,6 +45,7 @@ class Key(_Data):
             threads=os.environ.get("OMP_NUM_THREADS"),
             torch=importlib.metadata.version("torch"),
             zoo=importlib.metadata.version("zoo-inference"),
+            native=_has_kernels(),
             accelerator=accelerator,
         )
 
@@ -68,13 +73,51 @@ class Limits(_Data):
         return self.read[self.read_way]
 
 
+class Product(_Data):
+    """Seconds for each element of a matrix of `elements` elements that is multiplied with `rows` rows."""
+
+    elements: PositiveInt
+    rows: PositiveInt
+    seconds: PositiveFloat
+
+
+class Pace(_Data):
+    """What a part takes beside its products.
+
+    call_s: seconds in each step. item_s: and for each sequence in it, or each expert that it touches. read: bytes per
+    second of what single rows read of their cache. multiply: multiply-adds per second of what tokens do with earlier
+    ones, where a sequence has many rows.
+    """
+
+    call_s: NonNegativeFloat
+    item_s: NonNegativeFloat
+    read: PositiveFloat | None = None
+    multiply: PositiveFloat | None = None
+
+
+class Speed(_Data):
+    """How fast zoo's own parts run in one number format.
+
+    products: times of products by kind of weights ("plain", or a quantised one). elements: activations per second
+    that small operations take in and give, between products. step_s, sequence_s: seconds that the engine takes for a
+    step, and for each sequence. paces: by what components say of themselves.
+    """
+
+    products: dict[str, tuple[Product, ...]] = Field(min_length=1)
+    elements: PositiveFloat
+    step_s: NonNegativeFloat
+    sequence_s: NonNegativeFloat
+    paces: dict[str, Pace]
+
+
 class Profile(_Data):
-    """One device of this machine. measured: when, in UTC. seconds: how long that took."""
+    """One device of this machine. measured: when, in UTC. seconds: how long that took. speeds: by number format."""
 
     key: Key
     measured: str
     seconds: PositiveFloat
     limits: Limits
+    speeds: dict[str, Speed]
 
     @property
     def device(self) -> str:
@@ -130,3 +173,11 @@ def stored(device: str, accelerator: str | None = None) -> Profile:
                 hint=RENEW,
             )
     return profile
+
+
+def _has_kernels() -> bool:
+    """Whether zoo's kernels in C are there, found without importing them."""
+    found = find_spec("zoo.components.native")
+    folder = Path(found.origin).parent if found and found.origin else None
+    built = folder is not None and any((folder / f"kernels{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+    return built and os.environ.get("ZOO_NATIVE") != "off"

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from zoo.components.decoder.spec import DecoderSpec
+from zoo.components.kinds import HEAD, KINDS, Kind, kind_of
 from zoo.registry.plan import Plan
 from zoo.registry.spec import Param, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number."""
+
+CHUNK_TOKENS = {"cpu": 512}
+OTHER_CHUNK_TOKENS = 2048
+
+
+def chunk_tokens(device: str) -> int:
+    """Rows that the engine computes at once, by kind of device: what a long prompt is cut into."""
+    return CHUNK_TOKENS.get(device, OTHER_CHUNK_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +62,8 @@ def prefill(prompt: int, chunk: int) -> Iterator[Step]:
 class Matrix:
     """A matrix that activations are multiplied with, or `experts` of them, of which a token uses `chosen`.
 
-    dtype: "model", or "float32" for what is never rounded. head: only rows whose logits are wanted go through it.
+    dtype: "model", or "float32" for what is never rounded. kind: of its quantised weights, or None. head: only rows
+    whose logits are wanted go through it.
     """
 
     outputs: int
@@ -61,6 +71,7 @@ class Matrix:
     experts: int = 1
     chosen: float = 1.0
     dtype: str = "model"
+    kind: str | None = None
     head: bool = False
 
     @property
@@ -79,10 +90,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a model's steps. dtype: the format of weights and cache."""
+    """The work of a model's steps. dtype: the format of weights and cache. quantize: the kind of large matrices."""
 
     plan: Plan
     dtype: str
+    quantize: str | None = None
 
     @property
     def model(self) -> DecoderSpec:
@@ -101,8 +113,9 @@ class Work:
         found: Counter[Matrix] = Counter()
         for spec, count in self.specs.items():
             for name, param in spec.parameters().items():
-                head = isinstance(spec, DecoderSpec) and name in ("head.weight", "embed.weight")
-                if param.product and (matrix := _matrix(param, head)) is not None:
+                head = isinstance(spec, DecoderSpec) and name in (HEAD, "embed.weight")
+                kind = kind_of(param, KINDS[self.quantize], name == HEAD) if self.quantize else None
+                if param.product and (matrix := _matrix(param, kind, head)) is not None:
                     found[matrix] += count
         return found
 
@@ -113,6 +126,8 @@ class Work:
 
     def nbytes(self, matrix: Matrix) -> float:
         """Bytes of one expert of a matrix as it is stored."""
+        if matrix.kind is not None:
+            return KINDS[matrix.kind].nbytes(matrix.outputs, matrix.inputs)
         return matrix.numel * BYTES["float32" if matrix.dtype == "float32" else self.dtype]
 
     def weight_bytes(self, step: Step) -> float:
@@ -135,6 +150,23 @@ class Work:
         each = sum(count * spec.flops(step.middle) for spec, count in self._owned.items()) / 2
         return step.tokens * (each - head) + step.wanted * head
 
+    def elements(self, step: Step) -> float:
+        """Activations that go into products and come out of them: what small operations work on in between."""
+        return sum(
+            count * matrix.rows(step) * matrix.chosen * (matrix.outputs + matrix.inputs)
+            for matrix, count in self.matrices.items()
+        )
+
+    def mixing(self, spec: Spec, context: int) -> float:
+        """Multiply-adds of one token with what earlier ones left, beside the products with weights."""
+        products = sum(p.numel * p.active for p in spec.parameters().values() if p.product)
+        return spec.flops(context) / 2 - products
+
+    @cached_property
+    def parts(self) -> Counter[Spec]:
+        """The Specs whose time is more than that of their products."""
+        return Counter({spec: count for spec, count in self.specs.items() if spec.pace()})
+
     @cached_property
     def _owned(self) -> Counter[Spec]:
         """Specs as `flops` counts them: what several layers share is counted by those layers."""
@@ -142,12 +174,13 @@ class Work:
         return Counter(spec for path, spec in self.model.walk() if path.partition(".")[0] not in encoders)
 
 
-def _matrix(param: Param, head: bool) -> Matrix | None:
+def _matrix(param: Param, kind: Kind | None, head: bool) -> Matrix | None:
     """The matrix that a parameter is; None for what works on single channels."""
+    name = None if kind is None else kind.name
     if len(param.shape) == 2:
         outputs, inputs = param.shape
-        return Matrix(outputs, inputs, dtype=param.dtype, head=head)
+        return Matrix(outputs, inputs, dtype=param.dtype, kind=name, head=head)
     if len(param.shape) == 3 and param.active < 1:
         experts, outputs, inputs = param.shape
-        return Matrix(outputs, inputs, experts, param.active * experts, param.dtype)
+        return Matrix(outputs, inputs, experts, param.active * experts, param.dtype, name)
     return None

@@ -18,6 +18,7 @@ from zoo.components import native
 from zoo.components.cache.store import Store, make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
+from zoo.costs.work import chunk_tokens as usual_chunk
 from zoo.engine.adapters import Adapters
 from zoo.engine.admission import Admission, Sizes
 from zoo.engine.capture import Captured, captures
@@ -37,9 +38,6 @@ from zoo.engine.stream import Stream
 from zoo.registry.errors import CapacityError, RequestError, ZooError
 from zoo.registry.plan import Plan
 from zoo.registry.spec import StateSpec
-
-CHUNK_TOKENS = {"cpu": 512}
-OTHER_CHUNK_TOKENS = 2048
 
 DRAFT_ROWS = {"cpu": native.FEW}
 OTHER_DRAFT_ROWS = 128
@@ -82,7 +80,7 @@ class Engine:
     ) -> None:
         model, device = cast(DecoderSpec, plan.model), torch.device(device)
         context = model.context_length if max_context is None else max_context
-        chunk = CHUNK_TOKENS.get(device.type, OTHER_CHUNK_TOKENS) if chunk_tokens is None else chunk_tokens
+        chunk = usual_chunk(device.type) if chunk_tokens is None else chunk_tokens
         self.sizes = Sizes(max_batch_size, context, chunk)
         self.sizes.check(model.context_length)
 

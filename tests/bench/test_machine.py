@@ -1,0 +1,38 @@
+"""Measuring a machine: what is found, with sizes so small that it takes a moment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zoo.bench import machine
+from zoo.bench.limits import machine_limits
+from zoo.costs.profile import Profile
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[Profile, list[str]]:
+    monkeypatch.setattr(machine, "machine_limits", lambda device: machine_limits(device, 1 << 20, 64, 1))
+    for name, value in {"SHAPES": ((64, 64),), "ROWS": (1, 4), "WEIGHTS": 1 << 13, "WIDE": (4, 16, 32)}.items():
+        monkeypatch.setattr(machine, name, value)
+    for name, value in {"DIM": 32, "LONG": 128, "CUT": 16, "STEPS": 4, "MANY": 3, "LAYERS": 3}.items():
+        monkeypatch.setattr(machine, name, value)
+    lengths = {"prompt": 40, "long_prompt": 80}
+    short = {name: lambda model, n=tokens: machine._prompt(model, n) for name, tokens in lengths.items()}
+    monkeypatch.setattr(machine, "RUNS", machine.RUNS | short)
+    monkeypatch.setattr(machine, "MIXERS", {n: machine.MIXERS[n] for n in ("attention", "mamba2")})
+    monkeypatch.setattr(machine, "DTYPES", {"bfloat16": torch.bfloat16})
+    told = list[str]()
+    return machine.profile(torch.device("cpu"), told.append), told
+
+
+def test_every_part_is_measured(measured: tuple[Profile, list[str]]) -> None:
+    profile, told = measured
+    speed = profile.speeds["bfloat16"]
+    assert set(speed.products) == {"plain", "int8", "int4"}
+    assert [(p.elements, p.rows) for p in speed.products["plain"]] == [(4096, 1), (4096, 4)]
+    assert set(speed.paces) == {"attention", "mamba2", "gated", "moe", "mlp", "clamped"}
+    assert all((speed.paces[name].read or 0) > 0 for name in ("attention", "mamba2"))
+    assert speed.paces["mlp"] == speed.paces["gated"]
+    assert profile == Profile.model_validate_json(profile.model_dump_json())
+    assert "mamba2 in bfloat16" in told
