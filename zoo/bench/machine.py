@@ -20,10 +20,11 @@ import torch
 from zoo.bench.limits import DTYPES, machine_limits
 from zoo.bench.measure import decode_steps, random_prompts
 from zoo.bench.timing import fastest
+from zoo.components import linear
 from zoo.components.ffn.gated import Gated
 from zoo.components.ffn.spec import GatedSpec, MoESpec
 from zoo.components.kinds import KINDS, Kind
-from zoo.components.linear import Linear, pack_weights
+from zoo.components.linear import Linear
 from zoo.components.norm.rms import RMS
 from zoo.components.norm.spec import RMSSpec
 from zoo.components.quantised import Quantised
@@ -192,8 +193,9 @@ def _linear(outputs: int, inputs: int, device: torch.device, dtype: torch.dtype,
         layer = Linear(inputs, outputs).to(dtype)
     layer.weight.requires_grad_(False)
     torch.nn.init.normal_(layer.weight, std=0.02)
-    if pack:
-        pack_weights(layer)
+    store = linear.fastest(layer.weight) if pack else None
+    if store is not None:
+        layer.store("weight", store)
     return layer
 
 
