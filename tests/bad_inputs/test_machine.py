@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
     "no memory, in the smallest type": (
         memory(100_000, dtype="bfloat16"),
         CapacityError,
-        [f"cpu: {NO_ROOM} 97.7 KiB free; expected 313.9 KiB", "Use another device or a smaller model"],
+        [f"cpu: {NO_ROOM} 97.7 KiB free; expected 313.9 KiB", "Use another device, a smaller model or `--quantize`"],
     ),
     "memory that is full at 95 % of the weights": (
         full_at(0.95),

@@ -71,7 +71,7 @@ MISTAKES = {
         "vocab_sizes",
         "5: model.vocab_sizes: unknown key 'vocab_sizes'; expected one of kind, vocab_size, dim, tied_embeddings, "
         "embedding_scale, logits_divisor, "
-        "logits_softcap, lerope, norm, shared, layers, vision, audio. Did you mean 'vocab_size'?",
+        "logits_softcap, lerope, cache_dtype, norm, shared, layers, vision, audio. Did you mean 'vocab_size'?",
     ),
     "unknown key in a run": (
         "repeat: 2",
