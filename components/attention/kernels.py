@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from zoo.components.attention.memory_efficient import memory_efficient
 from zoo.components.attention.paged import can_attend
+from zoo.components.native import prompts
 from zoo.registry.errors import ZooError, nearest
 
 BLOCK = 256
@@ -217,7 +218,16 @@ def _mask(q_THd: Tensor, past: int, window: int | None, copies: int, memo: Memo)
     return mask
 
 
-KERNELS: dict[str, Kernel] = {"auto": sdpa, "reference": reference, "sdpa": sdpa, "xformers": memory_efficient}
+def automatic(
+    q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, scale: float, past: int, window: int | None, memo: Memo
+) -> Tensor:
+    """Many rows on a CPU by the native kernels where these can, everything else by PyTorch's attention."""
+    if prompts.attends(q_THd, k_GSd, v_GSd):
+        return prompts.attend(q_THd, k_GSd, v_GSd, scale, window)
+    return sdpa(q_THd, k_GSd, v_GSd, scale, past, window, memo)
+
+
+KERNELS: dict[str, Kernel] = {"auto": automatic, "reference": reference, "sdpa": sdpa, "xformers": memory_efficient}
 """By name, as ZOO_ATTENTION says it. "auto" also reads single rows' keys straight from slabs or pages where it can."""
 
 

@@ -38,6 +38,10 @@ _ARGUMENTS = {
     "zoo_rms": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, ctypes.c_double, _ADDRESS, _COUNT],
     "zoo_gate": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
     "zoo_rotate": [*[_SIZE] * 4, _ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _COUNT],
+    "zoo_prompts": [
+        *[*[_SIZE] * 6, ctypes.c_double, _ADDRESS, _SIZE, _SIZE],
+        *[_ADDRESS, _SIZE, _ADDRESS, _SIZE, *[_ADDRESS] * 5, _COUNT],
+    ],
     "zoo_read": [_ADDRESS, _SIZE, _COUNT],
 }
 
@@ -83,6 +87,8 @@ def missing() -> str | None:
         return "not built: there was no C compiler when zoo was installed"
     if library().level == NONE:
         return "this processor has no AVX-512"
+    if library().absent:
+        return "built from older sources than these: install zoo again"
     from zoo.components.native.check import differences
 
     wrong = [f"{name} is off by {error:.0e}" for name, error in differences() if not error < TOLERANCE]
@@ -93,13 +99,15 @@ def missing() -> str | None:
 
 
 class Kernels:
-    """The loaded library. level: how it computes products, one of NONE, MULTIPLY_ADD and DOT."""
+    """The loaded library. level: how it computes products, one of NONE, MULTIPLY_ADD and DOT; absent: what it lacks."""
 
     def __init__(self, path: Path, level: int | None = None) -> None:
         self.handle = ctypes.CDLL(str(path))
-        for name, arguments in _ARGUMENTS.items():
-            getattr(self.handle, name).argtypes = arguments
         self.level = self.handle.zoo_level() if level is None else level
+        self.absent = [name for name in (*_ARGUMENTS, "zoo_attend") if not hasattr(self.handle, name)]
+        if not self.absent:
+            for name, arguments in _ARGUMENTS.items():
+                getattr(self.handle, name).argtypes = arguments
 
     def product(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """As `product`, by this library."""

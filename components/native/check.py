@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
-from zoo.components.native import small
+from zoo.components.native import prompts, small
 from zoo.components.native.panels import Panels
 
 
 def differences() -> Iterator[tuple[str, float]]:
     """Each kernel's name and its relative error, with sizes that leave remainders everywhere."""
+    from zoo.components.attention.kernels import reference
     from zoo.components.ffn.gated import ACTIVATIONS
     from zoo.components.norm.rms import rms_reference
 
@@ -32,6 +33,10 @@ def differences() -> Iterator[tuple[str, float]]:
         turning = q_THd[..., :20].float()
         turned = turning * cos + turning.roll(10, -1) * sin
         yield "rotate", _error(small.rotate(q_THd, cos, sin), torch.cat((turned, q_THd[..., 20:].float()), -1))
+        if native.library().level == native.DOT:
+            q_THd, (k_GSd, v_GSd) = _drawn(draw, 19, 4, 32), _drawn(draw, 2, 2, 41, 32)
+            expected = reference(q_THd, k_GSd, v_GSd, 0.2, 22, 20, {})
+            yield "attention of prompts", _error(prompts.attend(q_THd, k_GSd, v_GSd, 0.2, 20), expected)
 
 
 def _drawn(draw: torch.Generator, *size: int) -> Tensor:

@@ -14,10 +14,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(ZOO_PLAIN)
 
 #include <cpuid.h>
 #include <immintrin.h>
+#include <omp.h>
 
 typedef uint16_t bf16;
 
@@ -346,6 +347,95 @@ void zoo_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next
     }
 }
 
+enum { WIDEST = 256 };
+
+/* Attention of many rows, by the tiles of panels: scores are products with keys in panels of sixteen positions, and results
+ * are products of the weights, rounded to bfloat16, with values in panels of sixteen lanes. */
+
+AVX512_BF16 static void panels_of_cache(long width, long positions, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values) {
+    long padded = (positions + 15) / 16 * 16;
+    for (long s = 0; s < padded; s++)
+        for (long i = 0; i < width; i += 2) {
+            bf16 *word = keys + (s / 16 * width / 2 + i / 2) * 32 + s % 16 * 2;
+            if (s < positions)
+                memcpy(word, k + s * width + i, 4);
+            else
+                memset(word, 0, 4);
+        }
+    for (long s = 0; s < padded; s += 2)
+        for (long i = 0; i < width; i += 16) {
+            __m512i even = _mm512_castps_si512(load16(v + s * width + i, s < positions ? 0xffff : 0));
+            __m512i odd = _mm512_castps_si512(load16(v + (s + 1) * width + i, s + 1 < positions ? 0xffff : 0));
+            _mm512_storeu_si512(values + (i / 16 * padded / 2 + s / 2) * 32, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+        }
+}
+
+static inline unsigned between(long s, long first, long last) {
+    unsigned before = s >= first ? 0 : first - s < 16 ? (1u << (first - s)) - 1 : 0xffff;
+    return last <= s ? 0 : part_of(last - s) & ~before;
+}
+
+/* Turns scores into shares of one another, zero outside first .. last - 1, and returns one over their sum. */
+AVX512 static float shares_of(float *scores, long start, long end, long first, long last, float scale, bf16 *shares) {
+    __m512 most = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
+    for (long s = start; s < end; s += 16) {
+        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scores + s - start), _mm512_set1_ps(scale));
+        _mm512_storeu_ps(scores + s - start, scaled);
+        most = _mm512_mask_max_ps(most, between(s, first, last), most, scaled);
+    }
+    __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (long s = start; s < end; s += 16) {
+        __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + s - start), top));
+        e = _mm512_maskz_mov_ps(between(s, first, last), e);
+        total = _mm512_add_ps(total, e);
+        store16(shares + s - start, 0xffff, e);
+    }
+    return 1 / _mm512_reduce_add_ps(total);
+}
+
+/* Causal attention of rows that are the last of `positions`: q (rows, heads, width) at any distances, k and v (groups,
+ * positions, width), each group k_next further, width a multiple of sixteen; window: how many positions a row sees, 0 for
+ * all; y without gaps. keys, values: room for the cache, its positions filled up to sixteens;
+ * scores and shares: room for MOST rows of these for each thread. */
+AVX512_BF16 void zoo_prompts(long rows, long heads, long groups, long width, long positions, long window, double scale,
+                             const bf16 *q, long q_row, long q_head, const bf16 *k, long k_next, const bf16 *v, long v_next,
+                             bf16 *keys, bf16 *values, float *scores, bf16 *shares, bf16 *y, int threads) {
+    long padded = (positions + 15) / 16 * 16, count = heads / groups, blocks = (rows + MOST - 1) / MOST;
+#pragma omp parallel num_threads(threads)
+    {
+        float *own = scores + omp_get_thread_num() * MOST * padded, found[MOST * WIDEST], over[MOST];
+        bf16 *own_shares = shares + omp_get_thread_num() * MOST * padded;
+#pragma omp for schedule(static)
+        for (long g = 0; g < groups; g++)
+            panels_of_cache(width, positions, k + g * k_next, v + g * v_next, keys + g * padded * width, values + g * padded * width);
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < heads * blocks; task++) {
+            long h = task / blocks, g = h / count, r = task % blocks * MOST, here = rows - r < MOST ? rows - r : MOST;
+            long past = positions - rows + r, first = window && past + 1 > window ? past + 1 - window : 0;
+            long start = first / 16 * 16, end = (past + here + 15) / 16 * 16, span = end - start;
+            for (long p = start / 16, wide; p < end / 16; p += wide ? WIDTH[here] : 1) {
+                wide = p + WIDTH[here] <= end / 16;
+                panel_tiles[wide][here](width / 2, q + r * q_row + h * q_head, q_row, keys + (g * padded + p * 16) * width,
+                                        width * 16, own + p * 16 - start, span, 1);
+            }
+            for (long j = 0; j < here; j++) {
+                long seen = past + j + 1;
+                over[j] = shares_of(own + j * span, start, end, window && seen > window ? seen - window : 0, seen, scale,
+                                    own_shares + j * span);
+            }
+            for (long p = 0, wide; p < width / 16; p += wide ? WIDTH[here] : 1) {
+                wide = p + WIDTH[here] <= width / 16;
+                panel_tiles[wide][here](span / 2, own_shares, span, values + (g * width + p * 16) * padded + start * 16,
+                                        padded * 16, found + p * 16, width, 1);
+            }
+            for (long j = 0; j < here; j++)
+                for (long i = 0; i < width; i += 16)
+                    store16(y + ((r + j) * heads + h) * width + i, 0xffff,
+                            _mm512_mul_ps(_mm512_loadu_ps(found + j * width + i), _mm512_set1_ps(over[j])));
+        }
+    }
+}
+
 /* Reads all bytes, by eight streams for each thread, and returns something that depends on them. */
 AVX512 static int read_piece(const char *p, long bytes) {
     long each = bytes / 8 / 64 * 64;
@@ -367,7 +457,7 @@ int zoo_read(const char *p, long bytes, int threads) {
 
 #else
 
-/* Another processor or compiler: nothing to offer. */
+/* Another processor or compiler, or asked for by a test: nothing to offer. */
 int zoo_level(void) { return 0; }
 
 #endif

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from zoo.components import native
+from zoo.components.attention.kernels import attention, reference
 from zoo.components.linear import Linear
-from zoo.components.native import measure, small
+from zoo.components.native import measure, prompts, small
 from zoo.components.native.measure import plain_read_rate, product_rates, read_limit
 from zoo.components.native.panels import Panels
 from zoo.components.norm.rms import rms_reference
@@ -135,6 +140,57 @@ def test_rotations_equal_the_formula(lanes: int, close: Callable[..., None]) -> 
         close(small.rotate(x, cos, sin), rotate(x, (cos, sin)), "bfloat16")
 
 
+@needs_panels
+@pytest.mark.parametrize("window", [None, 1, 7, 30])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 48), (4, 4, 256), (32, 2, 16)])
+def test_attention_of_prompts_equals_the_formula(
+    heads: int, groups: int, width: int, window: int | None, close: Callable[..., None]
+) -> None:
+    slab = torch.randn(2, groups, 90, width).bfloat16()
+    for rows, positions in ((1, 1), (3, 40), (17, 17), (21, 90), (40, 77)):
+        q = torch.randn(rows, heads + 2, width).bfloat16()[:, :heads] * 2
+        k, v = slab[:, :, :positions]
+        expected = reference(q, k, v, 0.3, positions - rows, window, {})
+        close(prompts.attend(q, k, v, 0.3, window), expected, "bfloat16")
+
+
+@needs_panels
+@pytest.mark.parametrize("window", [None, 30])
+def test_attention_of_chunks_equals_that_of_the_prompt(window: int | None) -> None:
+    q, slab = torch.randn(72, 6, 32).bfloat16(), torch.randn(2, 2, 100, 32).bfloat16()
+    k, v = slab
+
+    def chunk(rows: int, end: int) -> Tensor:
+        return prompts.attend(q[end - rows : end], k[:, : 20 + end], v[:, : 20 + end], 0.3, window)
+
+    whole = chunk(72, 72)
+    for lengths in ([36, 36], [17, 38, 17], [1] * 72):
+        chunks = [chunk(rows, end) for rows, end in zip(lengths, accumulate(lengths), strict=True)]
+        assert torch.equal(torch.cat(chunks), whole), lengths
+
+
+@needs_panels
+def test_prompts_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    real = prompts.attend
+
+    def noted(q: Tensor, *rest: Any) -> Tensor:
+        used.append(len(q))
+        return real(q, *rest)
+
+    monkeypatch.setattr(prompts, "attend", noted)
+    k = torch.randn(2, 40, 16).bfloat16()
+    odd = torch.randn(2, 40, 17).bfloat16()
+    with torch.inference_mode():
+        for rows in (1, 16, 17):
+            attention(torch.randn(rows, 4, 16).bfloat16(), k, k, scale=0.25, past=40 - rows, window=None)
+        attention(torch.randn(20, 4, 17).bfloat16(), odd, odd, scale=0.25, past=20, window=None)
+        attention(torch.randn(20, 4, 16), k.float(), k.float(), scale=0.25, past=20, window=None)
+        monkeypatch.setenv("ZOO_ATTENTION", "sdpa")
+        attention(torch.randn(20, 4, 16).bfloat16(), k, k, scale=0.25, past=20, window=None)
+    assert used == [17]
+
+
 @needs_kernels
 def test_linear_maps_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = operands(3, 24, 17)
@@ -172,6 +228,22 @@ def test_absence_is_said(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZOO_NATIVE", raising=False)
     monkeypatch.setattr(native, "_file", lambda: None)
     assert str(native.missing()).startswith("not built")
+
+
+@needs_kernels
+def test_older_kernels_are_left_out(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = native._file()
+    assert path is not None
+    monkeypatch.setitem(native._ARGUMENTS, "zoo_of_tomorrow", [])
+    monkeypatch.setattr(native, "library", lambda: native.Kernels(path))
+    assert native.missing() == "built from older sources than these: install zoo again"
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_other_processors_have_nothing_to_offer(tmp_path: Path) -> None:
+    source = Path(native.__file__).parent / "kernels.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-DZOO_PLAIN", source, "-o", tmp_path / "kernels.so"], check=True)
+    assert native.Kernels(tmp_path / "kernels.so").level == native.NONE
 
 
 @needs_kernels
