@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,3 +139,15 @@ def test_limits_of_this_machine() -> None:
     assert found.multiply["bfloat16"] > 1e8
     assert 1e-8 < found.call_s < 1e-3
     assert any("32 streams" in way for way in found.read)
+
+
+def test_guessing_is_measured_where_a_model_guesses(model: Model) -> None:
+    report, options = Report("tiny", "cpu", "bfloat16", LIMITS), Options(batches=(1,), prompt_tokens=24, new_tokens=3)
+    fill(report, model, replace(options, requests=0, repeats=1), lambda _: None)
+    assert report.guessing is None
+    with zoo.load("tiny", device="cpu", max_context=256, draft="lookup") as guessing:
+        fill(report, guessing, replace(options, requests=0, repeats=1), lambda _: None)
+    found = report.to_dict()["guessing"]
+    assert (found["prompt_tokens"], found["new_tokens"]) == (24, 64)
+    assert 0 < found["accepted_tokens"] <= found["drafted_tokens"]
+    assert found["tokens_per_second"] > 0 < found["without_drafts"]

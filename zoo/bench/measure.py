@@ -134,7 +134,7 @@ def decode_steps(model: "Model", prompts: Sequence[Sequence[int]], new_tokens: i
     engine = model.engine
     engine.reset_prefix_cache()
     most = answer_tokens(model, len(prompts), max(map(len, prompts)), new_tokens)
-    params = SamplingParams(max_tokens=most, ignore_eos=True)
+    params = SamplingParams(max_tokens=most, ignore_eos=True, drafts=0)
     ids = [engine.submit(Request(prompt, params)) for prompt in prompts]
     made = dict.fromkeys(ids, 0)
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from zoo.bench.guessing import Guessing, measure_guessing
 from zoo.bench.measure import (
     Measurement,
     answer_tokens,
@@ -78,6 +79,7 @@ class Report:
     results: list[Measurement] = field(default_factory=list)
     curves: dict[str, list[Measurement]] = field(default_factory=dict)
     traffic: Traffic | None = None
+    guessing: Guessing | None = None
     left_out: list[dict[str, str]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +93,7 @@ class Report:
             "results": [r.to_dict() for r in self.results],
             "curves": {name: [r.to_dict() for r in points] for name, points in self.curves.items()},
             "traffic": None if self.traffic is None else asdict(self.traffic),
+            "guessing": None if self.guessing is None else self.guessing.to_dict(),
             "left_out": self.left_out,
         }
 
@@ -105,6 +108,10 @@ def fill(report: Report, model: Model, options: Options, progress: Callable[[str
         progress(case.words)
         found = _measured(report, model, case, options)
         (report.results if case.part == "results" else report.curves.setdefault(case.part, [])).append(found)
+    if model.engine.guesses:
+        progress("guessing ahead")
+        sizes = {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens}
+        report.guessing = measure_guessing(model, **sizes, repeats=options.repeats)
     if options.requests and report.results:
         progress(f"{options.requests} requests that arrive while others run")
         report.traffic = _traffic(report, model, options)

@@ -8,6 +8,7 @@ from zoo.cli.options import load_options
 from zoo.registry.errors import RequestError
 
 if TYPE_CHECKING:
+    from zoo.bench.guessing import Guessing
     from zoo.bench.measure import Measurement
     from zoo.bench.suite import Report
     from zoo.bench.traffic import Traffic
@@ -127,6 +128,8 @@ def _write(report: "Report") -> None:
             click.echo("\n" + (f"against {title}\n" if title else "") + columns([head, *map(_row, rows)]))
     if report.why:
         click.echo(f"no predictions: {report.why}")
+    if report.guessing:
+        click.echo("\n" + _guessing(report.guessing))
     if report.traffic:
         click.echo("\n" + _traffic(report.traffic))
     for left in report.left_out:
@@ -144,6 +147,14 @@ def _predicted(m: "Measurement") -> str:
         return "-"
     verdict = "within 25 %" if m.holds else "not within 25 %"
     return f"{m.predicted:.1f}, {verdict} ({m.predicted / m.tokens_per_second - 1:+.0%})"
+
+
+def _guessing(g: "Guessing") -> str:
+    return (
+        f"guessing ahead: {g.tokens_per_second:.1f} tok/s against {g.without_drafts:.1f} without, for {g.new_tokens} "
+        f"tokens after a prompt of {g.prompt_tokens} that says the same twice; {g.accepted_tokens} of "
+        f"{g.drafted_tokens} drafts right"
+    )
 
 
 def _traffic(t: "Traffic") -> str:

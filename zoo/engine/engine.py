@@ -220,6 +220,11 @@ class Engine:
             self._scheduler.prefixes.clear()
 
     @property
+    def guesses(self) -> bool:
+        """Whether tokens are guessed ahead."""
+        return self._scheduler.drafting is not None
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes: weights; the cache's that unfinished requests use now, that are kept for later ones, that were taken
         at most so far, and that may be."""
