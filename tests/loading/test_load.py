@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,6 +254,22 @@ def test_loading_says_how_far_it_is_and_follows_the_files(
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1][0] == files.nbytes
     assert places == sorted(places)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked")
+def test_the_system_is_asked_for_exactly_what_is_read(
+    tmp_path: Path, plan_of: Plans, native_names: Names, save: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, asked = plan_of(), bytearray((1 << 20) * b"0")
+    file = save(tmp_path / "w.safetensors", native_names(plan))
+
+    def record(descriptor: int, start: int, count: int, advice: int) -> None:
+        asked[start : start + count] = count * b"1"
+
+    monkeypatch.setattr(os, "posix_fadvise", record)
+    loaded(plan, tmp_path, torch.bfloat16)
+    length, size = int.from_bytes(file.read_bytes()[:8], "little"), file.stat().st_size
+    assert asked == (8 + length) * b"0" + (size - 8 - length) * b"1" + ((1 << 20) - size) * b"0"
 
 
 def test_nothing_is_loaded_from_files_that_do_not_fit(

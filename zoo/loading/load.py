@@ -19,6 +19,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from zoo.loading.ahead import STEP, ReadAhead, Span
 from zoo.loading.decode import decoded
 from zoo.loading.files import WeightSet
 from zoo.loading.layouts import layout_named
@@ -62,7 +63,7 @@ def load_weights(
     placements.sort(key=lambda placement: (order[placement.source.file], placement.source.start, placement.rows))
     total, done = sum(placement.nbytes for placement in placements), 0
     targets = Targets(module, plan.model.tensors(), torch.device(device), storing)
-    with _Reader(pinned=torch.device(device).type == "cuda") as reader:
+    with ReadAhead(map(_span, placements)) as ahead, _Reader(torch.device(device).type == "cuda", ahead) as reader:
         for placement in placements:
             _fill(targets.place(placement.tensor), placement, reader)
             targets.filled(placement.tensor)
@@ -74,9 +75,17 @@ def load_weights(
 
 def fill_places(places: Iterable[tuple[torch.Tensor, Placement]]) -> None:
     """Fills tensors of the caller's own, of any type, each from its source."""
-    with _Reader(pinned=False) as reader:
+    with _Reader(pinned=False, ahead=ReadAhead()) as reader:
         for place, placement in places:
             _fill(place, placement, reader)
+
+
+def _span(placement: Placement) -> Span:
+    """The bytes that fill a tensor; none of an archive, which is mapped."""
+    info, (first, last) = placement.source, placement.rows
+    if info.pickled:
+        return Span(info.file, 0, 0)
+    return Span(info.file, info.start + first * placement.row_bytes, info.start + last * placement.row_bytes)
 
 
 def random_weights(
@@ -121,9 +130,9 @@ def _draw(place: torch.Tensor, key: str) -> None:
 class _Reader:
     """Reads from one file at a time, and keeps the buffer."""
 
-    def __init__(self, pinned: bool) -> None:
+    def __init__(self, pinned: bool, ahead: ReadAhead) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
-        self.pinned = pinned
+        self.pinned, self.ahead = pinned, ahead
         self.path: Path | None = None
         self.file: FileIO | None = None
         self.archive: dict[str, torch.Tensor] = {}
@@ -162,10 +171,11 @@ class _Reader:
         try:
             self.file.seek(offset)
             while view:
-                count = self.file.readinto(view)
+                count = self.file.readinto(view[:STEP])
                 if not count:
                     raise OSError(0, f"it ends {len(view)} bytes too early: it has changed since its header was read")
                 view = view[count:]
+                self.ahead.has_read(count)
         except OSError as error:
             found = error.strerror
             raise WeightsError(f"cannot read tensor {info.name!r}", where=str(info.file), found=found) from None
