@@ -207,3 +207,67 @@ def test_codes_are_put_back_as_they_were(cache_dtype: Any, storage: str) -> None
     assert not torch.equal(store.storage.take(1, [0, 1, 2, 3, 4]), before)
     store.rewind(1, 9)
     assert torch.equal(store.storage.take(1, [0, 1, 2, 3, 4]), before)
+
+
+def _filled(spec: Any, storage: str, tokens: int) -> KVStore:
+    """A store with sequence 1, whose slots hold their own numbers."""
+    store = _store(spec, storage)
+    store.grow(1, tokens)
+    slots = store._slots(tokens)
+    numbers_T11 = torch.arange(slots).float().view(-1, 1, 1).expand(slots, 2, 6)
+    for layer in range(3):
+        store.storage.write(layer, 1, 0, (numbers_T11 + layer, numbers_T11 - layer), {})
+    return store
+
+
+def _numbers(store: KVStore, seq: int, slots: int) -> list[float]:
+    k, v = store.storage.read(2, seq, 0, slots, {})
+    torch.testing.assert_close(k - 2, v + 2, rtol=0.01, atol=0.05)
+    return [float(number) for number in k[0, :, 0] - 2]
+
+
+@pytest.mark.parametrize("move", [False, True])
+@pytest.mark.parametrize(("tokens", "room"), [(32, 32), (37, 40), (300, 400), (5, 700), (256, 256)])
+@pytest.mark.parametrize(
+    "spec", [FULL, FULL.model_copy(update={"cache_dtype": "int8"}), _ring(21)], ids=["full", "coded", "ring"]
+)
+@pytest.mark.parametrize("storage", ["slab", "pages"])
+def test_a_sequence_begins_where_another_stands(spec: Any, storage: str, tokens: int, room: int, move: bool) -> None:
+    store = _filled(spec, storage, 310)
+    slots = store._slots(tokens)
+    before, takes = store.nbytes, store.takes(1, tokens, room, move)
+    store.adopt(1, 2, tokens, room, move)
+    assert store.nbytes == before + takes == store.holds([1, 2])
+    assert store.holds([2]) == store.cost(room)
+    expected = [*range(slots)]
+    assert _numbers(store, 2, slots) == pytest.approx(expected, rel=0.01, abs=0.05)
+    if not move:
+        # Neither sees what the other writes from here on.
+        new_TGd = torch.full((1, 2, 6), -7.0)
+        for seq, slot in ((1, store._slots(310) - 1), (2, slots - 1 if store.ring else slots)):
+            store.grow(seq, slot + 1)
+            for layer in range(3):
+                store.storage.write(layer, seq, slot, (new_TGd + layer, new_TGd - layer), {})
+        assert _numbers(store, 1, slots - 1) == pytest.approx(expected[:-1], rel=0.01, abs=0.05)
+        assert _numbers(store, 2, slots - 1) == pytest.approx(expected[:-1], rel=0.01, abs=0.05)
+    store.free(1)
+    store.free(2)
+    assert store.nbytes == 0
+
+
+def test_only_pages_can_be_trimmed() -> None:
+    assert not _filled(FULL, "slab", 310).trim(1, 100)
+    store = _filled(FULL, "pages", 310)
+    store.adopt(1, 2, 64, 64, False)
+    assert store.trim(1, 40)
+    assert store.holds([1]) == store.cost(40)
+    assert store.nbytes == store.cost(64)
+    assert _numbers(store, 1, 40) == [*range(40)]
+
+
+def test_where_a_sequence_can_be_gone_on_from() -> None:
+    full, ring = _store(FULL, "slab"), _store(_ring(7), "slab")
+    assert [n for n in range(1, 20) if full.serves(19, n)] == [*range(1, 20)]
+    assert [n for n in range(1, 8) if ring.serves(7, n)] == [*range(1, 8)]
+    # The slot that token 12 took had token 5's numbers, which none after it sees.
+    assert [n for n in range(1, 14) if ring.serves(13, n)] == [12, 13]

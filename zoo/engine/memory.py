@@ -71,7 +71,8 @@ class HeldStep:
 class Memory:
     """Room for sequences within `budget` bytes, each named by a number. peak: the most bytes that were taken.
 
-    What changes it takes and returns numbers only, and does the same wherever the same was done before.
+    What changes it takes and returns numbers only, does the same wherever the same was done before, and calls nothing
+    else of that kind.
 
     states: what each layer keeps, in layer order; None keeps nothing.
     budget: the bytes allowed, cut to what `batch` sequences of `context` tokens need; None: just that.
@@ -158,9 +159,7 @@ class Memory:
 
     def free(self, seq: int) -> None:
         """Give a sequence's room back. Safe at any time, also after an interrupted `reserve` or `adopt`."""
-        for group in self._groups:
-            group.store.free(seq)
-        self._rooms.pop(seq, None)
+        self._free(seq)
 
     def could(self, seqs: Sequence[int], tokens: int) -> bool:
         """Whether a sequence of `tokens` tokens would have room beside these ones alone, nothing being shared."""
@@ -190,7 +189,7 @@ class Memory:
         sources = [(g, point, move and point == base) if g.moves else (g, base, move) for g in self._groups]
         done = self._adopt(sources, seq, tokens, _rounded(room))
         if done and move:
-            self.free(base)
+            self._free(base)
         return done
 
     def trim(self, seq: int, tokens: int) -> bool:
@@ -239,6 +238,11 @@ class Memory:
     @property
     def _taken(self) -> list[int]:
         return [group.store.nbytes for group in self._groups]
+
+    def _free(self, seq: int) -> None:
+        for group in self._groups:
+            group.store.free(seq)
+        self._rooms.pop(seq, None)
 
     def _adopt(self, sources: list[tuple[Group, int, bool]], seq: int, tokens: int, room: int) -> bool:
         """Fills groups of a new sequence, each from its source, to be moved or copied."""
