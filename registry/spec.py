@@ -132,6 +132,13 @@ class Spec(BaseModel):
         """Floating-point operations for one token at `context` cached tokens, children excluded."""
         return sum(2.0 * p.numel * p.active for p in self.parameters().values() if p.product)
 
+    def working(self, rows: int, seen: int, itemsize: int) -> int:
+        """Bytes that it holds at once in a step of `rows` tokens that see up to `seen`, children excluded: by default
+        what goes into its products and comes out of them, `itemsize` bytes for each number."""
+        matrices = (p for p in self.parameters().values() if p.product and len(p.shape) > 1)
+        chosen = ((p, p.active * p.shape[0] if p.active < 1 and len(p.shape) == 3 else 1.0) for p in matrices)
+        return round(rows * itemsize * sum(sum(p.shape[-2:]) * count for p, count in chosen))
+
     def pace(self) -> str | None:
         """What beside sizes decides how fast it runs, in words from the general to the special; None for a part whose
         time is that of its products, or counts with what stands around it."""

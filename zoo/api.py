@@ -3,12 +3,16 @@
 import builtins
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.components.kinds import KINDS, kind_named
+from zoo.costs.memory import PROCESS_BYTES, MemoryPlan
+from zoo.costs.work import Work
 from zoo.inspection import BYTES, Inspection
 from zoo.locating import Located, Ref, locate
+from zoo.machine import resident_memory
 from zoo.registry.card import Card, list_cards
 from zoo.registry.errors import CardError, RequestError, TextError, nearest
 from zoo.registry.manager import manager
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from zoo.text.tokenizer import Tokenizer
 
 DEFAULT_BATCH = 64
+
+SHORT = 512
+"""Tokens of a sequence that must fit for a model to be loaded; longer ones are refused when they are asked for."""
 
 
 def list() -> "builtins.list[Card]":
@@ -109,10 +116,11 @@ def load(
     context = _context(found.card, max_context)
     guessing = _guessing(draft, plan, placement, weights, quantize)
     storing = _storing(plan, placement, quantize)
-    _check_memory(plan, placement, context, quantize)
+    memory = _memory_plan(plan, placement, context, quantize)
     paths = _checked_adapters(adapters, plan, placement)
     module, folder, files, notes = _filled(plan, found, placement, weights, storing, progress)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
+    notes.append(memory.note)
     model = _model(plan, module, placement, folder, files, notes, batch, context, guessing, prefix_cache)
     names = [model.load_adapter(path) for path in paths]
     with model.engine.between_steps() as (loaded, _):
@@ -204,19 +212,19 @@ def _storing(plan: Plan, placement: "Placement", quantize: str | None) -> "Stori
     return storing_of(plan, KINDS[quantize] if quantize else None, placement.device)
 
 
-def _check_memory(plan: Plan, placement: "Placement", context: int, quantize: str | None) -> None:
-    """Refuse before loading what could not hold its weights and one short sequence."""
-    from zoo.device import check_fits
+def _memory_plan(plan: Plan, placement: "Placement", context: int, quantize: str | None) -> MemoryPlan:
+    """What one sequence of `context` tokens needs beside what the device has free.
 
-    inspection = Inspection(plan.card, plan, placement.dtype_name, None, {}, quantize)
-    shortest = min(context, 512)
-    check_fits(
-        {"weights": inspection.weight_bytes, f"cache for {shortest} tokens": inspection.cache_bytes(shortest)},
-        placement.device,
-        f"use a smaller dtype than {placement.dtype_name}, another device, or a smaller model"
-        if placement.dtype_name == "float32"
-        else "use another device, a smaller model or `--quantize`; `zoo inspect` shows what each needs",
-    )
+    Raises CapacityError, before anything is read, for weights and a short sequence that do not fit.
+    """
+    from zoo.device import memory_free
+
+    here, work = placement.device, Work(plan, placement.dtype_name, quantize)
+    running = max(0, PROCESS_BYTES - resident_memory()) if here.type == "cpu" else 0
+    found = MemoryPlan(work, context, memory_free(here), 1, here.type, running)
+    if not replace(found, context=min(context, SHORT)).fits:
+        raise found.refusal(str(here), min(context, SHORT))
+    return found
 
 
 def _checked_adapters(

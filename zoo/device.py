@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from zoo.loading.hub.types import human_bytes
 from zoo.machine import free_memory, processor
-from zoo.registry.errors import CapacityError, RequestError, nearest
+from zoo.registry.errors import RequestError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,20 +47,6 @@ def memory_free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_memory()
-
-
-def check_fits(need: dict[str, int], device: torch.device, hint: str) -> None:
-    """Raise CapacityError when the named byte counts together exceed what the device has free."""
-    have, total = memory_free(device), sum(need.values())
-    if total > have:
-        parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in need.items())
-        raise CapacityError(
-            "the model does not fit in memory",
-            where=str(device),
-            found=f"{human_bytes(have)} free",
-            expected=f"{human_bytes(total)} ({parts})",
-            hint=hint,
-        )
 
 
 def _device(name: str) -> torch.device:

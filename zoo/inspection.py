@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.components.decoder.spec import DecoderSpec
-from zoo.components.kinds import KINDS, quantised, weight_bytes
+from zoo.costs.memory import MemoryPlan
 from zoo.costs.work import BYTES as BYTES
 from zoo.costs.work import Work
 from zoo.machine import free_memory, total_memory
@@ -16,9 +16,6 @@ from zoo.registry.resolve import Plan
 
 SPEED_BATCHES = (1, 8, 32)
 """Sequences that decode together in the figures of speed."""
-
-# Room for one chunk's activations, the interpreter and torch itself, beside weights and cache.
-OVERHEAD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,7 @@ class Inspection:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights in `dtype`, or as `quantize` stores them."""
-        model = self.plan.model
-        kinds = quantised(model, KINDS[self.quantize]) if self.quantize else {}
-        size = BYTES[self.dtype]
-        return sum(weight_bytes(param, size, kinds.get(name)) for name, param in model.all_parameters().items())
+        return self.memory_plan(1).weights
 
     @property
     def cache_dtype(self) -> str | None:
@@ -98,21 +92,21 @@ class Inspection:
         assert isinstance(self.plan.model, DecoderSpec)
         return {name: phrase(encoder) for name, encoder in self.plan.model.encoders().items()}
 
+    def memory_plan(self, context: int) -> MemoryPlan:
+        """What a sequence of `context` tokens needs, beside what this machine's main memory has free now."""
+        return MemoryPlan(Work(self.plan, self.dtype, self.quantize), context, free_memory())
+
     def memory(self, context: int) -> int:
         """Bytes needed to run one sequence of `context` tokens: weights, cache and working space."""
-        return self.weight_bytes + self.cache_bytes(context) + OVERHEAD_BYTES
+        return self.memory_plan(context).total
 
     def fits(self, context: int) -> bool:
         """Whether this machine's main memory has room now for one sequence of `context` tokens."""
-        return self.memory(context) <= free_memory()
+        return self.memory_plan(context).fits
 
     def largest_context(self) -> int:
         """The longest sequence, up to the card's context length, that fits this machine's memory now; 0 if none."""
-        low, high = 0, self.card.context_length
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.fits(middle) else (low, middle - 1)
-        return low
+        return self.memory_plan(1).largest_context(self.card.context_length)
 
     def speed(self, prompt: int = 512, context: int = 1024) -> dict[str, Any]:
         """What this machine's stored measurements let expect: the first token of a prompt, and decode steps.
@@ -177,6 +171,7 @@ class Inspection:
         }
 
     def _figures(self, length: int) -> dict[str, Any]:
+        plan = self.memory_plan(length)
         return {
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
@@ -185,14 +180,14 @@ class Inspection:
             "cache_bytes_per_sequence": self.cache_bytes_per_sequence,
             "cache_bytes_per_token": self.cache_bytes_per_token,
             "flops_per_token": self.flops_per_token(0),
-            "memory": {
+            "memory": plan.to_dict()
+            | {
                 "context": length,
-                "cache_bytes": self.cache_bytes(length),
-                "total_bytes": self.memory(length),
-                "free_bytes": free_memory(),
+                "free_bytes": plan.free,
                 "machine_bytes": total_memory(),
-                "fits": self.fits(length),
-                "largest_context": self.largest_context(),
+                "fits": plan.fits,
+                "largest_context": plan.largest_context(self.card.context_length),
+                "advice": [] if plan.fits else plan.advice(),
             },
             "encoders": self.encoders(),
             "layers": self.layers(),

@@ -42,6 +42,12 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def resident_memory() -> int:
+    """Bytes of main memory that this process holds; 0 where the system does not tell."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
+
+
 def _system_free() -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

@@ -120,6 +120,14 @@ class AttentionSpec(Spec):
             found["rope"] = self.rope
         return found
 
+    def working(self, rows: int, seen: int, itemsize: int) -> int:
+        """Also a mask, twice and once as flags; by the formula, scores of a block of rows in float32, three times."""
+        span = seen if self.window is None else min(seen, self.window + rows)
+        turned = 4 * rows * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        exact = self.softcap is not None or self.sinks
+        scores = 12 * self.num_heads * min(rows, max(self.window or 0, 256)) * span if exact else 0
+        return super().working(rows, seen, itemsize) + turned + rows * span * (2 * itemsize + 1) + scores
+
     def pace(self) -> str:
         """Windows need masks; soft caps and sinks are computed by the formula."""
         words = [
@@ -234,6 +242,12 @@ class LatentAttentionSpec(Spec):
         if self.q_lora_rank is not None:
             found["q_a_norm"] = self.norm.model_copy(update={"dim": self.q_lora_rank})
         return found
+
+    def working(self, rows: int, seen: int, itemsize: int) -> int:
+        """Also the keys and values of all heads, and masks or the indexer's scores of every pair."""
+        heads = self.num_heads * (self.qk_head_dim + self.v_head_dim)
+        pairs = 2 * itemsize + 1 + (8 if self.indexer is not None else 0)
+        return super().working(rows, seen, itemsize) + seen * heads * itemsize + rows * seen * pairs
 
     def pace(self) -> str:
         return self.kind if self.indexer is None else f"{self.kind} indexer"

@@ -12,6 +12,9 @@ from zoo.registry.spec import Inherited, Param, Spec, StateSpec
 _UPDATE = 6
 """Operations on each element of the state per token: decay, input, their sum, and the product that reads it."""
 
+_CHUNK = 64
+"""Tokens that a scan with one decay for each head takes at once."""
+
 
 class Mamba2Spec(Spec):
     """State-space duality: heads with one decay each, groups of heads share B and C (Dao, Gu, arXiv 2405.21060)."""
@@ -61,6 +64,12 @@ class Mamba2Spec(Spec):
             "norm.weight": Param((inner,), init="ones", product=False),
             **_projection("out_proj", self.dim, inner, self.bias),
         }
+
+    def working(self, rows: int, seen: int, itemsize: int) -> int:
+        """Also the scan in float32: its inputs and outputs, each chunk's decays between its tokens, and states."""
+        scan = 4 * rows * (4 * self.inner_dim + 2 * self.conv_channels + 4 * self.num_heads * _CHUNK)
+        states = 4 * 3 * self.inner_dim * self.state_size * max(1, rows // _CHUNK)
+        return super().working(rows, seen, itemsize) + scan + states
 
     def pace(self) -> str:
         return self.kind
@@ -121,6 +130,11 @@ class Mamba1Spec(Spec):
             return {}
         sizes = {"b_norm": self.state_size, "c_norm": self.state_size, "dt_norm": self.dt_rank}
         return {name: RMSSpec(dim=size, eps=self.bcdt_norm.eps) for name, size in sizes.items()}
+
+    def working(self, rows: int, seen: int, itemsize: int) -> int:
+        """Also the scan in float32: its inputs and outputs, and some states."""
+        scan = 4 * rows * (6 * self.inner_dim + 2 * self.state_size)
+        return super().working(rows, seen, itemsize) + scan + 4 * 4 * self.inner_dim * self.state_size
 
     def pace(self) -> str:
         return self.kind

@@ -103,13 +103,13 @@ def _write(data: dict[str, Any]) -> None:
         ["weights", f"{size(data['weight_bytes'])} in {_format(data)}"],
         ["cache", " and ".join(_cache(data)) + (f" in {data['cache_dtype']}" if data["cache_dtype"] else "") or "none"],
         ["compute", f"{number(data['flops_per_token'])} operations per token"],
-        ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens"],
+        ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens: {_shares(memory)}"],
         ["here", f"{size(memory['free_bytes'])} free: {room}"],
     ]
     facts += _speed(data["speed"])
     facts += [[name, text] for name, text in data["encoders"].items()]
-    if not memory["fits"] and memory["largest_context"]:
-        facts.append(["", f"the longest context that fits here now is {memory['largest_context']} tokens"])
+    if memory["advice"]:
+        facts.append(["", f"what would fit: {', or '.join(memory['advice'])}"])
     click.echo(columns(facts, heading=False))
     for row in data["layers"]:
         click.echo(f"\nlayers {row['layers']}")
@@ -122,6 +122,14 @@ def _write(data: dict[str, Any]) -> None:
 
 def _format(data: dict[str, Any]) -> str:
     return data["dtype"] if data["quantize"] is None else f"{data['quantize']}, what stays in {data['dtype']}"
+
+
+def _shares(memory: dict[str, Any]) -> str:
+    """What the bytes are for."""
+    from zoo.cli.console import size
+
+    names = {"weights": "weights", "cache": "cache", "working": "between", "process": "Python and torch"}
+    return ", ".join(f"{words} {size(memory[f'{name}_bytes'])}" for name, words in names.items())
 
 
 def _speed(speed: dict[str, Any]) -> list[list[str]]:
