@@ -132,7 +132,7 @@ def context(bench: Bench) -> dict[str, Any]:
         steps = [_step_at(bench, zoo_side, length) for length in contexts]
         found[name] = {"step_seconds": steps}
         if name == "full":
-            cache = zoo_side.model.engine.memory["cache_budget"] / 64 / small.context
+            cache = (bytes_per_step(zoo_side.model, 1, 2048) - bytes_per_step(zoo_side.model, 1, 1024)) / 1024
             slope = (steps[-1] - steps[0]) / (contexts[-1] - contexts[0])
             found[name] |= {"slope_of_read_limit": cache / bandwidth / slope, "cache_bytes_per_token": cache}
         zoo_side.close()
@@ -172,7 +172,7 @@ def _plan(bench: Bench, sides: Sequence[Side]) -> tuple[list[Arrival], Prompts, 
     assert isinstance(sides[0], Zoo)
     plan, model = arrivals(32, 0.5, (16, 8 * (bench.prompt or 48)), (8, 192), burst=8), sides[0].model
     for side in sides:
-        side.run(bench.prompts(2, 8), 2)
+        side.run(bench.prompts(2, 256), 2)
     prompts = [random_prompts(model, 1, one.prompt, seed=number)[0] for number, one in enumerate(plan)]
     return plan, prompts, {"zoo": measure_traffic(model, plan).to_dict()}
 
@@ -209,7 +209,7 @@ def overhead(bench: Bench) -> dict[str, Any]:
         module.register_forward_hook(lambda *_: spent.append(spent.pop() + time.perf_counter())),
     ]
     rows = []
-    for waiting in (0, 1000, 4000):
+    for waiting in (0, 4000):
         for name, options in SAMPLING.items():
             whole, inside = _steps_of_64(bench, side, options, waiting, spent)
             outside = median(w - i for w, i in zip(whole, inside, strict=True))

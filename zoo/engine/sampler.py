@@ -93,8 +93,7 @@ def _greedy(logits_RV: Tensor, settings: Tensor) -> Tensor:
 
 def _plain(logits_RV: Tensor, settings: Tensor) -> Tensor:
     """First the block of tokens in which the uniform number falls, then the token: two short sums for a long one."""
-    weights_RV = F.pad(_weights(logits_RV, settings[0]), (0, -logits_RV.shape[-1] % BLOCK))
-    weights_RNC = weights_RV.unflatten(-1, (-1, BLOCK))
+    weights_RNC = _blocks(_weights(logits_RV, settings[0]))
     ends_RN = weights_RNC.sum(-1).cumsum(-1, dtype=torch.float64)
     goal_R1 = settings[4].clamp(max=1 - 1e-15) * ends_RN[:, -1:]
     block_R1 = torch.searchsorted(ends_RN, goal_R1, right=True).clamp(max=ends_RN.shape[-1] - 1)
@@ -104,6 +103,12 @@ def _plain(logits_RV: Tensor, settings: Tensor) -> Tensor:
     # The two sums round differently: the token is one of the block, and one that has weight.
     rest_R1 = torch.minimum((goal_R1 - before_R1).clamp(min=0), sums_RC[:, -1:] * (1 - 1e-15))
     return (block_R1 * BLOCK + torch.searchsorted(sums_RC, rest_R1, right=True))[:, 0]
+
+
+def _blocks(weights_RV: Tensor) -> Tensor:
+    """(R, V) as (R, N, BLOCK), filled up with zeros."""
+    weights_RNC: Tensor = F.pad(weights_RV, (0, -weights_RV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    return weights_RNC
 
 
 def _filtered(logits_RV: Tensor, settings: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ def _cut(weights_RV: Tensor, ids_RC: Tensor, certain_R: Tensor, settings: Tensor
     vocabulary, count = weights_RV.shape[-1], ids_RC.shape[-1]
     rank_C = torch.arange(count, device=ids_RC.device)
     weights_RC = weights_RV.gather(-1, ids_RC).double() * (rank_C < top_k)
-    everything_R1 = weights_RV.sum(-1, keepdim=True, dtype=torch.float64)
+    everything_R1 = _blocks(weights_RV).sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
     total_R1 = torch.where(top_k < vocabulary, weights_RC.sum(-1, keepdim=True), everything_R1)
     before_RC = weights_RC.cumsum(-1) - weights_RC
     keep_RC = (before_RC < top_p * total_R1) & (weights_RC >= min_p) & (rank_C < top_k)
