@@ -92,6 +92,7 @@ def compare(
     """Rows of one shape."""
     rows = []
     options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "quantize": quantize, "max_batch_size": max(batches)}
+    options["prefix_cache"] = False
     with zoo.load(card(name), weights="random", **options) as model:
         known = forecast(machine, work_of(model))
         found = [measure_prefill(model, machine.limits, tokens=prompt, repeats=3)]

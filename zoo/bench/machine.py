@@ -380,6 +380,8 @@ def _model(
             "layers": [{"repeat": layers, "mixer": mixer, "ffn": ffn}],
         },
     }
-    with load(card, weights="random", device=str(device), dtype=dtype, max_batch_size=MANY) as model:
+    with load(
+        card, weights="random", device=str(device), dtype=dtype, max_batch_size=MANY, prefix_cache=False
+    ) as model:
         yield model
     gc.collect()

@@ -90,6 +90,8 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     options = Options(**{name: flags[name] for name in names})
     if flags["max_batch_size"] is None:
         flags["max_batch_size"] = max(64, *options.batches)
+    # Prompts that were read before would take no time when they are read again.
+    flags["no_prefix_cache"] = True
     with load_model(ref, flags) as model:
         known, why = _stored(device, found.get("machine"))
         found["model"] = Report(model.card.name, describe(device), model.placement.dtype_name, here, known, why)
