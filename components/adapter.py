@@ -82,7 +82,7 @@ def uses_of(adapters: Sequence[Changes | None], rows: Sequence[int], device: tor
 
 def hook(module: nn.Module, paths: Iterable[str]) -> list[RemovableHandle]:
     """Makes the `Linear`s at these paths add what the adapters in use say. Undone by the handles' `remove()`."""
-    return [module.get_submodule(path).register_forward_hook(partial(_add, path)) for path in paths]
+    return [module.get_submodule(path).register_forward_hook(partial(_add, path), prepend=True) for path in paths]
 
 
 def adaptable(module: nn.Module, path: str) -> bool:

@@ -1,11 +1,11 @@
 """What encoders of images and sounds say of themselves: the seam by which media reach the decoder. Imports no torch."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
 from zoo.components.fields import Count
-from zoo.registry.spec import Inherited, Spec
+from zoo.registry.spec import Inherited, Share, Spec
 
 
 class EncoderSpec(Spec):
@@ -22,6 +22,10 @@ class EncoderSpec(Spec):
     token: Annotated[int, Field(strict=True, ge=0)] = Field(
         description="Id of the token whose embeddings give way to the encoder's rows."
     )
+
+    def divided(self, share: Share, where: str = "model") -> Self:
+        """Whole: encoders are not shared out."""
+        return self
 
     def rows_of(self, shape: tuple[int, ...]) -> int:
         """How many rows a piece of this shape gives. Raises RequestError for a shape that is none of a piece's."""

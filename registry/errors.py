@@ -61,6 +61,10 @@ class CapacityError(ZooError):
     """Something does not fit: memory, context, batch."""
 
 
+class RankError(ZooError):
+    """A process of a model that runs on several devices has ended, or does not answer."""
+
+
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str | None:
     """The sentence "did you mean ...?" for the known `names` closest to `name`, or None."""
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -44,6 +44,47 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one of `ranks` equal ranks holds of a model: the share of number `rank`.
+
+    whole_experts: of a mixture, some experts whole, in place of a part of each.
+    """
+
+    rank: int
+    ranks: int
+    whole_experts: bool = False
+
+
+class IndivisibleError(ValueError):
+    """A size that cannot be shared out. divisor: what must be a multiple of the number of ranks, or 0."""
+
+    def __init__(self, where: str, why: str, divisor: int = 0) -> None:
+        self.where, self.why, self.divisor = where, why, divisor
+        super().__init__(f"{where}: {why}")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Marks a size that ranks share out: heads, hidden lanes, experts, the vocabulary.
+
+    copies: of fewer than there are ranks, several ranks keep the same one. uneven: shares may differ by one.
+    """
+
+    copies: bool = False
+    uneven: bool = False
+
+    def share(self, where: str, size: int, share: Share) -> int:
+        """This rank's size. Raises IndivisibleError."""
+        if self.uneven:
+            return (share.rank + 1) * size // share.ranks - share.rank * size // share.ranks
+        if size % share.ranks == 0:
+            return size // share.ranks
+        if self.copies and share.ranks % size == 0:
+            return 1
+        raise IndivisibleError(where, f"{size}, which {share.ranks} does not divide", size)
+
+
+@dataclass(frozen=True, slots=True)
 class Rotary:
     """Rows of a projection that rope turns: of each head of `head_dim` rows, `rotary_dim` from `offset` on."""
 
@@ -69,6 +110,8 @@ class Param:
 
     shape: full shape, before any sharding.
     shard: the axis that tensor parallelism splits; None keeps a copy on every rank.
+    segments: stretches of that axis, by their lengths, of which each rank holds its share of each; none: it is one.
+    once: added to a sum over ranks, so that it may stand on one of them only; the others hold zeros.
     parts: the checkpoint tensors that it is fused from, by name relative to the component; empty: one tensor
         of the parameter's own name.
     init: how random weights are drawn. active: the share of it that one token uses.
@@ -79,6 +122,8 @@ class Param:
 
     shape: tuple[int, ...]
     shard: int | None = None
+    segments: tuple[int, ...] = ()
+    once: bool = False
     parts: Mapping[str, Part] = field(default_factory=dict)
     rotary: Rotary | None = None
     init: Literal["normal", "ones", "zeros"] = "normal"
@@ -127,6 +172,41 @@ class Spec(BaseModel):
             elif isinstance(value, tuple) and value and isinstance(value[0], Spec):
                 found.update({f"{name}.{i}": item for i, item in enumerate(value)})
         return found
+
+    def divided(self, share: Share, where: str = "model") -> Self:
+        """The settings of one rank's share: sizes marked `Split` are divided, here and in all components below.
+
+        Raises IndivisibleError naming the size, at `where` in the card.
+        """
+        found: dict[str, Any] = {}
+        for name, info in type(self).model_fields.items():
+            value, place = getattr(self, name), f"{where}.{name}"
+            mark = next((mark for mark in info.metadata if isinstance(mark, Split)), None)
+            if mark is not None and value is not None:
+                found[name] = mark.share(place, value, share)
+            elif isinstance(value, Spec):
+                found[name] = value.divided(share, place)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Spec):
+                found[name] = tuple(item.divided(share, f"{place}.{i}") for i, item in enumerate(value))
+        return self.model_copy(update=found)
+
+    @property
+    def ties(self) -> bool:
+        """Whether it ties layers together, so that they cannot be stages on several devices."""
+        return self.borrows() is not None
+
+    def sums(self) -> tuple[str, ...]:
+        """Modules of this component, by attribute path, whose outputs on all ranks add up to the whole; "" is itself.
+
+        By default the owners of parameters that are split along their last axis, the inputs of a product. Of what a
+        component that sums its own output holds, nothing else is summed.
+        """
+        split = [n for n, p in self.parameters().items() if p.product and p.shard == len(p.shape) - 1 > 0]
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in split))
+
+    def means(self, share: Share) -> tuple[str, ...]:
+        """Norms of this component, by attribute path, over lanes that ranks share: their modules have `across`."""
+        return ()
 
     def flops(self, context: int) -> float:
         """Floating-point operations for one token at `context` cached tokens, children excluded."""

@@ -2,12 +2,12 @@
 
 import builtins
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoo.components.kinds import KINDS, kind_named
+from zoo.components.kinds import kind_named
 from zoo.costs.memory import PROCESS_BYTES, MemoryPlan
 from zoo.costs.work import Work
 from zoo.inspection import BYTES, Inspection
@@ -21,9 +21,10 @@ from zoo.registry.resolve import Plan, resolve
 if TYPE_CHECKING:
     from zoo.components.decoder.model import Decoder
     from zoo.device import Placement
+    from zoo.devices.mesh import Wanted
+    from zoo.devices.run import Run, Spread
     from zoo.loading.files import WeightSet
     from zoo.loading.reader import Progress
-    from zoo.loading.targets import Storing
     from zoo.model import Model
     from zoo.text.tokenizer import Tokenizer
 
@@ -76,7 +77,7 @@ def load(
     weights: str | Path = "auto",
     quantize: str | None = None,
     adapters: Iterable[str | Path] = (),
-    devices: int | Sequence[str] | None = None,
+    devices: "Wanted" = None,
     max_batch_size: int | None = None,
     max_context: int | None = None,
     prefix_cache: bool = True,
@@ -95,6 +96,7 @@ def load(
     max_batch_size: sequences that may run together (default 64). max_context: tokens of prompt and answer together
         (default: the card's context length). overrides: dotted card fields and their values.
     prefix_cache: whether a prompt that begins as an earlier one goes on from what is cached of that.
+    devices: how many to spread the model over, a list of them, or a layout such as "tp=2,pp=2"; see docs/devices.md.
     adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
         among several by their `adapter`. progress: called with (bytes done, bytes in all) while weights are read.
     draft: what guesses tokens ahead, which are checked several at once and change no answer: "lookup", earlier tokens
@@ -102,30 +104,87 @@ def load(
         and quantised alike.
 
     Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
-    where it can be known by then.
+    where it can be known by then; RankError when the process of another device ends.
     """
-    _refuse_later_work(devices)
     quantize = _kind_name(quantize)
     # Asks torch for huge pages, which it decides on at its first allocation: weights are read faster by half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     found = locate(ref, _with_cache(cache_dtype, overrides))
     plan = resolve(found.card)
     from zoo.device import choose
+    from zoo.devices import running
+    from zoo.loading.fill import filled, storing
 
-    placement = choose(device, dtype, found.card.source.dtype)
+    spread = _spread(plan, devices)
+    placement = choose(device if spread is None else spread.device(device), dtype, found.card.source.dtype)
     context = _context(found.card, max_context)
+    local = plan if spread is None else spread.part(plan).local
+    if spread is not None:
+        spread.refuse(plan, adapters, draft)
+        prefix_cache = prefix_cache and spread.uniform(plan)
     guessing = _guessing(draft, plan, placement, weights, quantize)
-    storing = _storing(plan, placement, quantize)
-    memory = _memory_plan(plan, placement, context, quantize)
+    storing(local, placement.device, quantize)
+    memory = _memory_plan(local, placement, context, quantize)
     paths = _checked_adapters(adapters, plan, placement)
-    module, folder, files, notes = _filled(plan, found, placement, weights, storing, progress)
+    notes = [placement.note]
+    source = _source(found, weights, progress, notes.append)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
-    notes.append(memory.note)
-    model = _model(plan, module, placement, folder, files, notes, batch, context, guessing, prefix_cache)
+    with running(spread, plan, placement, source, quantize) as run:
+        part = None if run is None else run.part
+        module, files, more = filled(plan, placement, source, quantize=quantize, progress=progress, part=part)
+        folder = found.folder if source == "random" else _beside(Path(source))
+        model = _model(
+            plan,
+            module,
+            placement,
+            folder,
+            files,
+            [*notes, *more, memory.note],
+            batch,
+            context,
+            guessing,
+            prefix_cache,
+            run,
+        )
     names = [model.load_adapter(path) for path in paths]
     with model.engine.between_steps() as (loaded, _):
         loaded.defaults = names
     return model
+
+
+def layout(
+    ref: Ref,
+    *,
+    devices: "Wanted",
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> str | None:
+    """How `load` with these arguments spreads the model over devices, in words; None for one device, and for all
+    processes but the first.
+
+    Raises RequestError where it cannot be spread so.
+    """
+    found = locate(ref, overrides)
+    plan = resolve(found.card)
+    spread = _spread(plan, devices)
+    if spread is None or spread.rank:
+        return None
+    from zoo.device import choose
+
+    dtype = choose(spread.device(device), dtype, found.card.source.dtype).dtype_name
+    return spread.describe(plan, dtype, _kind_name(quantize))
+
+
+def _spread(plan: Plan, devices: "Wanted") -> "Spread | None":
+    """The layout over several devices; None for one."""
+    if devices in (None, 1) and "WORLD_SIZE" not in os.environ:
+        return None
+    from zoo.devices.run import spread
+
+    return spread(plan, devices)
 
 
 def tokenizer_of(inspection: Inspection) -> "Tokenizer":
@@ -205,13 +264,6 @@ def _kind_name(quantize: str | None) -> str | None:
     return None if quantize in (None, "none") else kind_named(quantize).name
 
 
-def _storing(plan: Plan, placement: "Placement", quantize: str | None) -> "Storing":
-    """How matrices are stored."""
-    from zoo.loading.quantising import storing_of
-
-    return storing_of(plan, KINDS[quantize] if quantize else None, placement.device)
-
-
 def _memory_plan(plan: Plan, placement: "Placement", context: int, quantize: str | None) -> MemoryPlan:
     """What one sequence of `context` tokens needs beside what the device has free.
 
@@ -242,55 +294,17 @@ def _checked_adapters(
     return paths
 
 
-def _filled(
-    plan: Plan,
-    found: Located,
-    placement: "Placement",
-    weights: str | Path,
-    storing: "Storing",
-    progress: "Progress | None",
-) -> "tuple[Decoder, Path | None, WeightSet | None, builtins.list[str]]":
-    """The assembled module with its weights, their folder and files, and what was chosen on the way."""
-    from zoo.assemble import assemble
-    from zoo.loading.load import load_weights, random_weights
-
-    notes = [placement.note]
-    if weights == "random":
-        module = assemble(plan, placement.dtype)
-        random_weights(module, plan, device=placement.device, storing=storing)
-        notes += ["random weights: the answers mean nothing", *_quantised(module)]
-        return module, found.folder, None, notes
-    from zoo.loading.files import locate as locate_files
-
-    folder = _weights_folder(found, weights, progress, notes.append)
-    files = locate_files(folder, plan.card.source.layout)
-    module = assemble(plan, placement.dtype)
-    load_weights(module, plan, files, device=placement.device, storing=storing, progress=progress)
-    notes += [files.note, *(_quantised(module) or _decoding(files, plan, placement))]
-    return module, folder if folder.is_dir() else folder.parent, files, notes
+def _beside(source: Path) -> Path:
+    """The folder of a file or a folder."""
+    return source if source.is_dir() else source.parent
 
 
-def _decoding(files: "WeightSet", plan: Plan, placement: "Placement") -> "builtins.list[str]":
-    """What quantised weights have become, in a sentence."""
-    if not files.schemes:
-        return []
-    from zoo.loading.hub.types import human_bytes
-
-    taken = human_bytes(Inspection(plan.card, plan, placement.dtype_name, None, {}).weight_bytes)
-    return [f"quantised weights ({', '.join(files.schemes)}) take {taken} in {placement.dtype_name}"]
-
-
-def _quantised(module: "Decoder") -> "builtins.list[str]":
-    """What was quantised and its error, in a sentence."""
-    from zoo.loading.quantising import described
-
-    found = described(module)
-    return [found] if found else []
-
-
-def _weights_folder(
+def _source(
     found: Located, weights: str | Path, progress: "Progress | None", note: Callable[[str], None]
-) -> Path:
+) -> str | Path:
+    """Where the weights are: a folder or file, fetched if need be, or "random"."""
+    if weights == "random":
+        return "random"
     if weights != "auto":
         return Path(weights).expanduser()
     if found.folder is not None:
@@ -319,31 +333,34 @@ def _model(
     context: int,
     guessing: "Literal['lookup'] | Model | None",
     prefix_cache: bool,
+    run: "Run | None",
 ) -> "Model":
     from zoo.engine.engine import Engine
     from zoo.engine.fidelity import coding_notes
     from zoo.model import Model
 
+    if run is not None:
+        run.loaded(module)
     tokenizer = _tokenizer(plan, folder)
-    notes = [*notes, *coding_notes(module, placement.dtype, placement.device)]
+    notes = [*notes, *(coding_notes(module, placement.dtype, placement.device) if run is None else [str(run)])]
     notes = [*notes, *(["no tokenizer: token ids only"] if isinstance(tokenizer, TextError) else tokenizer.notes)]
     if isinstance(guessing, Model):
         from zoo.drafts import check_tokenizers
 
         known = None if isinstance(tokenizer, TextError) else tokenizer
         notes += [f"{guessing.card.name} guesses", check_tokenizers(plan, known, guessing.plan, guessing.tokenizer)]
-    engine = Engine(
-        module,
-        plan,
-        device=placement.device,
-        dtype=placement.dtype,
-        memory_bytes=_cache_budget(placement),
-        max_batch_size=batch,
-        max_context=context,
-        draft=(guessing.module, guessing.plan) if isinstance(guessing, Model) else guessing,
-        prefix_cache=prefix_cache,
-    )
-    return Model(plan, module, engine, tokenizer, placement, folder, notes, files)
+    sizes: dict[str, Any] = {"max_batch_size": batch, "max_context": context}
+    own: dict[str, Any] = {"draft": (guessing.module, guessing.plan) if isinstance(guessing, Model) else guessing}
+    own |= {"prefix_cache": prefix_cache}
+    others = None
+    if run is None:
+        sizes["memory_bytes"] = _cache_budget(placement)
+    else:
+        others, sizes = run.begin(sizes)
+    fronted, part = (plan, None) if run is None else (run.part.fronted, run.part)
+    device, dtype = placement.device, placement.dtype
+    engine = Engine(module, fronted, device=device, dtype=dtype, others=others, **own, **sizes)
+    return Model(plan, module, engine, tokenizer, placement, folder, notes, files, part)
 
 
 def _cache_budget(placement: "Placement") -> int:
@@ -368,14 +385,3 @@ def _guessing(
     model = load(draft, weights="random" if weights == "random" else "auto", max_batch_size=1, max_context=1, **where)
     model.engine.close()
     return model
-
-
-def _refuse_later_work(devices: object) -> None:
-    if devices not in (None, 1):
-        raise RequestError(
-            "devices is not supported by this version of zoo",
-            where="zoo.load(devices=...)",
-            found=repr(devices),
-            expected="no value",
-            hint="leave it out; the changelog says when it comes",
-        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.assemble import assemble
 from zoo.components.decoder.model import Decoder
 from zoo.device import Placement
+from zoo.devices.shares import Part
 from zoo.engine.engine import Engine
 from zoo.engine.request import Chunk, Completion, Request, SamplingParams
 from zoo.loading.adapters.plan import plan_adapter
@@ -56,10 +57,11 @@ class Model:
         folder: Path | None,
         notes: Sequence[str] = (),
         files: WeightSet | None = None,
+        part: Part | None = None,
     ) -> None:
         self.plan, self._module, self._engine = plan, module, engine
         self._prompts, self.placement, self.folder = Prompts(plan, tokenizer), placement, folder
-        self.notes, self._files = [*notes], files
+        self.notes, self._files, self._part = [*notes], files, part
 
     # --- what it is ---------------------------------------------------------------------------------------------
 
@@ -248,6 +250,7 @@ class Model:
         name: by default the folder's or file's own. Raises WeightsError for files that are no adapter of this model,
         RequestError for a name that is taken.
         """
+        self._refuse_parts("an adapter")
         plan = plan_adapter(path, self.plan, self._module)
         name = plan.files.name if name is None else name
         adapter = read_adapter(plan, self._module)
@@ -287,6 +290,7 @@ class Model:
         WeightsError where the layout cannot name a tensor.
         """
         self._check_whole()
+        self._refuse_parts("saving")
         with self._engine.between_steps() as (adapters, _):
             if adapters.names:
                 raise RequestError(
@@ -307,6 +311,15 @@ class Model:
                 where=self.card.name,
                 found=f"{part[0]} in {part[1].kind.name}",
                 hint="load the model without `quantize`, save it, and quantise what was saved when it is loaded",
+            )
+
+    def _refuse_parts(self, what: str) -> None:
+        if self._part is not None:
+            raise RequestError(
+                f"{what} needs the whole model in one process",
+                where=self.card.name,
+                found=f"one of {self._part.mesh.size}",
+                hint="load it without devices",
             )
 
     # --- prompts ------------------------------------------------------------------------------------------------

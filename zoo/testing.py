@@ -10,8 +10,13 @@ The component is put into a small decoder with random weights, in float32 on the
 
 import copy
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
+from threading import Barrier
 from typing import Any, get_args
 
 import torch
@@ -22,6 +27,8 @@ from zoo.assemble import assemble
 from zoo.components.cache.store import fresh_step, make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.step import Step
+from zoo.devices.mesh import Mesh
+from zoo.devices.shares import Part, join
 from zoo.engine.media import place, rows_of_media
 from zoo.engine.memory import Memory
 from zoo.engine.request import Media
@@ -31,7 +38,7 @@ from zoo.registry.card import Card
 from zoo.registry.errors import CardError
 from zoo.registry.manager import manager
 from zoo.registry.resolve import Plan, resolve
-from zoo.registry.spec import Inherited, Slot, Spec
+from zoo.registry.spec import IndivisibleError, Inherited, Slot, Spec
 
 TOLERANCE = 1e-4
 """Relative error allowed between two ways to the same float32 logits."""
@@ -56,14 +63,16 @@ def check_component(
     variants: for fields whose other values cannot be guessed, a value that must have an effect.
 
     Checked: the module holds the parameters that the Spec declares; a full prefill, chunks and single tokens give
-    the same logits; a sequence alone and in a batch too; both cache storages agree; saved weights load back; and
-    every field of the Spec changes parameters, state or logits, or is refused.
+    the same logits; a sequence alone and in a batch too; both cache storages agree; saved weights load back; two
+    ranks, or three, that share it out give the logits of one, unless its sizes do not divide; and every field of the
+    Spec changes parameters, state or logits, or is refused.
     """
     hosted = _host(slot, dict(node), card)
     plan, module = _built(hosted)
     _check_steps(module)
     _check_batch(module)
     _check_saved(plan, module)
+    _check_shares(plan, module)
     _check_fields(slot, dict(node), card, variants or {})
 
 
@@ -193,6 +202,100 @@ def _check_saved(plan: Plan, module: Decoder) -> None:
         load_weights(again, plan, locate(Path(folder), "zoo"), device=torch.device("cpu"))
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, parameters[name]), f"{name} is not the same after saving and loading"
+
+
+def _check_shares(plan: Plan, module: Decoder) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    tokens = _tokens(module, LENGTH)
+    expected = prefill(module, tokens)
+    for ranks in (2, 3):
+        try:
+            found = share_out(plan, module, Mesh(ranks), lambda rank: prefill(rank, tokens))
+        except IndivisibleError:
+            continue
+        error = relative_error(found, expected)
+        assert error < TOLERANCE, f"{ranks} ranks differ from one by {error:.1e}: see Split, Param.shard, Spec.sums"
+
+
+def share_out(plan: Plan, module: Decoder, mesh: Mesh, run: Callable[[Decoder], Tensor]) -> Tensor:
+    """What `run` returns for the first of several ranks that share the module out, each in a thread of this process.
+
+    Each rank reads its pieces of the module's weights from a file. Raises IndivisibleError.
+    """
+    parts = [Part.of(plan, mesh, rank) for rank in range(mesh.size)]
+    parameters = dict(module.named_parameters())
+    tensors = {t.name: parameters[t.param][t.index].clone().contiguous() for t in plan.model.tensors()}
+    world = Table(mesh.size)
+    stages = [Table(mesh.tp) for _ in range(mesh.pp)]
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder) / "model.safetensors")
+        files = locate(Path(folder), "zoo")
+
+        def of_rank(part: Part) -> Tensor:
+            try:
+                own = assemble(part.local, torch.float32)
+                load_weights(own, plan, files, pieces=part.pieces)
+                near = Threads(part.share.rank, stages[mesh.stage(part.rank)])
+                join(own, part, Threads(part.rank, world), near, torch.float32)
+                return run(own)
+            except BaseException:
+                for table in (world, *stages):
+                    table.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(mesh.size) as pool:
+            first, *_ = pool.map(of_rank, parts)
+        return first
+
+
+class Table:
+    """Where threads lay what the others shall see."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier = size, Barrier(size)
+        self.places = [torch.empty(0)] * size
+        self.mail: dict[tuple[int, int], Queue[Tensor]] = defaultdict(Queue)
+
+
+@dataclass
+class Threads:
+    """A Group of threads of one process."""
+
+    rank: int
+    table: Table
+
+    @property
+    def size(self) -> int:
+        return self.table.size
+
+    def sum(self, x: Tensor) -> Tensor:
+        """In the order of the ranks."""
+        return torch.stack(self._all(x)).sum(0)
+
+    def join(self, x: Tensor, widths: list[int]) -> Tensor:
+        """On every rank."""
+        return torch.cat(self._all(x), dim=1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The same tensor on all."""
+        return self._all(x)[0]
+
+    def send(self, x: Tensor, rank: int) -> None:
+        """By a queue."""
+        self.table.mail[self.rank, rank].put(x.clone())
+
+    def receive(self, x: Tensor, rank: int) -> Tensor:
+        """Another tensor than `x`."""
+        return self.table.mail[rank, self.rank].get(timeout=60)
+
+    def _all(self, x: Tensor) -> list[Tensor]:
+        self.table.places[self.rank] = x
+        self.table.barrier.wait()
+        found = [*self.table.places]
+        self.table.barrier.wait()
+        return found
 
 
 def _check_fields(slot: str, node: Node, card: Mapping[str, Any] | None, variants: Mapping[str, Any]) -> None:

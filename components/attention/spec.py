@@ -9,8 +9,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from zoo.components.cache.spec import LatentCacheSpec, SharedCacheSpec
 from zoo.components.fields import Count, Flag, Positive
 from zoo.components.indexer.spec import IndexerSpec, LightningIndexerSpec
+from zoo.components.norm.spec import RMSSpec
 from zoo.components.rope.spec import RopeSpec, YarnRopeSpec
-from zoo.registry.spec import Borrowed, Inherited, Param, Part, Rotary, Slot, Spec, StateSpec
+from zoo.registry.spec import (
+    Borrowed,
+    IndivisibleError,
+    Inherited,
+    Param,
+    Part,
+    Rotary,
+    Share,
+    Slot,
+    Spec,
+    Split,
+    StateSpec,
+)
 
 
 def _cache_kind(fields: Mapping[str, Any]) -> str:
@@ -36,8 +49,10 @@ class AttentionSpec(Spec):
     out_dim: Annotated[Count | None, Inherited()] = Field(
         default=None, description="Size of the output where it is another; null for the stream's."
     )
-    num_heads: Count = Field(description="Query heads.")
-    num_kv_heads: Count = Field(description="Key and value heads; a divisor of num_heads.")
+    num_heads: Annotated[Count, Split()] = Field(description="Query heads.")
+    num_kv_heads: Annotated[Count, Split(copies=True)] = Field(
+        description="Key and value heads; a divisor of num_heads."
+    )
     head_dim: Count = Field(description="Size of a head.")
     window: Count | None = Field(
         default=None, description="How many positions a token sees, itself included; null sees all."
@@ -94,7 +109,7 @@ class AttentionSpec(Spec):
             found["qkv.bias"] = Param((rows,), shard=0, parts=self._parts("bias"), init="zeros", product=False)
         found["o.weight"] = Param((self.output, width), shard=1)
         if self.o_bias:
-            found["o.bias"] = Param((self.output,), init="zeros", product=False)
+            found["o.bias"] = Param((self.output,), once=True, init="zeros", product=False)
         if self.sinks:
             found["sinks"] = Param((self.num_heads,), shard=0, init="zeros", product=False)
         return found
@@ -140,6 +155,13 @@ class AttentionSpec(Spec):
     def state(self) -> StateSpec:
         return self.cache
 
+    def means(self, share: Share) -> tuple[str, ...]:
+        if self.qk_norm is None or self.qk_norm_span == "head":
+            return ()
+        if not isinstance(self.qk_norm, RMSSpec):
+            raise IndivisibleError("qk_norm_span", f"a norm of kind '{self.qk_norm.kind}' cannot span several ranks")
+        return ("q_norm", "k_norm")
+
     def flops(self, context: int) -> float:
         seen = context if self.window is None else min(context, self.window)
         return super().flops(context) + 4.0 * self.num_heads * self.head_dim * seen
@@ -152,7 +174,7 @@ class LatentAttentionSpec(Spec):
 
     kind: Literal["latent_attention"] = "latent_attention"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
-    num_heads: Count = Field(description="Heads.")
+    num_heads: Annotated[Count, Split()] = Field(description="Heads.")
     q_lora_rank: Count | None = Field(description="Size of the queries' own latent; null projects them at once.")
     kv_lora_rank: Count = Field(description="Size of the latent of keys and values.")
     nope_head_dim: Count = Field(description="Lanes of a query and key head that know no positions.")

@@ -73,6 +73,7 @@ class SharingSpec(Spec):
     """x + mixer(norm(x + projection(shared(x)))), with a block that others use too (Zamba 2, arXiv 2411.15242)."""
 
     module: ClassVar[str] = "zoo.components.block.sharing:Sharing"
+    ties: ClassVar[bool] = True
 
     kind: Literal["sharing"] = "sharing"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from zoo.components.fields import Count
-from zoo.registry.spec import Inherited, StateSpec
+from zoo.registry.spec import Inherited, Split, StateSpec
 
 Kept = tuple[int, int, tuple[int, ...]]
 """Planes, heads, and lanes of a head of what a layer keeps of a token: neighbouring lanes that belong together."""
@@ -39,7 +39,7 @@ class FullCacheSpec(StateSpec):
     module: ClassVar[str] = "zoo.components.cache.kv:KVStore"
 
     kind: Literal["full"] = "full"
-    num_kv_heads: Annotated[Count, Inherited()] = Field(description="Key and value heads.")
+    num_kv_heads: Annotated[Count, Inherited(), Split(copies=True)] = Field(description="Key and value heads.")
     head_dim: Annotated[Count, Inherited()] = Field(description="Size of a head.")
     cache_dtype: CodedAs = None
 
@@ -61,7 +61,7 @@ class WindowCacheSpec(StateSpec):
     module: ClassVar[str] = "zoo.components.cache.kv:KVStore"
 
     kind: Literal["window"] = "window"
-    num_kv_heads: Annotated[Count, Inherited()] = Field(description="Key and value heads.")
+    num_kv_heads: Annotated[Count, Inherited(), Split(copies=True)] = Field(description="Key and value heads.")
     head_dim: Annotated[Count, Inherited()] = Field(description="Size of a head.")
     window: Annotated[int | None, Inherited()] = Field(description="How many tokens are kept: the mixer's window.")
     cache_dtype: CodedAs = None

@@ -40,7 +40,15 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
         """The normalised output of the last block, (T, D)."""
-        x_TD = self.embed(tokens_T)
+        x_TD = self.entered(tokens_T, step)
+        for layer, state in zip(self.layers, step.states, strict=True):
+            x_TD = layer(x_TD, step, state)
+        normed_TD: Tensor = self.norm(x_TD)
+        return normed_TD
+
+    def entered(self, tokens_T: Tensor, step: Step) -> Tensor:
+        """What the first block reads, (T, D)."""
+        x_TD: Tensor = self.embed(tokens_T)
         if self.spec.embedding_scale is not None:
             x_TD = x_TD * _rounded(self.spec.embedding_scale, x_TD.dtype)
         if step.media is not None:
@@ -49,10 +57,11 @@ class Decoder(nn.Module):
             self.lerope(step)
         if self.spec.shared:
             step.memo["embeddings"] = x_TD
-        for layer, state in zip(self.layers, step.states, strict=True):
-            x_TD = layer(x_TD, step, state)
-        normed_TD: Tensor = self.norm(x_TD)
-        return normed_TD
+        return x_TD
+
+    def brought(self, x_TD: Tensor) -> Tensor:
+        """What `hidden` gave, where it is asked for: here."""
+        return x_TD
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """Float32 logits (R, V) of normalised rows."""

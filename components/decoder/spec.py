@@ -11,7 +11,7 @@ from zoo.components.encoder import EncoderSpec
 from zoo.components.fields import Count, Flag, Positive
 from zoo.components.indexer.spec import IndexerSpec, SharedIndexerSpec
 from zoo.components.rope.spec import RopeSpec
-from zoo.registry.spec import Inherited, Param, Slot, Spec, StateSpec
+from zoo.registry.spec import Inherited, Param, Share, Slot, Spec, Split, StateSpec
 
 
 class PrenormSpec(Spec):
@@ -55,7 +55,7 @@ class DecoderSpec(Spec):
 
     kind: Literal["decoder"] = "decoder"
     context_length: Annotated[Count, Inherited()] = Field(description="The longest sequence in tokens.")
-    vocab_size: Count = Field(description="Rows of the embedding, one per token id.")
+    vocab_size: Annotated[Count, Split(uneven=True)] = Field(description="Rows of the embedding, one per token id.")
     dim: Count = Field(description="Size of the residual stream.")
     tied_embeddings: Flag = Field(default=False, description="Whether the head is the embedding.")
     embedding_scale: Positive | None = Field(default=None, description="Multiplies embeddings; null leaves them.")
@@ -157,6 +157,16 @@ class DecoderSpec(Spec):
         for name, child in self.children().items():
             if name not in self.encoders():
                 yield from child.passes()
+
+    @property
+    def ties(self) -> bool:
+        """Whether all layers share learned gains of rope."""
+        return self.lerope
+
+    def divided(self, share: Share, where: str = "model") -> Self:
+        """Encoders are the first rank's, which hands their rows on."""
+        divided = super().divided(share, where)
+        return divided if share.rank == 0 else divided.model_copy(update={"vision": None, "audio": None})
 
     def encoders(self) -> dict[str, EncoderSpec]:
         """The encoders of media by the name of their node, which is the module's too."""

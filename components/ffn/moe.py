@@ -25,19 +25,28 @@ class MoE(Holder):
         self.spec = spec
         hidden, width = spec.form.hidden_dim, sum(spec.form.inputs.values())
         self.between: Callable[[Any, Tensor], Tensor] = load(spec.form.module).between
-        self.experts_in = nn.Parameter(torch.empty(spec.num_experts, width, spec.dim))
-        self.experts_down = nn.Parameter(torch.empty(spec.num_experts, spec.dim, hidden))
-        self.experts_in_bias = nn.Parameter(torch.empty(spec.num_experts, width)) if spec.biased else None
-        self.experts_down_bias = nn.Parameter(torch.empty(spec.num_experts, spec.dim)) if spec.biased else None
+        self.first, end = spec.experts
+        self.count = end - self.first
+        self.experts_in = nn.Parameter(torch.empty(self.count, width, spec.dim))
+        self.experts_down = nn.Parameter(torch.empty(self.count, spec.dim, hidden))
+        self.experts_in_bias = nn.Parameter(torch.empty(self.count, width)) if spec.biased else None
+        self.experts_down_bias = nn.Parameter(torch.empty(self.count, spec.dim)) if spec.biased else None
         self.router = make(spec.router)
         self.shared = None if spec.shared is None else make(spec.shared)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
         weights_TK, experts_TK = self.router(x_TD)
+        if self.count < self.spec.num_experts:
+            experts_TK = self._own(experts_TK)
         way = self._by_expert if x_TD.device.type == "cpu" else self._grouped
         routed_TD = way(x_TD, weights_TK, experts_TK)
         return routed_TD if self.shared is None else routed_TD + self.shared(x_TD)
+
+    def _own(self, experts_TK: Tensor) -> Tensor:
+        """Experts by their place among those that are held here; the number behind the last for all others."""
+        places_TK = experts_TK - self.first
+        return places_TK.masked_fill((places_TK < 0) | (places_TK >= self.count), self.count)
 
     def _expert(self, index: int, x_TD: Tensor) -> Tensor:
         first, down = self.matrix("experts_in", index), self.matrix("experts_down", index)
@@ -46,28 +55,31 @@ class MoE(Holder):
 
     def _by_expert(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """One product per chosen expert. Choices are host integers, which costs nothing on the CPU."""
-        if len(x_TD) == 1:
+        if len(x_TD) == 1 and self.count == self.spec.num_experts:
             y_KD = torch.cat([self._expert(e, x_TD) for e in experts_TK[0].tolist()])
             return (y_KD * weights_TK.view(-1, 1)).sum(0, keepdim=True).to(x_TD.dtype)
         order_N, tokens_N = _sorted(experts_TK)
-        counts = torch.bincount(experts_TK.flatten(), minlength=self.spec.num_experts).tolist()
+        counts = torch.bincount(experts_TK.flatten(), minlength=self.count).tolist()[: self.count]
+        order_N, tokens_N = order_N[: sum(counts)], tokens_N[: sum(counts)]
         x_ND, weights_N1 = x_TD[tokens_N], weights_TK.flatten()[order_N].unsqueeze(1)
         groups = [self._expert(e, rows) for e, rows in enumerate(torch.split(x_ND, counts)) if len(rows)]
-        return _combined(x_TD, torch.cat(groups), weights_N1, tokens_N)
+        return _combined(x_TD, torch.cat(groups) if groups else x_ND, weights_N1, tokens_N)
 
     def _grouped(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """All experts in one grouped product; group borders stay on the device."""
         order_N, tokens_N = _sorted(experts_TK)
-        counts_E = torch.zeros(self.spec.num_experts, dtype=torch.int32, device=x_TD.device)
+        counts_E = torch.zeros(self.count + 1, dtype=torch.int32, device=x_TD.device)
         counts_E.index_add_(0, experts_TK.flatten(), torch.ones_like(tokens_N, dtype=torch.int32))
-        ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        experts_N = experts_TK.flatten()[order_N]
+        ends_E = counts_E[: self.count].cumsum(0, dtype=torch.int32)
+        experts_N = experts_TK.flatten()[order_N].clamp(max=self.count - 1)
         first_NR = F.grouped_mm(x_TD[tokens_N], self.experts_in.transpose(1, 2), offs=ends_E)
         hidden_NF = self.between(self.spec.form, _plus(first_NR, self.experts_in_bias, experts_N))
         y_ND = F.grouped_mm(hidden_NF, self.experts_down.transpose(1, 2), offs=ends_E)
         y_ND = _plus(y_ND, self.experts_down_bias, experts_N)
         # Back in the tokens' order and added up there: a device adds to one place in no certain order.
         y_TKD = y_ND[order_N.argsort()].unflatten(0, experts_TK.shape)
+        if self.count < self.spec.num_experts:
+            y_TKD = y_TKD.masked_fill((experts_TK == self.count).unsqueeze(-1), 0)
         total_TD: Tensor = (y_TKD * weights_TK.unsqueeze(-1)).sum(1)
         return total_TD.to(x_TD.dtype)
 

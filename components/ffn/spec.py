@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from zoo.components.fields import Count, Flag, Positive
-from zoo.registry.spec import Inherited, Param, Part, Slot, Spec
+from zoo.registry.spec import IndivisibleError, Inherited, Param, Part, Share, Slot, Spec, Split
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 
@@ -17,7 +17,7 @@ class GatedSpec(Spec):
 
     kind: Literal["gated"] = "gated"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
-    hidden_dim: Count = Field(description="Size between the projections.")
+    hidden_dim: Annotated[Count, Split()] = Field(description="Size between the projections.")
     activation: Activation = Field(
         default="silu",
         description="Function of the gate; gelu_tanh is the tanh approximation of gelu, relu2 the square of relu.",
@@ -47,7 +47,7 @@ class MLPSpec(Spec):
 
     kind: Literal["mlp"] = "mlp"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
-    hidden_dim: Count = Field(description="Size between the projections.")
+    hidden_dim: Annotated[Count, Split()] = Field(description="Size between the projections.")
     activation: Activation = Field(
         description="Function between the projections; gelu_tanh is the tanh approximation of gelu, relu2 the square "
         "of relu."
@@ -79,7 +79,7 @@ class ClampedSpec(Spec):
 
     kind: Literal["clamped"] = "clamped"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
-    hidden_dim: Count = Field(description="Size between the projections.")
+    hidden_dim: Annotated[Count, Split()] = Field(description="Size between the projections.")
     gain: Positive = Field(description="What the gate is multiplied with within its sigmoid.")
     limit: Positive = Field(description="The largest gate, and the largest size of up.")
 
@@ -97,7 +97,7 @@ class ClampedSpec(Spec):
             "gate_up.weight": Param((rows, self.dim), shard=0),
             "gate_up.bias": Param((rows,), shard=0, init="zeros", product=False),
             "down.weight": Param((self.dim, self.hidden_dim), shard=1),
-            "down.bias": Param((self.dim,), init="zeros", product=False),
+            "down.bias": Param((self.dim,), once=True, init="zeros", product=False),
         }
 
 
@@ -205,6 +205,9 @@ class MoESpec(Spec):
     shared: Annotated[Spec | None, Slot("ffn")] = Field(
         default=None, description="A feed-forward that every token uses beside its experts; null for none."
     )
+    held: Annotated[tuple[int, int] | None, Inherited()] = Field(
+        default=None, description="Where a device holds only some experts: the first, and the one behind the last."
+    )
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:
@@ -232,33 +235,50 @@ class MoESpec(Spec):
     def pace(self) -> str:
         return self.kind
 
+    @property
+    def experts(self) -> tuple[int, int]:
+        """The first expert that is held, and the one behind the last."""
+        return (0, self.num_experts) if self.held is None else self.held
+
+    def divided(self, share: Share, where: str = "model") -> Self:
+        if not share.whole_experts:
+            return super().divided(share, where)
+        if self.num_experts % share.ranks:
+            why = f"{self.num_experts}, which {share.ranks} does not divide"
+            raise IndivisibleError(f"{where}.num_experts", why, self.num_experts)
+        each = self.num_experts // share.ranks
+        shared = None if self.shared is None else self.shared.divided(share, f"{where}.shared")
+        return self.model_copy(update={"held": (share.rank * each, (share.rank + 1) * each), "shared": shared})
+
     def parameters(self) -> dict[str, Param]:
-        experts, share = self.num_experts, self.experts_per_token / self.num_experts
-        first, down = self._parts("weight")
+        first, end = self.experts
+        experts, share = end - first, self.experts_per_token / self.num_experts
+        into, down = self._parts("weight")
         width, hidden = sum(self.form.inputs.values()), self.form.hidden_dim
         found = {
-            "experts_in": Param((experts, width, self.dim), shard=1, parts=first, active=share),
+            "experts_in": Param((experts, width, self.dim), shard=1, parts=into, active=share),
             "experts_down": Param((experts, self.dim, hidden), shard=2, parts=down, active=share),
         }
         if self.biased:
-            first, down = self._parts("bias")
+            into, down = self._parts("bias")
             found["experts_in_bias"] = Param(
-                (experts, width), shard=1, parts=first, init="zeros", active=share, product=False
+                (experts, width), shard=1, parts=into, init="zeros", active=share, product=False
             )
             found["experts_down_bias"] = Param(
-                (experts, self.dim), parts=down, init="zeros", active=share, product=False
+                (experts, self.dim), once=self.held is None, parts=down, init="zeros", active=share, product=False
             )
         return found
 
     def _parts(self, leaf: str) -> tuple[dict[str, Part], dict[str, Part]]:
         """Where the checkpoint's experts stand among the stacked ones: their first projections, and their last."""
-        first: dict[str, Part] = {}
-        for e in range(self.num_experts):
+        into: dict[str, Part] = {}
+        held = [*enumerate(range(*self.experts))]
+        for place, e in held:
             at = 0
             for name, rows in self.form.inputs.items():
-                first[f"experts.{e}.{name}.{leaf}"] = Part((e, (at, at + rows)))
+                into[f"experts.{e}.{name}.{leaf}"] = Part((place, (at, at + rows)))
                 at += rows
-        return first, {f"experts.{e}.down.{leaf}": Part((e,)) for e in range(self.num_experts)}
+        return into, {f"experts.{e}.down.{leaf}": Part((place,)) for place, e in held}
 
     def children(self) -> dict[str, Spec]:
         """The router and what is shared: experts are stacked in this component's own parameters."""

@@ -72,6 +72,7 @@ class SharedIndexerSpec(IndexerSpec):
     """What the nearest earlier indexer chose for the same tokens (arXiv 2603.12201)."""
 
     module: ClassVar[str] = "zoo.components.indexer.shared:SharedIndexer"
+    ties: ClassVar[bool] = True
 
     kind: Literal["shared"] = "shared"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,14 +60,22 @@ class Scan:
 
 
 class GatedNorm(nn.Module):
-    """The root-mean-square norm of y silu(z) in groups of channels, times a weight; float32."""
+    """The root-mean-square norm of y silu(z) in groups of channels, times a weight; float32.
+
+    across: set where ranks share the one group: the mean over them of each one's mean square.
+    """
 
     def __init__(self, channels: int, groups: int, eps: float) -> None:
         super().__init__()
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.empty(channels))
+        self.across: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, y_TW: Tensor, z_TW: Tensor) -> Tensor:
         """(T, W) to (T, W)."""
         gated_TGd = (y_TW * F.silu(z_TW.float())).unflatten(1, (self.groups, -1))
+        if self.across is not None:
+            mean_TG1 = self.across(gated_TGd.square().mean(-1, keepdim=True))
+            normed_TW: Tensor = (gated_TGd * torch.rsqrt(mean_TG1 + self.eps)).flatten(1) * self.weight
+            return normed_TW
         return F.rms_norm(gated_TGd, gated_TGd.shape[2:], None, self.eps).flatten(1) * self.weight

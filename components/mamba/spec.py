@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from zoo.components.cache.spec import RecurrentCacheSpec
 from zoo.components.fields import Count, Flag, Positive
 from zoo.components.norm.spec import RMSSpec
-from zoo.registry.spec import Inherited, Param, Spec, StateSpec
+from zoo.registry.spec import IndivisibleError, Inherited, Param, Share, Spec, Split, StateSpec
 
 _UPDATE = 6
 """Operations on each element of the state per token: decay, input, their sum, and the product that reads it."""
@@ -23,9 +23,9 @@ class Mamba2Spec(Spec):
 
     kind: Literal["mamba2"] = "mamba2"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
-    num_heads: Count = Field(description="Heads of the state.")
+    num_heads: Annotated[Count, Split()] = Field(description="Heads of the state.")
     head_dim: Count = Field(description="Size of a head.")
-    num_groups: Count = Field(
+    num_groups: Annotated[Count, Split(copies=True)] = Field(
         description="Groups of heads that share B and C and are normalised together; a divisor of num_heads."
     )
     state_size: Count = Field(description="Elements of the state for each element of a head.")
@@ -54,15 +54,16 @@ class Mamba2Spec(Spec):
         return self.inner_dim + 2 * self.num_groups * self.state_size
 
     def parameters(self) -> dict[str, Param]:
-        inner, heads = self.inner_dim, (self.num_heads,)
+        inner, heads, shared = self.inner_dim, (self.num_heads,), self.num_groups * self.state_size
+        mixed = (inner, shared, shared)
         return {
-            **_projection("in_proj", inner + self.conv_channels + self.num_heads, self.dim, self.bias),
-            **_convolution(self.conv_channels, self.conv_size, self.conv_bias),
-            "a_log": Param(heads, product=False, dtype="float32"),
-            "d": Param(heads, init="ones", product=False, dtype="float32"),
-            "dt_bias": Param(heads, product=False, dtype="float32"),
-            "norm.weight": Param((inner,), init="ones", product=False),
-            **_projection("out_proj", self.dim, inner, self.bias),
+            **_inward("in_proj", (inner, *mixed, self.num_heads), self.dim, self.bias),
+            **_convolution(mixed, self.conv_size, self.conv_bias),
+            "a_log": Param(heads, shard=0, product=False, dtype="float32"),
+            "d": Param(heads, shard=0, init="ones", product=False, dtype="float32"),
+            "dt_bias": Param(heads, shard=0, product=False, dtype="float32"),
+            "norm.weight": Param((inner,), shard=0, init="ones", product=False),
+            **_outward("out_proj", self.dim, inner, self.bias),
         }
 
     def working(self, rows: int, seen: int, itemsize: int) -> int:
@@ -73,6 +74,14 @@ class Mamba2Spec(Spec):
 
     def pace(self) -> str:
         return self.kind
+
+    def means(self, share: Share) -> tuple[str, ...]:
+        """The gated norm, where its one group is all ranks'."""
+        if self.num_groups % share.ranks == 0:
+            return ()
+        if self.num_groups > 1:
+            raise IndivisibleError("num_groups", f"{self.num_groups} is neither 1 nor a multiple of {share.ranks}")
+        return ("norm",)
 
     def state(self) -> StateSpec:
         return RecurrentCacheSpec(
@@ -102,7 +111,7 @@ class Mamba1Spec(Spec):
 
     kind: Literal["mamba1"] = "mamba1"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
-    inner_dim: Count = Field(description="Channels of the state.")
+    inner_dim: Annotated[Count, Split()] = Field(description="Channels of the state.")
     state_size: Count = Field(description="Elements of the state for each channel.")
     dt_rank: Count = Field(description="Size from which the step sizes of all channels are projected.")
     conv_size: Count = Field(description="How many tokens the convolution sees, itself included.")
@@ -115,14 +124,14 @@ class Mamba1Spec(Spec):
     def parameters(self) -> dict[str, Param]:
         inner = self.inner_dim
         return {
-            **_projection("in_proj", 2 * inner, self.dim, self.bias),
-            **_convolution(inner, self.conv_size, self.conv_bias),
-            "x_proj.weight": Param((self.dt_rank + 2 * self.state_size, inner), exact=True),
-            "dt_proj.weight": Param((inner, self.dt_rank), exact=True),
-            "a_log": Param((inner, self.state_size), product=False, dtype="float32"),
-            "d": Param((inner,), init="ones", product=False, dtype="float32"),
-            "dt_bias": Param((inner,), product=False, dtype="float32"),
-            **_projection("out_proj", self.dim, inner, self.bias),
+            **_inward("in_proj", (inner, inner), self.dim, self.bias),
+            **_convolution((inner,), self.conv_size, self.conv_bias),
+            "x_proj.weight": Param((self.dt_rank + 2 * self.state_size, inner), shard=1, exact=True),
+            "dt_proj.weight": Param((inner, self.dt_rank), shard=0, exact=True),
+            "a_log": Param((inner, self.state_size), shard=0, product=False, dtype="float32"),
+            "d": Param((inner,), shard=0, init="ones", product=False, dtype="float32"),
+            "dt_bias": Param((inner,), shard=0, product=False, dtype="float32"),
+            **_outward("out_proj", self.dim, inner, self.bias),
         }
 
     def children(self) -> dict[str, Spec]:
@@ -151,11 +160,22 @@ class Mamba1Spec(Spec):
         return super().flops(context) + float(_UPDATE * self.inner_dim * self.state_size)
 
 
-def _projection(name: str, rows: int, columns: int, bias: bool) -> dict[str, Param]:
-    found = {f"{name}.weight": Param((rows, columns))}
-    return found | {f"{name}.bias": Param((rows,), init="zeros", product=False)} if bias else found
+def _inward(name: str, pieces: tuple[int, ...], columns: int, bias: bool) -> dict[str, Param]:
+    """A projection of the stream to several pieces side by side."""
+    rows = sum(pieces)
+    found = {f"{name}.weight": Param((rows, columns), shard=0, segments=pieces)}
+    added = Param((rows,), shard=0, segments=pieces, init="zeros", product=False)
+    return found | {f"{name}.bias": added} if bias else found
 
 
-def _convolution(channels: int, size: int, bias: bool) -> dict[str, Param]:
-    found = {"conv.weight": Param((channels, 1, size), exact=True)}
-    return found | {"conv.bias": Param((channels,), init="zeros", product=False)} if bias else found
+def _outward(name: str, rows: int, columns: int, bias: bool) -> dict[str, Param]:
+    """A projection back to the stream."""
+    found = {f"{name}.weight": Param((rows, columns), shard=1)}
+    return found | {f"{name}.bias": Param((rows,), once=True, init="zeros", product=False)} if bias else found
+
+
+def _convolution(pieces: tuple[int, ...], size: int, bias: bool) -> dict[str, Param]:
+    channels = sum(pieces)
+    found = {"conv.weight": Param((channels, 1, size), shard=0, segments=pieces, exact=True)}
+    added = Param((channels,), shard=0, segments=pieces, init="zeros", product=False)
+    return found | {"conv.bias": added} if bias else found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,15 +17,19 @@ class RMS(nn.Module):
     """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times the weight.
 
     The fused kernel gets no weight: with one it rounds once less than the models were trained with.
+    across: set where ranks share the lanes, see `rms_reference`.
     """
 
     def __init__(self, spec: RMSSpec) -> None:
         super().__init__()
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.dim))
+        self.across: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Normalises the last axis of (..., D)."""
+        if self.across is not None:
+            return rms_reference(x_TD, self.weight, self.spec.eps, self.across)
         if fused.runs(x_TD) and self.spec.dim <= fused.WIDEST:
             return fused.rms(x_TD, self.weight, self.spec.eps)
         if small.runs(x_TD) and self.weight.dtype is x_TD.dtype:
@@ -31,8 +37,10 @@ class RMS(nn.Module):
         return F.rms_norm(x_TD, (self.spec.dim,), None, self.spec.eps).mul_(self.weight)
 
 
-def rms_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """The formula, step by step."""
+def rms_reference(
+    x_TD: Tensor, weight_D: Tensor, eps: float, across: Callable[[Tensor], Tensor] = lambda mean_T1: mean_T1
+) -> Tensor:
+    """The formula, step by step. across: the mean over all ranks that share the lanes, of each one's mean square."""
     x_float = x_TD.float()
-    scaled = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
+    scaled = x_float * torch.rsqrt(across(x_float.square().mean(-1, keepdim=True)) + eps)
     return scaled.to(x_TD.dtype) * weight_D

@@ -88,7 +88,9 @@ class AdapterSpec(Spec):
     def parameters(self) -> dict[str, Param]:
         found = {
             "gate_up_down.weight": Param((self.rank, self.dim), exact=True),
-            "gate_up_up.weight": Param((2 * self.hidden_dim, self.rank), shard=0, exact=True),
+            "gate_up_up.weight": Param(
+                (2 * self.hidden_dim, self.rank), shard=0, segments=2 * (self.hidden_dim,), exact=True
+            ),
         }
         if self.widths:
             parts = {f"{name}_down.weight": Part(((i * self.rank, (i + 1) * self.rank),)) for i, name in enumerate(QKV)}

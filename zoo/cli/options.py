@@ -19,7 +19,7 @@ _LOAD = [
     click.option("--weights", default="auto", show_default=True, help="A folder or file, `random`, or auto."),
     click.option("--max-context", type=int, help="Tokens of prompt and answer together. [default: the card's]"),
     click.option("--max-batch-size", type=int, help="Sequences that may run together."),
-    click.option("--devices", type=int, help="Number of devices to spread the model over."),
+    click.option("--devices", metavar="N", help="Devices to spread the model over, or a layout: tp=2,pp=2."),
     click.option("--quantize", help="int8 or int4: store large matrices so while loading."),
     click.option("--draft", metavar="lookup|REF", help="Guesses tokens ahead: the text so far, or a smaller model."),
     click.option("--adapter", "adapters", multiple=True, help="Adapter file or folder; may be repeated."),

@@ -117,9 +117,12 @@ def collect(chunks: "Iterator[Chunk]") -> "Completion":
 
 def load_model(ref: str, flags: dict[str, Any]) -> "Model":
     """The model for a command, with a bar while it loads and a line on what was chosen."""
-    from zoo.api import load
+    from zoo.api import layout, load
     from zoo.cli.console import loading_bar, note
 
+    spread = layout(ref, **load_arguments(flags))
+    if spread is not None:
+        note(f"{ref}: {spread}")
     with loading_bar(f"loading {ref}") as progress:
         model = load(ref, progress=progress, **load_arguments(flags))
     note(f"{model.card.name}: {'; '.join(n for n in model.notes if n)}")

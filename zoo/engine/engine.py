@@ -24,6 +24,7 @@ from zoo.engine.admission import Admission, Sizes
 from zoo.engine.capture import Captured, captures
 from zoo.engine.draft_model import DraftModel
 from zoo.engine.drafting import Drafting, Source
+from zoo.engine.leading import Leading, Others
 from zoo.engine.lookup import Lookup
 from zoo.engine.media import Placed, place
 from zoo.engine.memory import Memory, shares
@@ -60,6 +61,7 @@ class Engine:
     draft: what guesses tokens ahead (see zoo.engine.drafting): "lookup", a sequence's own tokens; or another model on
         the same device, whose cache takes a part of the budget.
     prefix_cache: whether a prompt that begins as an earlier one goes on from what is cached of that.
+    others: the model's other devices, which repeat what this engine does.
     Calls from several threads are safe; they wait for each other's steps. A context manager.
     """
 
@@ -77,6 +79,7 @@ class Engine:
         storage: Literal["auto", "slab", "pages"] = "auto",
         draft: Literal["lookup"] | tuple[Decoder, Plan] | None = None,
         prefix_cache: bool = True,
+        others: Others | None = None,
     ) -> None:
         model, device = cast(DecoderSpec, plan.model), torch.device(device)
         context = model.context_length if max_context is None else max_context
@@ -113,7 +116,9 @@ class Engine:
         self._scheduler = Scheduler(
             self._memory, prefixes, chunk_tokens=chunk, max_batch_size=max_batch_size, drafting=drafting
         )
-        self._runner: Runner | None = runner(decoder, self._memory)
+        self._others = others
+        plain = runner(decoder, self._memory)
+        self._runner: Runner | None = plain if others is None else Leading(others, plain)
         self._lock = threading.Lock()
         self._numbers = count()
         self._live: dict[str, Running] = {}
@@ -225,6 +230,11 @@ class Engine:
         return self._scheduler.drafting is not None
 
     @property
+    def parts(self) -> tuple[Memory, Runner]:
+        """The cache and what runs steps, for a rank that follows another's engine."""
+        return self._memory, self._open()
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes: weights; the cache's that unfinished requests use now, that are kept for later ones, that were taken
         at most so far, and that may be."""
@@ -250,6 +260,8 @@ class Engine:
             self._scheduler.prefixes.clear()
             self._memory.close()
             self._scheduler.drafting = None
+            if self._others is not None:
+                self._others.close()
 
     def __enter__(self) -> Self:
         return self

@@ -68,6 +68,10 @@ class HeldStep:
         return _by_layer(self.layers, zip(self.places, (part.views() for part in self.parts), strict=True))
 
 
+MIRRORED = ("reserve", "free", "mark", "rewind", "snapshot", "adopt")
+"""Methods that change a Memory: on a model's other devices they are repeated, unless they say that nothing was done."""
+
+
 class Memory:
     """Room for sequences within `budget` bytes, each named by a number. peak: the most bytes that were taken.
 

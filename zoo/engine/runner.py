@@ -36,7 +36,11 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits (R, V) float32 of the batch's wanted rows; its tokens are in the cache afterwards."""
-        media = self._media(batch)
+        return self.compute(batch, self._media(batch))
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch, media: Rows | None) -> Tensor:
+        """As `run`, with what encoders made of the batch's images and sounds."""
         if self.captured is not None and media is None and not any(map(self.adapters.resolve, batch.adapters)):
             replayed_RV = self.captured.run(batch)
             if replayed_RV is not None:
@@ -56,15 +60,23 @@ class Runner:
     @torch.no_grad()
     def hidden(self, tokens: Sequence[int], media: Sequence[Placed] = (), adapter: str | None = "auto") -> Tensor:
         """The normalised last hidden states (T, D) of one whole sequence, beside the cache."""
-        rows = rows_of_media(self.decoder, [(media, 0, len(tokens))], self.device) if media else None
-        step = replace(fresh_step(self.decoder.spec, [len(tokens)], self.device), media=rows)
-        with self.adapters.applied([adapter], [len(tokens)], self.device):
-            return self.decoder.hidden(torch.tensor(tokens, device=self.device), step)
+        return self.whole(tokens, self._rows(tokens, media), adapter, head=False)
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int], media: Sequence[Placed] = (), adapter: str | None = "auto") -> Tensor:
         """Logits (T, V) float32 of one whole sequence, beside the cache; an ordinary tensor that may be written to."""
-        return self.decoder.logits(self.hidden(tokens, media, adapter))
+        return self.whole(tokens, self._rows(tokens, media), adapter, head=True)
+
+    @torch.no_grad()
+    def whole(self, tokens: Sequence[int], media: Rows | None, adapter: str | None, *, head: bool) -> Tensor:
+        """The last hidden states of one whole sequence, or with `head` its logits."""
+        step = replace(fresh_step(self.decoder.spec, [len(tokens)], self.device), media=media)
+        with self.adapters.applied([adapter], [len(tokens)], self.device):
+            hidden_TD = self.decoder.hidden(torch.tensor(tokens, device=self.device), step)
+        return self.decoder.logits(hidden_TD) if head else self.decoder.brought(hidden_TD)
+
+    def _rows(self, tokens: Sequence[int], media: Sequence[Placed]) -> Rows | None:
+        return rows_of_media(self.decoder, [(media, 0, len(tokens))], self.device) if media else None
 
 
 def memory_is_full(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from math import prod
@@ -25,6 +25,7 @@ from zoo.loading.files import WeightSet
 from zoo.loading.layouts import layout_named
 from zoo.loading.mapping import Placement, plan_mapping
 from zoo.loading.pickled import DTYPES, open_archive
+from zoo.loading.pieces import Piece, narrowed, taken
 from zoo.loading.reader import Progress, TensorInfo
 from zoo.loading.targets import Storing, Targets
 from zoo.registry.errors import WeightsError
@@ -49,9 +50,11 @@ def load_weights(
     device: torch.device | str = "cpu",
     storing: Storing | None = None,
     progress: Progress | None = None,
+    pieces: Mapping[str, Piece] | None = None,
 ) -> None:
     """Fills the module's parameters, made on `device` in the type that they have on the meta device.
 
+    pieces: what the module holds of each tensor of the plan, where it is one rank's share; only that is read.
     storing: what is stored otherwise, each matrix as soon as it is whole. Peak memory is the weights as they are
     stored, one buffer, and the matrices of which a part is still to come. `progress` is called with the bytes read
     and the bytes in all.
@@ -59,10 +62,16 @@ def load_weights(
     """
     assert sys.byteorder == "little", "the files' bytes are read as they are"
     placements = plan_mapping(plan.model, layout_named(files.layout), files.headers, files.where)
+    if pieces is not None:
+        placements = narrowed(placements, pieces)
+    zeros = [piece.tensor for piece in (pieces or {}).values() if piece.zeros]
     order = {file: number for number, file in enumerate(files.files)}
     placements.sort(key=lambda placement: (order[placement.source.file], placement.source.start, placement.rows))
     total, done = sum(placement.nbytes for placement in placements), 0
-    targets = Targets(module, plan.model.tensors(), torch.device(device), storing)
+    targets = Targets(module, [*zeros, *(p.tensor for p in placements)], torch.device(device), storing)
+    for tensor in zeros:
+        targets.place(tensor).zero_()
+        targets.filled(tensor)
     with ReadAhead(map(_span, placements)) as ahead, _Reader(torch.device(device).type == "cuda", ahead) as reader:
         for placement in placements:
             _fill(targets.place(placement.tensor), placement, reader)
@@ -81,9 +90,9 @@ def fill_places(places: Iterable[tuple[torch.Tensor, Placement]]) -> None:
 
 
 def _span(placement: Placement) -> Span:
-    """The bytes that fill a tensor; none of an archive, which is mapped."""
+    """The bytes that fill a tensor; none of an archive, which is mapped, nor of some columns alone."""
     info, (first, last) = placement.source, placement.rows
-    if info.pickled:
+    if info.pickled or placement.columns:
         return Span(info.file, 0, 0)
     return Span(info.file, info.start + first * placement.row_bytes, info.start + last * placement.row_bytes)
 
@@ -95,22 +104,28 @@ def random_weights(
     seed: int = 0,
     device: torch.device | str = "cpu",
     storing: Storing | None = None,
+    pieces: Mapping[str, Piece] | None = None,
 ) -> None:
     """Fills the module's parameters, made on `device`, with seeded values of a size that keeps logits finite.
+
+    pieces: as of `load_weights`; each rank's numbers are those of its share of the whole.
 
     A tensor's values follow from the seed and its name alone: not from the order, the device or the type, up to
     rounding. Raises CapacityError when memory does not suffice.
     """
-    parameters, tensors = plan.model.all_parameters(), list(plan.model.tensors())
-    targets = Targets(module, tensors, torch.device(device), storing)
+    parameters = plan.model.all_parameters()
+    kept = {t.name: Piece(t) for t in plan.model.tensors()} if pieces is None else pieces
+    tensors = [tensor for tensor in plan.model.tensors() if tensor.name in kept]
+    targets = Targets(module, [kept[t.name].tensor for t in tensors], torch.device(device), storing)
 
     def draw(tensor: Tensor) -> None:
-        place, init = targets.place(tensor), parameters[tensor.param].init
-        if init == "normal":
-            _draw(place, f"{seed}:{tensor.name}")
+        piece, init = kept[tensor.name], parameters[tensor.param].init
+        place = targets.place(piece.tensor)
+        if init == "normal" and not piece.zeros:
+            _draw(place, f"{seed}:{tensor.name}", tensor.shape, piece)
         else:
-            place.fill_(1.0 if init == "ones" else 0.0)
-        targets.filled(tensor)
+            place.fill_(1.0 if init == "ones" and not piece.zeros else 0.0)
+        targets.filled(piece.tensor)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(draw, tensors):
@@ -118,13 +133,17 @@ def random_weights(
     targets.check()
 
 
-def _draw(place: torch.Tensor, key: str) -> None:
+def _draw(place: torch.Tensor, key: str, shape: tuple[int, ...], piece: Piece) -> None:
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     flat = place.flatten()
     assert flat.data_ptr() == place.data_ptr(), "a piece of a parameter has its rows together"
-    for piece in flat.split(DRAW):
-        piece.copy_(torch.empty(len(piece)).normal_(0.0, 0.02, generator=generator))
+    filled = 0
+    for first in range(0, prod(shape), DRAW):
+        values = torch.empty(min(DRAW, prod(shape) - first)).normal_(0.0, 0.02, generator=generator)
+        values = taken(values, first, shape, piece)
+        flat[filled : filled + len(values)].copy_(values)
+        filled += len(values)
 
 
 class _Reader:
@@ -186,13 +205,28 @@ class _Reader:
         if info.pickled:
             self._turn_to(info)
             return self.archive[info.name].reshape(-1, *placement.row_shape)[first:last]
-        size = (last - first) * placement.row_bytes
+        if placement.columns and not info.coding and len(shape) == 2:
+            return self._columns(placement, first, last, placement.columns)
+        piece = self._room((last - first) * placement.row_bytes, info)
+        self.into(piece, info, info.start + first * placement.row_bytes)
+        return piece if info.coding else piece.view(DTYPES[info.dtype]).view(shape)
+
+    def _columns(self, placement: Placement, first: int, last: int, columns: tuple[int, int]) -> torch.Tensor:
+        """Some columns of those rows, read row by row: other ranks read the others."""
+        info, width = placement.source, columns[1] - columns[0]
+        item = placement.row_bytes // placement.row_shape[0]
+        piece = self._room((last - first) * width * item, info).view(-1, width * item)
+        start = info.start + columns[0] * item
+        for row in range(first, last):
+            self.into(piece[row - first], info, start + row * placement.row_bytes)
+        return piece.view(DTYPES[info.dtype]).view(last - first, width)
+
+    def _room(self, size: int, info: TensorInfo) -> torch.Tensor:
+        """The buffer's first `size` bytes."""
         if len(self.buffer) < size:
             room = size if info.coding else max(size, min(BUFFER, info.nbytes))
             self.buffer = torch.empty(room, dtype=torch.uint8, pin_memory=self.pinned)
-        piece = self.buffer[:size]
-        self.into(piece, info, info.start + first * placement.row_bytes)
-        return piece if info.coding else piece.view(DTYPES[info.dtype]).view(shape)
+        return self.buffer[:size]
 
     def raw(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Bytes of a small tensor, from `start` to `stop` within it."""
@@ -234,7 +268,7 @@ def _pieces(placement: Placement) -> Iterator[tuple[int, int]]:
 
 def _put(view: torch.Tensor, rows: torch.Tensor, placement: Placement) -> None:
     """Copies rows of the file to where they belong, in the type that stands there."""
-    if placement.columns:
+    if placement.columns and rows.shape[-1] == placement.row_shape[-1]:
         rows = rows[..., slice(*placement.columns)]
     if view.device.type != "cpu":
         rows = rows.to(view.device)

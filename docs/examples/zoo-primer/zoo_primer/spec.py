@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from zoo.registry.spec import Inherited, Param, Spec
+from zoo.registry.spec import Inherited, Param, Spec, Split
 
 
 class ReluSquaredSpec(Spec):
@@ -14,7 +14,7 @@ class ReluSquaredSpec(Spec):
 
     kind: Literal["relu_squared"] = "relu_squared"
     dim: Annotated[int, Inherited()] = Field(gt=0, description="Size of the residual stream.")
-    hidden_dim: int = Field(gt=0, description="Size between the projections.")
+    hidden_dim: Annotated[int, Split()] = Field(gt=0, description="Size between the projections.")
 
     def parameters(self) -> dict[str, Param]:
         return {

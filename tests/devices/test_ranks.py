@@ -1,0 +1,148 @@
+"""Models over several processes: the same logits and tokens as in one, no pickles, and a clean end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from zoo.engine.request import Completion
+from zoo.model import Model
+from zoo.registry.errors import RequestError
+from zoo.testing import TOLERANCE, relative_error
+
+PROMPTS = [[5, 66, 0, 31, 32, 33], [7], [9, 9, 9, 50, 51, 52, 53, 54, 55, 56, 57, 58], [20, 21, 22]]
+LARGE: dict[str, Any] = {"overrides": {"model.embedding_scale": 40.0}}
+"""Random weights are small: without it, every token is about as likely as the others."""
+
+
+def generated(model: Model, **options: Any) -> list[Completion]:
+    return model.generate(PROMPTS, max_tokens=14, ignore_eos=True, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(everything: dict[str, Any]) -> Iterator[Model]:
+    with zoo.load(everything, weights="random", dtype="float32", device="cpu", **LARGE) as model:
+        yield model
+
+
+@pytest.fixture(
+    scope="module", params=[{"devices": "tp=2,pp=2,ep=2"}, {"devices": 2, "draft": "lookup"}], ids=["mixed", "drafts"]
+)
+def spread(request: pytest.FixtureRequest, everything: dict[str, Any]) -> Iterator[Model]:
+    options: dict[str, Any] = {"weights": "random", "dtype": "float32", "device": "cpu", **LARGE}
+    with zoo.load(everything, max_batch_size=3, **options, **request.param) as model:
+        yield model
+
+
+def test_logits_are_those_of_one_process(alone: Model, spread: Model) -> None:
+    tokens = [5, 66, 0, 31, 32, 33, 34, 16, 17, 50, 1]
+    found, expected = spread.logits(tokens), alone.logits(tokens)
+    assert found.shape == (len(tokens), 67)
+    assert relative_error(found, expected) < TOLERANCE
+
+
+def test_tokens_are_those_of_one_process(alone: Model, spread: Model) -> None:
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 5}):
+        found, expected = generated(spread, **options), generated(alone, **options)
+        assert [c.tokens for c in found] == [c.tokens for c in expected]
+        assert len({t for c in found for t in c.tokens}) > 5
+
+
+def test_images_are_those_of_one_process(alone: Model, spread: Model) -> None:
+    picture = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0))
+    tokens = [5, *[10, 10, 10, 12], *[10, 10, 10, 13], 31, 32]
+    found, expected = spread.logits(tokens, [picture]), alone.logits(tokens, [picture])
+    assert relative_error(found, expected) < TOLERANCE
+    assert relative_error(found, alone.logits(tokens, [-picture])) > TOLERANCE
+    asked: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+    answers = [model.generate([tokens], images=[picture], **asked)[0].tokens for model in (spread, alone)]
+    assert answers[0] == answers[1]
+
+
+def test_scores_are_those_of_one_process(alone: Model, spread: Model) -> None:
+    asked = {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": True}
+    for found, expected in zip(generated(spread, **asked), generated(alone, **asked), strict=True):
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+        assert found.prompt_logprobs == pytest.approx(expected.prompt_logprobs, abs=1e-3)
+
+
+def test_a_cancelled_request_leaves_nothing(spread: Model) -> None:
+    stream = spread.stream(PROMPTS[0], max_tokens=30, ignore_eos=True, temperature=0.0)
+    first = next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert spread.memory.cache_used == 0
+    again = spread.generate([PROMPTS[0]], max_tokens=30, ignore_eos=True, temperature=0.0)[0]
+    assert again.tokens[: len(first.tokens)] == first.tokens
+
+
+def test_what_needs_the_whole_model_is_refused(spread: Model, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="saving needs the whole model in one process"):
+        spread.save(tmp_path / "saved")
+    with pytest.raises(RequestError, match="an adapter needs the whole model in one process"):
+        spread.load_adapter(tmp_path)
+
+
+BROKEN_PICKLE = """
+import pickle
+
+def refuse(*arguments, **options):
+    raise RuntimeError("pickle was used")
+
+for name in ("dump", "dumps", "load", "loads"):
+    setattr(pickle, name, refuse)
+for name in ("Pickler", "Unpickler"):
+    setattr(pickle, name, type(name, (getattr(pickle, name),), {"__init__": refuse}))
+"""
+
+
+def test_the_command_runs_without_pickles(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_PICKLE)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [
+        sys.executable,
+        "-c",
+        "from zoo.cli import main; main()",
+        "run",
+        "tiny",
+        "--devices",
+        "2",
+        "--device",
+        "cpu",
+        "--temperature",
+        "0",
+    ]
+    run = subprocess.run(
+        [*command, "--prompt", "How many experts does Mixtral 8x7B have?"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "8 experts" in run.stdout
+    assert "2 devices (tp=2,pp=1,ep=1), 2.7 MiB of weights on each" in run.stderr.splitlines()[0]
+    check = "import pickle; pickle.dumps(1)"
+    refused = subprocess.run(
+        [sys.executable, "-c", check], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, check=False
+    )
+    assert b"pickle was used" in refused.stderr
+
+
+def test_prefixes_are_reused_and_threads_given_back() -> None:
+    before, prompt = torch.get_num_threads(), [*range(3, 60)]
+    with zoo.load("tiny", devices=2, device="cpu", dtype="float32") as model:
+        first, again = (model.generate([prompt], max_tokens=8)[0] for _ in range(2))
+        assert first.tokens == again.tokens
+        assert first.usage.cached_tokens == 0
+        assert again.usage.cached_tokens > 0
+        assert model.memory.cache_kept > 0
+    assert torch.get_num_threads() == before

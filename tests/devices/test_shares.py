@@ -1,0 +1,165 @@
+"""Ranks that share a model out compute what one computes, and each reads its own part of the files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zoo.assemble import assemble
+from zoo.components.decoder.model import Decoder
+from zoo.devices.mesh import Mesh, borders
+from zoo.devices.shares import Part
+from zoo.loading.files import locate as locate_files
+from zoo.loading.load import load_weights, random_weights
+from zoo.locating import locate
+from zoo.registry.card import Card
+from zoo.registry.plan import Plan
+from zoo.registry.resolve import resolve
+from zoo.registry.spec import IndivisibleError
+from zoo.testing import TOLERANCE, prefill, relative_error, share_out
+
+ATTENTION = {"kind": "attention", "num_heads": 8, "num_kv_heads": 2, "head_dim": 6, "rope": {"theta": 50.0}}
+GATED = {"kind": "gated", "hidden_dim": 20}
+CLAMPED = {"kind": "clamped", "hidden_dim": 12, "gain": 1.7, "limit": 7.0}
+MAMBA2 = {"kind": "mamba2", "num_heads": 8, "head_dim": 5, "state_size": 3, "conv_size": 4, "norm_eps": 1e-5}
+LATENT = {
+    "kind": "latent_attention",
+    "num_heads": 4,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 7,
+    "nope_head_dim": 6,
+    "rope_head_dim": 4,
+    "v_head_dim": 5,
+    "rope": {"theta": 50.0},
+}
+MIXERS: dict[str, dict[str, Any]] = {
+    "dense": ATTENTION,
+    "biases": {**ATTENTION, "qkv_bias": True, "o_bias": True, "sinks": True, "window": 5},
+    "norm of heads": {**ATTENTION, "qk_norm": {"kind": "rms", "eps": 1e-5}},
+    "norm of all heads": {**ATTENTION, "qk_norm": {"kind": "rms", "eps": 1e-5}, "qk_norm_span": "projection"},
+    "mamba 1": {"kind": "mamba1", "inner_dim": 24, "state_size": 3, "dt_rank": 5, "conv_size": 4, "bias": True},
+    "mamba 2": {**MAMBA2, "num_groups": 4, "bias": True},
+    "mamba 2 of one group": {**MAMBA2, "num_groups": 1},
+    "latent": LATENT,
+}
+FFNS: dict[str, dict[str, Any]] = {
+    "mixture": {"kind": "moe", "num_experts": 5, "experts_per_token": 2, "expert": GATED, "shared": GATED},
+    "mixture with biases": {"kind": "moe", "num_experts": 4, "experts_per_token": 3, "expert": CLAMPED},
+    "without a gate": {"kind": "mlp", "hidden_dim": 12, "activation": "relu2"},
+}
+
+
+def make_plan(mixer: dict[str, Any] = ATTENTION, ffn: dict[str, Any] = GATED, **model: Any) -> Plan:
+    layers = [{"repeat": 2, "mixer": mixer, "ffn": ffn}]
+    sizes = {"dim": 18, "vocab_size": 67, "norm": {"kind": "rms", "eps": 1e-5}, "layers": layers, **model}
+    return resolve(Card.from_dict({"name": "shared-out", "context_length": 64, "model": sizes}))
+
+
+def filled(plan: Plan) -> Decoder:
+    """With weights that are nowhere zero."""
+    module = assemble(plan, torch.float32)
+    random_weights(module, plan)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+@pytest.mark.parametrize("mesh", [Mesh(2), Mesh(4), Mesh(2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("mixer", "ffn", "model"),
+    [
+        *((mixer, GATED, {}) for mixer in MIXERS.values()),
+        *((ATTENTION, ffn, {}) for ffn in FFNS.values()),
+        (ATTENTION, GATED, {"tied_embeddings": True, "logits_softcap": 3.0}),
+    ],
+    ids=[*MIXERS, *FFNS, "tied"],
+)
+def test_ranks_give_the_logits_of_one(
+    mixer: dict[str, Any], ffn: dict[str, Any], model: dict[str, Any], mesh: Mesh
+) -> None:
+    plan = make_plan(mixer, ffn, **model)
+    module = filled(plan)
+    tokens = [5, 66, 0, 31, 32, 33, 34, 16, 17, 50, 1]
+    found = share_out(plan, module, mesh, lambda rank: prefill(rank, tokens))
+    assert relative_error(found, prefill(module, tokens)) < TOLERANCE
+
+
+def test_every_rank_draws_its_part_of_the_same_random_weights() -> None:
+    plan = make_plan(MIXERS["mamba 2"])
+    whole = assemble(plan, torch.float32)
+    random_weights(whole, plan)
+    found = []
+    for rank in range(2):
+        part = Part.of(plan, Mesh(2), rank)
+        module = assemble(part.local, torch.float32)
+        random_weights(module, plan, pieces=part.pieces)
+        found.append(module.get_parameter("layers.1.mixer.in_proj.weight"))
+    expected = whole.get_parameter("layers.1.mixer.in_proj.weight")
+    for at, size in ((0, 40), (40, 40), (80, 12), (92, 12), (104, 8)):
+        parts = [part[at // 2 : (at + size) // 2] for part in found]
+        assert torch.equal(torch.cat(parts), expected[at : at + size])
+
+
+def read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes by Linux's /proc")
+def test_each_rank_reads_its_part_of_the_files() -> None:
+    found = locate("tiny")
+    plan = resolve(found.card)
+    assert found.folder is not None
+    files = locate_files(found.folder, found.card.source.layout)
+    whole = assemble(plan, torch.bfloat16)
+    load_weights(whole, plan, files)
+    joined: dict[str, list[torch.Tensor]] = {}
+    for rank in range(2):
+        part = Part.of(plan, Mesh(2), rank)
+        module = assemble(part.local, torch.bfloat16)
+        before = read_bytes()
+        load_weights(module, plan, files, pieces=part.pieces)
+        read = read_bytes() - before
+        held = sum(p.numel() * 2 for p in module.parameters())
+        assert held <= read < 1.02 * held
+        assert held < 0.52 * sum(p.numel() * 2 for p in whole.parameters())
+        for name, parameter in module.named_parameters():
+            joined.setdefault(name, []).append(parameter)
+    expected = dict(whole.named_parameters())
+    assert torch.equal(torch.cat(joined["layers.0.mixer.o.weight"], 1), expected["layers.0.mixer.o.weight"])
+    assert torch.equal(torch.cat(joined["head.weight"]), expected["head.weight"])
+
+
+def test_what_does_not_divide_is_named() -> None:
+    with pytest.raises(IndivisibleError, match=r"model\.layers\.0\.mixer\.num_heads: 8, which 3 does not divide"):
+        Part.of(make_plan(), Mesh(3), 0)
+    three = {**MIXERS["mamba 2"], "num_heads": 12, "num_groups": 3}
+    with pytest.raises(IndivisibleError, match=r"layers\.0\.mixer\.num_groups: 3 is neither 1 nor a multiple of 2"):
+        Part.of(make_plan(three), Mesh(2), 0)
+    with pytest.raises(IndivisibleError, match=r"num_groups: 3 is neither 1 nor a multiple of 6"):
+        Part.of(make_plan(three), Mesh(6), 0)
+
+
+@pytest.mark.parametrize("name", ["mixture", "mixture with biases"])
+@pytest.mark.parametrize("mesh", [Mesh(2, ep=2), Mesh(4, ep=4), Mesh(2, 2, 2)], ids=str)
+def test_whole_experts_on_each_rank(name: str, mesh: Mesh) -> None:
+    plan = make_plan(ffn={**FFNS[name], "num_experts": 8})
+    module = filled(plan)
+    for tokens in ([5, 66, 0, 31, 32, 33, 34], [9]):
+        found = share_out(plan, module, mesh, lambda rank, tokens=tokens: prefill(rank, tokens))  # type: ignore[misc]
+        assert relative_error(found, prefill(module, tokens)) < TOLERANCE
+    held = Part.of(plan, mesh, 1).local.model.all_parameters()["layers.0.ffn.experts_in"].shape
+    assert held[0] == 8 // mesh.ep
+
+
+def test_stages_are_of_like_size() -> None:
+    layers = [{"repeat": 3, "mixer": ATTENTION, "ffn": GATED}, {"repeat": 4, "mixer": None, "ffn": GATED}]
+    plan = make_plan(layers=layers, vocab_size=20)
+    assert borders(plan.model, 1) == [0, 7]
+    assert borders(plan.model, 2) == [0, 2, 7]
+    assert borders(plan.model, 7) == [*range(8)]
+    with pytest.raises(IndivisibleError, match="7 layers for 8 stages"):
+        borders(plan.model, 8)

@@ -1,0 +1,45 @@
+"""What ranks compute together: the few operations that modules and steps need, whatever carries them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LostError(ConnectionError):
+    """Another rank has gone, or has not come in time."""
+
+
+class Group(Protocol):
+    """Ranks that work on one model; each calls the same operations in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of every rank's tensor, on every rank; may take the place of `x`."""
+        ...
+
+    def join(self, x: Tensor, widths: list[int]) -> Tensor:
+        """The tensors (R, width) of all ranks side by side, on the first rank; on the others, their own."""
+        ...
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The first rank's tensor, on every rank: the others pass one of its shape and type."""
+        ...
+
+    def send(self, x: Tensor, rank: int) -> None:
+        """A tensor to another rank, which receives it."""
+        ...
+
+    def receive(self, x: Tensor, rank: int) -> Tensor:
+        """The tensor that another rank sends, in place of `x`, which has its shape and type."""
+        ...

@@ -1,0 +1,201 @@
+"""A run over several devices, from what a user asks for to ranks that have loaded their parts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.components.cache.store import stored_parts
+from zoo.components.decoder.model import Decoder
+from zoo.device import Placement, memory_free
+from zoo.devices.channel import Channel
+from zoo.devices.lead import Ranks
+from zoo.devices.meet import join_started, start, started
+from zoo.devices.mesh import Mesh, Wanted, Wish, lay_out, wish
+from zoo.devices.setup import Setup
+from zoo.devices.shares import Part, join
+from zoo.inspection import Inspection
+from zoo.loading.hub.types import human_bytes
+from zoo.registry.errors import RequestError
+from zoo.registry.plan import Plan
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a model is laid out over devices, before anything is started. rank: this process's."""
+
+    mesh: Mesh
+    wish: Wish
+    rank: int
+    own: bool
+
+    def part(self, plan: Plan) -> Part:
+        """What this process holds."""
+        return Part.of(plan, self.mesh, self.rank)
+
+    def device(self, name: str) -> str:
+        """Where this process computes, for `device`. Raises RequestError where there are fewer devices than ranks."""
+        if self.wish.names:
+            return self.wish.names[self.rank]
+        kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if kind not in ("cpu", "cuda"):
+            raise RequestError(
+                "one device cannot be several",
+                where="device",
+                found=repr(name),
+                expected="cpu or cuda, and devices for how many",
+                hint='devices=["cuda:0", "cuda:2"] names them',
+            )
+        near = self.mesh.size if self.own else self.near
+        if kind == "cuda" and torch.cuda.device_count() < near:
+            raise RequestError(
+                "there are fewer devices than asked for",
+                where="devices",
+                found=f"{torch.cuda.device_count()} CUDA devices",
+                expected=str(near),
+                hint="`--device cpu` runs each rank as a process on the CPU",
+            )
+        return f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}" if kind == "cuda" else "cpu"
+
+    def uniform(self, plan: Plan) -> bool:
+        """Whether all stages keep the same kinds of state, so that what the first one can do, all can."""
+        firsts = [stage * self.mesh.tp for stage in range(self.mesh.pp)]
+        kept = [{*stored_parts(Part.of(plan, self.mesh, rank).states), None} for rank in firsts]
+        return all(kinds == kept[0] for kinds in kept)
+
+    def refuse(self, plan: Plan, adapters: object, draft: object) -> None:
+        """Raises RequestError for what several devices, or unlike stages, do not do."""
+        over = f"a model over {self.mesh.size} devices"
+        if adapters:
+            raise RequestError("adapters run on one device only", where="adapters", found=over)
+        if draft not in (None, "none", "lookup"):
+            raise RequestError("a model that guesses runs beside one on one device only", where="draft", found=over)
+        if draft == "lookup" and not self.uniform(plan):
+            raise RequestError(
+                "tokens are guessed only where all stages keep the same kinds of state",
+                where="draft",
+                found=f"{over} ({self.mesh})",
+                hint="leave draft out, or use tensor parallelism alone",
+            )
+
+    def describe(self, plan: Plan, dtype: str, quantize: str | None) -> str:
+        """The layout and the weights of each rank, in words."""
+        sizes = [
+            Inspection(plan.card, Part.of(plan, self.mesh, rank).local, dtype, None, {}, quantize).weight_bytes
+            for rank in range(self.mesh.size)
+        ]
+        low, high = human_bytes(min(sizes)), human_bytes(max(sizes))
+        each = f"{low} of weights on each" if low == high else f"{low} to {high} of weights on each"
+        return f"{self.mesh.size} devices ({self.mesh}), {each}"
+
+    @property
+    def near(self) -> int:
+        """Ranks on this machine."""
+        return self.mesh.size if self.own else int(os.environ.get("LOCAL_WORLD_SIZE", self.mesh.size))
+
+
+def spread(plan: Plan, wanted: Wanted) -> Spread | None:
+    """The layout for `devices`, or for the processes that torchrun has started; None for one device.
+
+    Raises RequestError for what means nothing, does not divide, or is not as torchrun has it.
+    """
+    found, asked = started(), wish(wanted)
+    if found is None or (asked.count == 1 and wanted is not None):
+        return None if asked.count == 1 else Spread(lay_out(plan.model, asked), asked, 0, own=True)
+    rank, size = found
+    if wanted is None:
+        asked = Wish(size)
+    if asked.count != size:
+        raise RequestError(
+            "as many devices as processes are needed",
+            where="devices",
+            found=f"{asked.count} devices and {size} processes",
+            hint="leave devices out, or start as many processes: torchrun --nproc-per-node",
+        )
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return None if size == 1 else Spread(lay_out(plan.model, asked, near), asked, rank, own=False)
+
+
+@dataclass
+class Run:
+    """Ranks that have met. setup: what they know."""
+
+    spread: Spread
+    part: Part
+    ranks: Ranks
+    placement: Placement
+    frees: list[int] = field(default_factory=list)
+
+    def loaded(self, module: Decoder) -> None:
+        """Joins the loaded module with the others'."""
+        assert self.ranks.groups is not None
+        join(module, self.part, *self.ranks.groups, self.placement.dtype)
+        frees = [memory_free(self.placement.device), *self.ranks.hear("loaded")]
+        self.frees = [free // (1 if self.placement.device.type == "cuda" else self.spread.near) for free in frees]
+
+    def begin(self, sizes: Mapping[str, Any]) -> tuple[Ranks, dict[str, Any]]:
+        """All make their engines; the first one's sizes: its cache never takes more than the others' have room for."""
+        budgets = [int(0.8 * free) for free in self.frees]
+        if self.spread.mesh.pp == 1:
+            budgets = [min(budgets)] * len(budgets)
+        else:
+            budgets[0] = self._within(budgets, sizes["max_context"])
+        for rank, channel in self.ranks.channels.items():
+            channel.send({**sizes, "memory_bytes": budgets[rank]})
+        return self.ranks, {**sizes, "memory_bytes": budgets[0]}
+
+    def _within(self, budgets: Sequence[int], context: int) -> int:
+        """What the first stage may take so that no other stage, whose layers keep more or less, needs too much."""
+        lengths = [min(16 << power, context) for power in range(20)]
+        itemsize = self.placement.dtype.itemsize
+        first = [self.part.cache_bytes(tokens, itemsize) for tokens in lengths]
+        found = budgets[0]
+        for rank, budget in enumerate(budgets):
+            own = Part.of(self.part.whole, self.spread.mesh, rank)
+            for tokens, cost in zip(lengths, first, strict=True):
+                taken = own.cache_bytes(tokens, itemsize)
+                found = min(found, budget * cost // taken) if taken else found
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.spread.mesh.size} devices ({self.spread.mesh})"
+
+
+def open_run(spread: Spread, plan: Plan, placement: Placement, weights: str | Path, quantize: str | None) -> Run:
+    """Starts the other ranks, or meets those that torchrun has started, and tells them what to build.
+
+    In a process that torchrun has started as another rank, follows the first one to its end and raises SystemExit.
+    """
+    size = spread.mesh.size
+    threads = max(1, torch.get_num_threads() // spread.near)
+    met: Ranks | Channel
+    meeting, met = start(size, threads) if spread.own else join_started(spread.rank, size)
+    if isinstance(met, Channel):
+        from zoo.devices.worker import serve
+
+        sys.exit(serve(meeting, met, weights))
+    if placement.device.type == "cpu":
+        met.at_end.append(partial(torch.set_num_threads, torch.get_num_threads()))
+        torch.set_num_threads(threads)
+    mesh = (spread.mesh.tp, spread.mesh.pp, spread.mesh.ep)
+    setup = Setup(
+        plan.card.to_dict(),
+        mesh,
+        placement.device.type,
+        placement.dtype_name,
+        str(weights),
+        quantize,
+        threads,
+        [*spread.wish.names],
+    )
+    met.tell(asdict(setup))
+    met.hear("ready")
+    met.groups = meeting.groups(spread.mesh, placement.device)
+    return Run(spread, spread.part(plan), met, placement)

@@ -1,0 +1,52 @@
+"""What all ranks must know to build their parts of a model, in plain data, and those parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.device import Placement, choose
+from zoo.devices.mesh import Mesh
+from zoo.devices.shares import Part
+from zoo.registry.card import Card
+from zoo.registry.plan import Plan
+from zoo.registry.resolve import resolve
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run over several devices.
+
+    card: the card as a mapping. mesh: tp, pp, ep. device, dtype: as `zoo.load` has chosen them for the first rank.
+    names: the devices by rank, where they were named. weights: a folder or file, or "random".
+    quantize: as `zoo.load` takes it.
+    threads: of a rank on a CPU.
+    """
+
+    card: Mapping[str, Any]
+    mesh: Sequence[int]
+    device: str
+    dtype: str
+    weights: str
+    quantize: str | None
+    threads: int
+    names: Sequence[str] = ()
+
+    def plan(self) -> Plan:
+        """The whole model's."""
+        return resolve(Card.from_dict(self.card))
+
+    def part(self, plan: Plan, rank: int) -> Part:
+        """What one rank holds of it."""
+        return Part.of(plan, Mesh(*self.mesh), rank)
+
+    def placement(self, rank: int) -> Placement:
+        """Where one rank computes: on CUDA, each on a device of its own machine."""
+        name = self.device
+        if self.names:
+            name = self.names[rank]
+        elif name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+        return choose(name, self.dtype, self.dtype)

@@ -1,0 +1,244 @@
+"""One rank's share of a model: its settings, which pieces of the checkpoint it holds, and what modules add up.
+
+Components say how their parameters are split (`Split`, `Param.shard`, `Spec.sums`, `Spec.means`); this file does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from zoo.components.decoder.model import Decoder
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.devices.group import Group
+from zoo.devices.mesh import Mesh, borders, check
+from zoo.devices.stage import Stage, StageSpec
+from zoo.loading.pieces import Piece
+from zoo.registry.plan import Plan
+from zoo.registry.spec import Param, Share, Spec, StateSpec
+from zoo.registry.spec import Tensor as Stored
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of a model: the plan of the whole, and of what it holds."""
+
+    whole: Plan
+    local: Plan
+    mesh: Mesh
+    rank: int
+
+    @classmethod
+    def of(cls, plan: Plan, mesh: Mesh, rank: int) -> Self:
+        """The part of a rank. Raises IndivisibleError naming the size that cannot be shared out."""
+        share = mesh.share(rank)
+        check(plan.model, share)
+        local = plan.model.divided(share)
+        assert isinstance(local, DecoderSpec)
+        if mesh.pp > 1:
+            found = borders(plan.model, mesh.pp)
+            local = StageSpec.of(local, *found[mesh.stage(rank) : mesh.stage(rank) + 2])
+        return cls(plan, replace(plan, model=local), mesh, rank)
+
+    @property
+    def share(self) -> Share:
+        """Its share of each layer that it has."""
+        return self.mesh.share(self.rank)
+
+    @property
+    def model(self) -> DecoderSpec:
+        """The whole."""
+        assert isinstance(self.whole.model, DecoderSpec)
+        return self.whole.model
+
+    @property
+    def pieces(self) -> dict[str, Piece]:
+        """What it keeps of the checkpoint's tensors."""
+        return pieces(self.model, self.local.model, self.share)
+
+    @property
+    def fronted(self) -> Plan:
+        """The plan that the first rank's engine sees: its own part, with the vocabulary of the whole."""
+        return replace(self.local, model=self.local.model.model_copy(update={"vocab_size": self.model.vocab_size}))
+
+    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes that its layers keep of a sequence."""
+        return sum(state.nbytes(tokens, itemsize) for state in self.states if state is not None)
+
+    @property
+    def states(self) -> tuple[StateSpec | None, ...]:
+        """What each of its layers keeps of a sequence."""
+        assert isinstance(self.local.model, DecoderSpec)
+        return self.local.model.states()
+
+    @property
+    def widths(self) -> list[int]:
+        """Rows of the vocabulary that each rank of a stage has."""
+        bounds = [rank * self.model.vocab_size // self.mesh.tp for rank in range(self.mesh.tp + 1)]
+        return [stop - start for start, stop in pairwise(bounds)]
+
+
+def pieces(whole: Spec, local: Spec, share: Share) -> dict[str, Piece]:
+    """What a rank keeps of each of the checkpoint's tensors that it holds any of, by name."""
+    params, own = whole.all_parameters(), local.all_parameters()
+    shapes = {tensor.name: tensor.shape for tensor in whole.tensors()}
+    return {
+        tensor.name: _piece(tensor, shapes[tensor.name], params[tensor.param], own[tensor.param], share)
+        for tensor in local.tensors()
+    }
+
+
+def _piece(tensor: Stored, shape: tuple[int, ...], param: Param, own: Param, share: Share) -> Piece:
+    """The piece that becomes `tensor`. shape, param: of the whole; own: of this rank."""
+    if own.once and share.rank > 0:
+        return Piece(tensor, zeros=True)
+    axes = [axis for axis, size in enumerate(tensor.shape) if size != shape[axis]]
+    assert len(axes) <= 1, f"{tensor.name} is split along several axes"
+    if not axes:
+        return Piece(tensor)
+    if param.segments and not param.parts:
+        return Piece(tensor, axes[0], tuple(_ranges(param.segments, own.segments, share)))
+    return Piece(tensor, axes[0], tuple(_ranges((shape[axes[0]],), (tensor.shape[axes[0]],), share)))
+
+
+def _ranges(sizes: tuple[int, ...], own: tuple[int, ...], share: Share) -> Iterator[tuple[int, int]]:
+    """Of each stretch of these sizes, the range that is this rank's, of the size that it has of it."""
+    at = 0
+    for size, kept in zip(sizes, own, strict=True):
+        start = at + _start(size, kept, share)
+        yield start, start + kept
+        at += size
+
+
+def _start(size: int, kept: int, share: Share) -> int:
+    """Where this rank's part begins: equal parts one after the other, each for as many ranks as there are copies."""
+    count, rest = divmod(size, kept)
+    if not rest and share.ranks % count == 0:
+        return share.rank * count // share.ranks * kept
+    return share.rank * size // share.ranks
+
+
+def join(module: Decoder, part: Part, world: Group, near: Group, dtype: torch.dtype) -> None:
+    """Lets the module of one rank work together with the others': only the first rank has what comes out.
+
+    world: all ranks. near: those of its stage. dtype: of the residual stream.
+    """
+    if part.mesh.tp > 1:
+        _join_stage(module, part, near)
+    if part.mesh.pp > 1:
+        _join_stages(module, part, world, dtype)
+    elif part.mesh.tp > 1:
+        own = module.logits
+        _replace(module, logits=lambda x_RD: near.join(own(x_RD), part.widths))
+
+
+def _join_stage(module: Decoder, part: Part, near: Group) -> None:
+    """What ranks that share out layers add up."""
+    local, split = part.local.model, _split(part.model, part.local.model)
+    for path, spec in part.model.walk():
+        for name in spec.means(part.share) if _has(local, path) else ():
+            _replace(module.get_submodule(f"{path}.{name}"), across=_mean(near))
+    for path in _summed(local, ""):
+        if any(name.startswith(f"{path}.") for name in split):
+            module.get_submodule(path).register_forward_hook(lambda _, inputs, y: near.sum(y))
+    if not isinstance(local, StageSpec) or local.begins:
+        _share_embedding(module, part, near)
+
+
+def _join_stages(module: Decoder, part: Part, world: Group, dtype: torch.dtype) -> None:
+    """How the stream goes from stage to stage, and what comes out back to the first rank."""
+    assert isinstance(module, Stage)
+    stages, last, own = part.mesh.tp, part.mesh.near(part.mesh.size - 1), module.logits
+    module.link = Chain(world, part.rank, stages, part.model.dim, dtype)
+
+    def logits(x_RD: Tensor) -> Tensor:
+        if part.rank in last:
+            _sent(own(x_RD), world)
+            return x_RD
+        if part.rank:
+            return x_RD
+        shape, device = len(x_RD), x_RD.device
+        places = zip(last, part.widths, strict=True)
+        return torch.cat([_received(torch.empty(shape, w, device=device), rank, world) for rank, w in places], dim=1)
+
+    def brought(x_TD: Tensor) -> Tensor:
+        if part.rank == last[0]:
+            _sent(x_TD, world)
+        return _received(torch.empty_like(x_TD), last[0], world) if part.rank == 0 else x_TD
+
+    _replace(module, logits=logits, brought=brought)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The link between stages: each rank takes from the one with its share in the stage before."""
+
+    world: Group
+    rank: int
+    step: int
+    dim: int
+    dtype: torch.dtype
+
+    def take(self, rows: int, device: torch.device) -> Tensor:
+        """The stream (T, D) of the stage before."""
+        x_TD = torch.empty(rows, self.dim, dtype=self.dtype, device=device)
+        return self.world.receive(x_TD, self.rank - self.step)
+
+    def give(self, x_TD: Tensor) -> None:
+        """The stream to the stage behind."""
+        self.world.send(x_TD, self.rank + self.step)
+
+
+def _sent(x: Tensor, world: Group) -> None:
+    if x.numel():
+        world.send(x, 0)
+
+
+def _received(x: Tensor, rank: int, world: Group) -> Tensor:
+    return world.receive(x, rank) if x.numel() else x
+
+
+def _has(local: Spec, path: str) -> bool:
+    return any(path == known for known, _ in local.walk())
+
+
+def _split(whole: Spec, local: Spec) -> list[str]:
+    """The parameters of which a rank holds a part: what is whole on every rank needs no sum."""
+    params = whole.all_parameters()
+    return [name for name, param in local.all_parameters().items() if param.shape != params[name].shape]
+
+
+def _mean(group: Group) -> Callable[[Tensor], Tensor]:
+    return lambda mean: group.sum(mean) / group.size
+
+
+def _summed(spec: Spec, path: str) -> Iterator[str]:
+    """Paths of the modules whose outputs are parts of a sum; nothing below one that is summed itself."""
+    names = spec.sums()
+    yield from (f"{path}.{name}".strip(".") for name in names)
+    if "" not in names:
+        for name, child in spec.children().items():
+            yield from _summed(child, f"{path}.{name}".strip("."))
+
+
+def _share_embedding(module: Decoder, part: Part, near: Group) -> None:
+    """Takes each row from the rank that has it."""
+    start, embed = sum(part.widths[: part.share.rank]), module.embed.forward
+    stop = start + part.widths[part.share.rank]
+
+    def embedded(tokens_T: Tensor) -> Tensor:
+        inside_T = (tokens_T >= start) & (tokens_T < stop)
+        x_TD = embed(torch.where(inside_T, tokens_T - start, 0))
+        return near.sum(x_TD.masked_fill(~inside_T.unsqueeze(1), 0))
+
+    _replace(module.embed, forward=embedded)
+
+
+def _replace(module: nn.Module, **methods: Any) -> None:
+    for name, method in methods.items():
+        setattr(module, name, method)

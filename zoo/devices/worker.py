@@ -1,0 +1,95 @@
+"""A rank that follows: it holds its share of the model and does what the first rank says, until that one ends.
+
+Run as `python -m zoo.devices.worker` by `zoo.devices.processes`, with one line of JSON on stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.device import memory_free
+from zoo.devices.channel import Channel
+from zoo.devices.group import LostError
+from zoo.devices.meet import Meeting, come
+from zoo.devices.processes import LOST
+from zoo.devices.setup import Setup
+from zoo.devices.shares import join
+from zoo.engine.engine import Engine
+from zoo.engine.leading import follow
+from zoo.loading.fill import filled
+from zoo.registry.errors import ZooError
+
+
+def serve(meeting: Meeting, channel: Channel, weights: str | Path | None = None) -> int:
+    """Follows the first rank; returns the exit code. weights: this machine's, where they are not the first's."""
+    try:
+        _serve(meeting, channel, weights)
+    except LostError:
+        return LOST
+    except ZooError as error:
+        details = {name: _plain(getattr(error, name)) for name in ("message", "where", "found", "expected", "hint")}
+        channel.send({"error": {"kind": type(error).__name__, **details}})
+        sys.stderr.write(f"zoo: {error}\n")
+        return 1
+    return 0
+
+
+def _serve(meeting: Meeting, channel: Channel, weights: str | Path | None) -> None:
+    setup = Setup(**channel.receive())
+    plan, placement = setup.plan(), setup.placement(meeting.rank)
+    part = setup.part(plan, meeting.rank)
+    if placement.device.type == "cpu":
+        torch.set_num_threads(setup.threads)
+    channel.send({"ready": True})
+    world, near = meeting.groups(part.mesh, placement.device)
+    weights = setup.weights if weights is None else weights
+    module, *_ = filled(plan, placement, weights, quantize=setup.quantize, progress=_telling(channel), part=part)
+    join(module, part, world, near, placement.dtype)
+    channel.send({"loaded": memory_free(placement.device)})
+    sizes = {"device": placement.device, "dtype": placement.dtype, **channel.receive()}
+    with Engine(module, part.local, **sizes) as engine:
+        _, runner = engine.parts
+        while True:
+            for task, message in channel.receive():
+                if task == "end":
+                    return
+                follow(runner, world, task, message)
+
+
+def _telling(channel: Channel) -> Callable[[int, int], None]:
+    def tell(done: int, total: int) -> None:
+        channel.send({"progress": [done, total]})
+
+    return tell
+
+
+def _plain(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _end_with_parent() -> None:
+    """Whoever started this process holds the other end of stdin, as long as it lives."""
+    sys.stdin.read()
+    os._exit(LOST)
+
+
+def main() -> None:
+    """One worker's life."""
+    said: dict[str, Any] = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    code = serve(*come(said))
+    sys.stderr.flush()
+    # Without waiting for threads of torch that may wait for ranks which have gone.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A runner whose steps other ranks repeat, each with its share of the model, and what they are told.
+
+One rank has the requests, the scheduler and the sampler. Whatever it does to its cache, and each step that it runs, the
+others do too. They are told numbers and names, never objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zoo.components.step import Rows
+from zoo.engine.memory import MIRRORED, Memory
+from zoo.engine.pack import Batch
+from zoo.engine.runner import Runner
+from zoo.registry.errors import CapacityError
+
+Message = dict[str, Any]
+
+
+class Spreads(Protocol):
+    """What hands a tensor to all ranks."""
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The first rank's tensor, on every rank: the others pass one of its shape and type."""
+        ...
+
+
+class Others(Spreads, Protocol):
+    """The other ranks, as the first one knows them."""
+
+    def mirror(self, memory: Memory) -> None:
+        """From now on they repeat what changes this memory."""
+        ...
+
+    def together(self, task: str, message: Message) -> AbstractContextManager[None]:
+        """A block that they run as well: `follow` with this task and message."""
+        ...
+
+    def close(self) -> None:
+        """They end."""
+        ...
+
+
+class Leading(Runner):
+    """The first rank's runner."""
+
+    def __init__(self, others: Others, runner: Runner) -> None:
+        super().__init__(runner.decoder, runner.memory, runner.device, runner.captured)
+        self.others = others
+        others.mirror(runner.memory)
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch, media: Rows | None) -> Tensor:
+        with self.others.together("compute", _told(batch) | _shape(media)):
+            _handed_on(media, self.others)
+            return super().compute(batch, media)
+
+    def whole(self, tokens: Sequence[int], media: Rows | None, adapter: str | None, *, head: bool) -> Tensor:
+        message = {"tokens": [*tokens], "adapter": adapter, "head": head}
+        with self.others.together("whole", message | _shape(media)):
+            _handed_on(media, self.others)
+            return super().whole(tokens, media, adapter, head=head)
+
+
+def follow(runner: Runner, group: Spreads, task: str, message: Any) -> None:
+    """What the first rank does, on another one. message: a task's, or the arguments of a method of the cache."""
+    if task in MIRRORED:
+        if getattr(runner.memory, task)(*message) is False:
+            raise CapacityError("the cache of this device is full", hint="load with a smaller max_batch_size")
+    elif task == "compute":
+        runner.compute(_batch(message, runner.device), _media(message, runner, group))
+    else:
+        assert task == "whole", task
+        media = _media(message, runner, group)
+        runner.whole(message["tokens"], media, message["adapter"], head=message["head"])
+
+
+def _told(batch: Batch) -> Message:
+    """The numbers of a step."""
+    return {
+        "tokens": batch.tokens_T.tolist(),
+        "positions": batch.positions_T.tolist(),
+        "picks": None if batch.rows_R is None else batch.rows_R.tolist(),
+        "seqs": batch.seqs,
+        "rows": batch.rows,
+        "past": batch.past,
+        "adapters": batch.adapters,
+    }
+
+
+def _batch(message: Message, device: torch.device) -> Batch:
+    """The step that the numbers say; what comes of it is the first rank's business."""
+    picks = message["picks"]
+    return Batch(
+        tokens_T=torch.tensor(message["tokens"], device=device),
+        positions_T=torch.tensor(message["positions"], device=device),
+        rows_R=None if picks is None else torch.tensor(picks, dtype=torch.int64, device=device),
+        seqs=message["seqs"],
+        rows=message["rows"],
+        past=message["past"],
+        wanted=[],
+        adapters=message["adapters"],
+        media=[()] * len(message["seqs"]),
+    )
+
+
+def _shape(media: Rows | None) -> Message:
+    """Where rows of media stand, and how wide they are."""
+    if media is None:
+        return {"media": None}
+    dtype = str(media.values_ND.dtype).removeprefix("torch.")
+    return {"media": media.rows_N.tolist(), "width": media.values_ND.shape[1], "dtype": dtype}
+
+
+def _handed_on(media: Rows | None, others: Spreads) -> None:
+    if media is not None:
+        others.spread(media.values_ND.contiguous())
+
+
+def _media(message: Message, runner: Runner, group: Spreads) -> Rows | None:
+    if message["media"] is None:
+        return None
+    rows_N = torch.tensor(message["media"], device=runner.device)
+    dtype = getattr(torch, message["dtype"])
+    return Rows(rows_N, group.spread(torch.empty(len(rows_N), message["width"], dtype=dtype, device=runner.device)))
