@@ -68,7 +68,7 @@ class HeldStep:
         return _by_layer(self.layers, zip(self.places, (part.views() for part in self.parts), strict=True))
 
 
-MIRRORED = ("reserve", "free", "mark", "rewind", "snapshot", "adopt")
+MIRRORED = ("reserve", "free", "mark", "rewind", "snapshot", "adopt", "trim")
 """Methods that change a Memory: on a model's other devices they are repeated, unless they say that nothing was done."""
 
 
