@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ class Fake:
 
     def __init__(self, number: int, ends_at: int | None = None) -> None:
         self.number, self.ends_at, self.asked, self.most, self.now = number, ends_at, 0, 0, 0
-        self.lock = threading.Lock()
+        self.lock, self.together = threading.Lock(), threading.Barrier(1)
         self.closed = False
 
     def generate(self, prompt: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +28,7 @@ class Fake:
             self.most = max(self.most, self.now)
             if self.asked == self.ends_at:
                 raise EndedError("it was killed")
-        time.sleep(0.02)
+        self.together.wait(timeout=20)
         with self.lock:
             self.now -= 1
         if prompt == "bad":
@@ -47,7 +46,9 @@ class Fake:
 
 
 def test_requests_are_spread_by_load() -> None:
-    fakes = [Fake(0), Fake(1), Fake(2)]
+    fakes, together = [Fake(0), Fake(1), Fake(2)], threading.Barrier(12)
+    for fake in fakes:
+        fake.together = together
     with Front(fakes) as front:
         answers = front.generate([str(i) for i in range(12)])
     assert [answer["text"] for answer in answers] == [f"{i}!" for i in range(12)]
