@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import zoo
+from zoo.costs.memory import PROCESS_BYTES
 from zoo.registry.errors import CapacityError, CardError, RequestError, TextError, ZooError
 
 if TYPE_CHECKING:
@@ -220,15 +221,16 @@ def test_a_batch_of_none(desk: Desk, size: int) -> None:
 
 def test_a_prompt_that_memory_cannot_hold(desk: Desk) -> None:
     """A cache for fewer tokens than the context refuses what would never fit, with the sizes."""
-    desk.patch.setattr("zoo.device.free_memory", lambda: 800_000)
-    with desk.load(overrides={"context_length": 8192}) as model:
+    desk.patch.setattr("zoo.device.free_memory", lambda: 6_000_000)
+    desk.patch.setattr("zoo.api.resident_memory", lambda: PROCESS_BYTES)
+    with desk.load(overrides={"context_length": 32768}) as model:
         budget = model.memory.cache_budget
         words = [
             f"does not fit in the cache's memory; found {budget} bytes, room for",
-            "bytes for 4000 tokens",
+            "bytes for 20000 tokens",
             "Lower max_tokens",
         ]
-        desk.refused(CapacityError, words, lambda: model.generate([[7] * 4000]))
+        desk.refused(CapacityError, words, lambda: model.generate([[7] * 20000]))
         assert len(model.generate([[7] * 100], max_tokens=3, ignore_eos=True)[0].tokens) == 3
 
 
