@@ -1,6 +1,6 @@
 """Kernels in C for what PyTorch leaves on the table on a CPU, an optional part of an installation.
 
-`kernels.c` beside this file is built by setuptools where there is a compiler, and loaded here by ctypes. Where it is
+The C sources beside this file are built by setuptools where there is a compiler, and loaded here by ctypes. Where it is
 not there, or the processor has no AVX-512, everything runs by PyTorch's own kernels: `missing` says why, `zoo doctor`
 what that costs. ZOO_NATIVE=off leaves the kernels out.
 """

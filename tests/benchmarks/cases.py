@@ -115,6 +115,7 @@ def quantised(bench: Bench) -> dict[str, Any]:
 def context(bench: Bench) -> dict[str, Any]:
     """Cost of one decode step against the context, few small layers so that the cache is what is read."""
     small = replace(bench.shape, layers=4, hidden=bench.shape.dim, vocab=512)
+    bench = replace(bench, shape=small)
     window = {"mixer": small.card()["model"]["layers"][0]["mixer"] | {"window": 1024}}
     sizes = {
         "num_heads": small.heads,
@@ -137,8 +138,7 @@ def context(bench: Bench) -> dict[str, Any]:
             found[name] |= {"slope_of_read_limit": cache / bandwidth / slope, "cache_bytes_per_token": cache}
         zoo_side.close()
     if bench.peers:
-        inner = replace(bench, shape=small)
-        with inner.sides() as sides:
+        with bench.sides() as sides:
             for side in sides[1:]:
                 found[side.name] = {"step_seconds": [_step_at(bench, side, length) for length in contexts]}
     return {"contexts": list(contexts), "read_bytes_per_second": bandwidth, "kinds": found}
