@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from zoo.allocator import give_back_memory
 from zoo.assemble import assemble
 from zoo.components.decoder.model import Decoder
 from zoo.device import Placement
@@ -353,6 +354,7 @@ class Model:
         self._module = assemble(self.plan, self.placement.dtype)
         if self.placement.device.type == "cuda":
             torch.cuda.empty_cache()
+        give_back_memory()
 
     def __enter__(self) -> Self:
         return self

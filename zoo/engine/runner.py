@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from zoo.allocator import keep_freed_memory
 from zoo.components.cache.store import fresh_step
 from zoo.components.decoder.model import Decoder
 from zoo.components.matrix import weight_bytes
@@ -26,6 +27,8 @@ class Runner:
         self, decoder: Decoder, memory: Memory, device: torch.device, captured: Captured | None = None
     ) -> None:
         self.decoder, self.memory, self.device, self.captured = decoder, memory, device, captured
+        if device.type == "cpu":
+            keep_freed_memory()
         self.adapters = Adapters(decoder)
 
     @property
