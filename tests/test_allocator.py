@@ -22,9 +22,21 @@ print(faults() - before)
 """
 
 
+BACK = """
+import torch
+from zoo.allocator import give_back_memory, keep_freed_memory
+from zoo.machine import resident_memory
+keep_freed_memory()
+pieces = [torch.empty(8 << 20, dtype=torch.uint8).fill_(1) for _ in range(16)]
+del pieces
+before = resident_memory()
+give_back_memory()
+print(before - resident_memory())
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+def test_freed_memory_is_used_again() -> None:
     kept, fresh, own = (
         _faults("keep_freed_memory()", {}),
         _faults("", {}),
@@ -33,9 +45,20 @@ def test_freed_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept < 100 < min(fresh, own)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_was_kept_goes_back() -> None:
+    """Of sixteen pieces of 8 MiB that were freed, nearly all."""
+    assert _printed(BACK, {}) > 100 << 20
+
+
 def _faults(keep: str, variables: dict[str, str]) -> int:
     """Page faults of ten uses of 64 MiB each."""
-    command = [sys.executable, "-c", PAGES.replace("KEEP", keep)]
-    unset = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    return _printed(PAGES.replace("KEEP", keep), variables)
+
+
+def _printed(code: str, variables: dict[str, str]) -> int:
+    """The number that a process prints which has no variables about memory but these."""
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "THP_"))}
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=unset | variables)
     return int(done.stdout)

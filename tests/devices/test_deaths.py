@@ -139,7 +139,11 @@ def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
         (0, "not a number of devices; found 0; expected a number, a list of devices, or sizes such as tp=2"),
         ("tp=2,tp=2", "not a number of devices; found 'tp=2,tp=2'"),
         ("tp=4,ep=2", "experts are shared out among all ranks of a stage or not at all; found 'tp=4,ep=2'"),
-        ("tp=3", r"mixer.num_kv_heads: .* among 3 ranks; found 2, which 3 does not divide. These would do: 2"),
+        (
+            "tp=3",
+            r"mixer.num_kv_heads: .* among 3 ranks; found 2, which 3 does not divide. "
+            r"Numbers of devices that would do, as zoo shares out: 2",
+        ),
         ([], "not a number of devices"),
     ],
 )

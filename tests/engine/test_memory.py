@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from zoo.engine.memory import Memory
+from zoo.engine.memory import MIRRORED, Memory
 from zoo.registry.spec import StateSpec
 
 
@@ -151,3 +151,13 @@ def test_an_interrupted_reservation_leaves_nothing(monkeypatch: pytest.MonkeyPat
         held.reserve(1, 16)
     held.free(1)
     assert held.used == 0
+
+
+READS = {"cost", "longest", "could", "holds", "serves", "states", "hold"}
+"""Methods of Memory that change nothing that other ranks hold; `close` is each rank's own."""
+
+
+def test_every_method_that_changes_the_cache_is_mirrored_on_other_ranks() -> None:
+    """A method that is in neither list would leave the other ranks' caches behind."""
+    methods = {name for name, value in vars(Memory).items() if callable(value) and not name.startswith("_")}
+    assert methods == {*MIRRORED} | READS | {"close"}

@@ -82,7 +82,9 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     from zoo.cli.console import note
     from zoo.cli.run import load_model
     from zoo.device import choose, describe
+    from zoo.locating import locate
 
+    locate(ref)  # before the seconds that measuring takes
     device = choose(flags["device"], "auto", "bfloat16").device
     note("the machine's limits")
     here = machine_limits(device)

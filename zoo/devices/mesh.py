@@ -194,7 +194,11 @@ def _filled(sums: list[int], most: int, stages: int) -> list[int]:
 def _refused(model: Spec, mesh: Mesh, fault: IndivisibleError) -> RequestError:
     ranks = mesh.size
     would = [n for n in range(2, 2 * ranks + 1) if any(not _fault(model, other) for other in _layouts(n, n))]
-    hint = f"these would do: {', '.join(map(str, would))}" if would else "run it on one device"
+    hint = (
+        f"numbers of devices that would do, as zoo shares out: {', '.join(map(str, would))}"
+        if would
+        else "run it on one device"
+    )
     return RequestError(
         f"the model cannot be shared out among {ranks} ranks" + ("" if mesh.pp == 1 else f" as {mesh}"),
         where=fault.where,

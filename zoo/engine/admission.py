@@ -32,7 +32,7 @@ class Admission:
                 where="drafts",
                 found=str(params.drafts),
                 expected="0 or None",
-                hint="load it with draft='lookup', or with a smaller model of the same vocabulary",
+                hint="load it with draft='lookup' (`--draft lookup`), or with a smaller model of the same vocabulary",
             )
         if params.logprobs is not None and params.logprobs > self.vocab_size:
             raise RequestError(
