@@ -66,7 +66,7 @@ python:
 	  echo 'zoo needs Python 3.11 or newer; $(PYTHON) is $(or $(VERSION),not there). Name another: make run PYTHON=python3.12' >&2; \
 	  exit 2; }
 
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard components/native/*.c) $(VENV)/python-$(VERSION)
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard components/native/*.[ch]) $(VENV)/python-$(VERSION)
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 

@@ -20,9 +20,8 @@
 #include <immintrin.h>
 #include <omp.h>
 
-typedef uint16_t bf16;
+#include "numbers.h"
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define EACH _Pragma("GCC unroll 32") for
 
@@ -38,20 +37,6 @@ int zoo_level(void) {
     unsigned a, b, c, d;
     int dots = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     return dots && __builtin_cpu_is("amd") ? DOT : MULTIPLY_ADD;
-}
-
-static inline float widened(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
-}
-
-/* Rounded to the nearest, ties to even; what is not a number stays so. */
-static inline bf16 rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (bits & 0x7fffffff) > 0x7f800000 ? (bf16)(bits >> 16 | 0x40) : (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 enum { MOST = 8, ROWS = 64, OUTPUTS = 48, FEW_OUTPUTS = 24, FEW = 16, SERIAL = 1 << 17 };
