@@ -4,6 +4,7 @@
     python -m tests.benchmarks decode --batch 1 8          # one benchmark; results are merged into the file
     python -m tests.benchmarks prefill decode overhead --peers transformers
     python -m tests.benchmarks --list
+    python -m tests.benchmarks gates                       # what the results are to reach; fails where they do not
     python -m tests.benchmarks report                      # plots and tables of docs/benchmarks.md from the results
     python -m tests.benchmarks decode --shape tiny         # a quick try; says nothing
 
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks import gates
 from tests.benchmarks.cases import CASES, Bench
 from tests.benchmarks.report import report
 from tests.benchmarks.shapes import SHAPES, folder_of
@@ -62,7 +64,7 @@ def versions() -> dict[str, str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*CASES, "prepare", "report", []], help="what to measure")
+    parser.add_argument("names", nargs="*", choices=[*CASES, "prepare", "gates", "report", []], help="what to measure")
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--batch", type=int, nargs="+")
@@ -96,10 +98,23 @@ def main() -> None:
     for name in args.names:
         if name == "prepare":
             folder_of(bench.shape, args.models, llama="llama.cpp" in bench.peers)
+        elif name == "gates":
+            judge(json.loads(args.out.read_text()))
         elif name == "report":
             report(json.loads(args.out.read_text()), DOCS)
         else:
             keep(args.out, name, CASES[name](bench), args)
+
+
+def judge(results: dict[str, Any]) -> None:
+    """Prints every aim; leaves with 1 where one was missed that this machine allows, or was not measured."""
+    found = gates.verdicts(results)
+    for one in found:
+        aim = f"{'<=' if one.at_most else '>='} {one.aim:g}"
+        value = "-" if one.found is None else f"{one.found:.3g}"
+        sys.stdout.write(f"{one.what:54}{aim:>8}{value:>8}  {one.word}\n")
+    if any(one.word in ("missed", "not measured") for one in found):
+        sys.exit(1)
 
 
 def keep(file: Path, name: str, result: dict[str, Any], args: argparse.Namespace) -> None:

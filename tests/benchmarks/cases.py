@@ -16,7 +16,16 @@ import torch
 from tests.benchmarks import traffic
 from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of
 from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Timed, Transformers, Zoo
-from zoo.bench import Arrival, arrivals, bytes_per_step, measure_traffic, random_prompts, read_bandwidth
+from zoo.bench import (
+    Arrival,
+    arrivals,
+    bytes_per_step,
+    measure_traffic,
+    multiply_adds_of_prompt,
+    random_prompts,
+    read_bandwidth,
+)
+from zoo.bench.limits import multiply_rates
 from zoo.engine.request import Request, SamplingParams
 
 Case = Callable[["Bench"], dict[str, Any]]
@@ -70,10 +79,15 @@ def prefill(bench: Bench) -> dict[str, Any]:
     """From a prompt to its first new token, one prompt at a time."""
     rows = []
     with bench.sides() as sides:
+        assert isinstance(sides[0], Zoo)
         for length in bench.contexts or (512,):
+            limit = _multiply_limit()
             times = _turns(bench, sides, bench.prompts(1, length), 0)
-            rates = {name: length / median(t.prefill for t in runs) for name, runs in times.items()}
-            rows.append({"prompt": length, "tokens_per_second": rates, "ratios": _ratios(rates)})
+            taken = {name: median(t.prefill for t in runs) for name, runs in times.items()}
+            rates = {name: length / seconds for name, seconds in taken.items()}
+            share = multiply_adds_of_prompt(sides[0].model, length) / taken["zoo"] / max(limit, _multiply_limit())
+            row = {"prompt": length, "tokens_per_second": rates, "ratios": _ratios(rates)}
+            rows.append(row | {"of_multiply_limit": share})
     return {"rows": rows}
 
 
@@ -82,12 +96,15 @@ def decode(bench: Bench) -> dict[str, Any]:
     """Steps of equal sequences: medians over all steps, the sides by turns."""
     bandwidth, rows = read_bandwidth(), []
     with bench.sides() as sides:
+        assert isinstance(sides[0], Zoo)
         for batch in bench.batches or (1, 8):
             length = bench.prompt or (512 if batch == 1 else 64)
             times = _turns(bench, sides, bench.prompts(batch, length), bench.steps)
             step = {name: median(s for run in runs for s in run.steps) for name, runs in times.items()}
             rates = {name: batch / seconds for name, seconds in step.items()}
-            read = bytes_per_step(sides[0].model, batch, length + bench.steps // 2)  # type: ignore[attr-defined]
+            # A machine's neighbours come and go: its limit is the most that it gave before and after.
+            bandwidth = max(bandwidth, read_bandwidth())
+            read = bytes_per_step(sides[0].model, batch, length + bench.steps // 2)
             row = {"batch": batch, "prompt": length, "step_seconds": step, "tokens_per_second": rates}
             total = {name: _total(batch, length, runs) for name, runs in times.items() if batch == 1 or _honest(name)}
             row |= {"ratios": _ratios(rates), "total_tokens_per_second": total, "total_ratios": _ratios(total)}
@@ -106,9 +123,12 @@ def quantised(bench: Bench) -> dict[str, Any]:
     times = _turns(bench, sides, bench.prompts(1, length), bench.steps)
     decoded = {name: 1 / median(s for run in runs for s in run.steps) for name, runs in times.items()}
     read = {name: length / median(run.prefill for run in runs) for name, runs in times.items()}
+    sizes = {side.name: side.model.memory.weights for side in sides if isinstance(side, Zoo)}
+    sizes |= {f"llama.cpp {file.stem}": file.stat().st_size for file in folder.glob("*.gguf")}
     for side in sides:
         side.close()
-    return {"prompt": length, "tokens_per_second": decoded, "prefill_tokens_per_second": read}
+    rates = {"tokens_per_second": decoded, "prefill_tokens_per_second": read}
+    return {"prompt": length, "bytes": {name: sizes[name] for name in decoded}} | rates
 
 
 @case
@@ -151,7 +171,7 @@ def mixed(bench: Bench) -> dict[str, Any]:
         plan, prompts, found = _plan(bench, sides)
         for side in sides[1:]:
             assert isinstance(side, Transformers)
-            for size in bench.batches or (16,):
+            for size in bench.batches or (8, 16, 32):
                 name = f"transformers, batches of {size}"
                 found[name] = traffic.by_static_batches(side, plan, prompts, size)
     return _compared(plan, found)
@@ -303,6 +323,10 @@ def _turns(bench: Bench, sides: Sequence[Side], prompts: Prompts, steps: int) ->
 def _step_at(bench: Bench, side: Side, length: int) -> float:
     """The median decode step of one sequence after `length` tokens."""
     return median(side.run(bench.prompts(1, length), bench.steps).steps)
+
+
+def _multiply_limit() -> float:
+    return multiply_rates(torch.device("cpu"))["bfloat16"]
 
 
 def _ratios(rates: dict[str, float]) -> dict[str, float]:

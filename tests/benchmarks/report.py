@@ -6,6 +6,8 @@ from math import ceil, log2
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import gates
+
 Line = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 680, 380, 64, 48, 40, 190
@@ -22,7 +24,8 @@ def report(results: Mapping[str, Any], docs: Path) -> None:
         (plots / "context.svg").write_text(_context_plot(results["context"]))
     page = docs / "benchmarks.md"
     parts = [_TABLES[name](results[name]) for name in _TABLES if name in results]
-    middle = "\n\n".join([_machine(results), *parts])
+    aims = "What was asked of this shape on a CPU, and what came of it:\n\n" + gates.table(results, _table)
+    middle = "\n\n".join([_machine(results), *parts, aims])
     text, count = re.subn(
         r"(<!-- results: .*? -->\n).*?(\n<!-- end of results -->)",
         lambda found: f"{found[1]}\n{middle}\n{found[2]}",
@@ -51,11 +54,12 @@ def _machine(results: Mapping[str, Any]) -> str:
 
 
 def _prefill(result: Mapping[str, Any]) -> str:
-    return "Prefill, tokens of one prompt per second:\n\n" + _rates(result["rows"], "prompt", "tokens_per_second")
+    table = _rates(result["rows"], "prompt", "tokens_per_second", ("of_multiply_limit", "of multiply limit"))
+    return f"Prefill, tokens of one prompt per second:\n\n{table}"
 
 
 def _decode(result: Mapping[str, Any]) -> str:
-    table = _rates(result["rows"], "batch", "tokens_per_second", of_read="of read limit")
+    table = _rates(result["rows"], "batch", "tokens_per_second", ("of_read_limit", "of read limit"))
     whole = _rates(
         [r for r in result["rows"] if len(r["total_tokens_per_second"]) > 1], "batch", "total_tokens_per_second"
     )
@@ -67,9 +71,12 @@ def _decode(result: Mapping[str, Any]) -> str:
 
 
 def _quantised(result: Mapping[str, Any]) -> str:
-    ours, prefill = result["tokens_per_second"], result["prefill_tokens_per_second"]
-    rows = [[name, f"{rate:.1f}", f"{rate / ours['zoo']:.2f}", f"{prefill[name]:.0f}"] for name, rate in ours.items()]
-    head = ["", "decode tokens/s", "over zoo's bfloat16", "prefill tokens/s"]
+    ours, prefill, sizes = result["tokens_per_second"], result["prefill_tokens_per_second"], result["bytes"]
+    rows = [
+        [name, f"{sizes[name] / 1e9:.2f}", f"{rate:.1f}", f"{rate / ours['zoo']:.2f}", f"{prefill[name]:.0f}"]
+        for name, rate in ours.items()
+    ]
+    head = ["", "GB", "decode tokens/s", "over zoo's bfloat16", "prefill tokens/s"]
     return f"Quantised weights, one sequence, a prompt of {result['prompt']}:\n\n{_table(head, rows)}"
 
 
@@ -151,10 +158,13 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def _rates(rows: Sequence[Mapping[str, Any]], first: str, rate: str, of_read: str | None = None) -> str:
-    """A row for each of `rows`: every side's rate, and in brackets how many times faster zoo is."""
+def _rates(rows: Sequence[Mapping[str, Any]], first: str, rate: str, limit: tuple[str, str] | None = None) -> str:
+    """A row for each of `rows`: every side's rate, and in brackets how many times faster zoo is.
+
+    limit: key and heading of the share of a limit that zoo reached.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row[rate]))
-    head = [first, *names, *([of_read] if of_read else [])]
+    head = [first, *names, *([limit[1]] if limit else [])]
     lines = []
     for row in rows:
         cells = [str(row[first])]
@@ -162,7 +172,7 @@ def _rates(rows: Sequence[Mapping[str, Any]], first: str, rate: str, of_read: st
             found = row[rate].get(name)
             ratio = "" if name == "zoo" or found is None else f" ({row[rate]['zoo'] / found:.2f})"
             cells.append("-" if found is None else f"{found:.1f}{ratio}")
-        lines.append([*cells, *([f"{row['of_read_limit']:.0%}"] if of_read else [])])
+        lines.append([*cells, *([f"{row[limit[0]]:.0%}"] if limit else [])])
     return _table(head, lines)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import traffic
+from tests.benchmarks import gates, traffic
 from tests.benchmarks.cases import CASES, Bench
 from tests.benchmarks.report import report
 from tests.benchmarks.shapes import SHAPES
@@ -46,7 +46,7 @@ def test_sides_agree_about_the_next_token(bench: Bench) -> None:
 
 
 def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:
-    results = {name: ABOUT | CASES[name](bench) for name in ("decode", "prefill", "mixture", "context")}
+    results = {name: ABOUT | CASES[name](bench) for name in ("decode", "prefill", "quantised", "mixture", "context")}
     assert [row["batch"] for row in results["decode"]["rows"]] == [3]
     assert set(results["decode"]["rows"][0]["total_ratios"]) == {"transformers"}
     page = tmp_path / "benchmarks.md"
@@ -57,6 +57,8 @@ def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("| batch | zoo | transformers | of read limit |") == 1
+    assert text.count("| zoo int4 |") == 1
+    assert text.count("| aim | asked | found |") == 1
     for plot in ("batch.svg", "context.svg"):
         assert len(ElementTree.fromstring((tmp_path / "benchmarks" / plot).read_text())) > 10
 
@@ -69,3 +71,18 @@ def test_all_of_the_traffic_is_served(bench: Bench) -> None:
         found = traffic.by_static_batches(theirs, plan, [[3] * one.prompt for one in plan], 2)
     assert found["new_tokens_per_second"] == pytest.approx(sum(one.answer for one in plan) / found["seconds"])
     assert 0 < found["first_median"] < found["seconds"]
+
+
+def test_aims_are_judged_by_what_the_machine_allows() -> None:
+    def words(**row: Any) -> dict[str, str]:
+        decode = {"rows": [{"batch": 1, "of_read_limit": 0.8} | row]}
+        return {one.what: one.word for one in gates.verdicts({"decode": decode})}
+
+    over = "decode, one sequence: over llama.cpp bf16"
+    assert words(ratios={"llama.cpp bf16": 1.3})[over] == "reached"
+    assert words(ratios={"llama.cpp bf16": 1.1})[over] == "missed"
+    assert words(ratios={"llama.cpp bf16": 1.0})[over] == "beyond this machine"
+    assert words(of_read_limit=0.7)["decode, one sequence: share of the read limit"] == "missed"
+    assert words()["mixture, one sequence: over dense"] == "not measured"
+    ceiling = {"mixture": {"rows": [{"batch": 1, "ratio": 1.3}]}}
+    assert {one.what: one.word for one in gates.verdicts(ceiling)}["mixture, one sequence: over dense"] == "missed"

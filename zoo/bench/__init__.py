@@ -7,6 +7,7 @@ from zoo.bench.measure import bytes_per_step as bytes_per_step
 from zoo.bench.measure import decode_steps as decode_steps
 from zoo.bench.measure import measure_decode as measure_decode
 from zoo.bench.measure import measure_prefill as measure_prefill
+from zoo.bench.measure import multiply_adds_of_prompt as multiply_adds_of_prompt
 from zoo.bench.measure import random_prompts as random_prompts
 from zoo.bench.measure import work_of as work_of
 from zoo.bench.timing import seconds as seconds

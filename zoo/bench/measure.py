@@ -78,6 +78,11 @@ def bytes_per_step(model: "Model", batch: int, context: int) -> float:
     return work_of(model).read_bytes(Step.decode(batch, context))
 
 
+def multiply_adds_of_prompt(model: "Model", tokens: int) -> float:
+    """Multiply-adds that reading a prompt of one sequence needs, up to the logits of its last token."""
+    return sum(work_of(model).multiply_adds(step) for step in prefill(tokens, chunk_of(model)))
+
+
 def chunk_of(model: "Model") -> int:
     """Rows of a step of its engine."""
     return model.engine.sizes.chunk_tokens
@@ -99,7 +104,7 @@ def measure_prefill(model: "Model", limits: Limits, *, tokens: int, batch: int =
         times.append(seconds(lambda prompts=prompts: _answer(model, prompts, 1)))  # type: ignore[misc]
     work, steps = work_of(model), [*prefill(tokens, chunk_of(model))]
     read = sum(work.read_bytes(step) for step in steps) * (batch if tokens >= chunk_of(model) else 1)
-    adds = batch * sum(work.multiply_adds(step) for step in steps)
+    adds = batch * multiply_adds_of_prompt(model, tokens)
     return _measurement("prefill", (batch, tokens // 2, batch * tokens), times[1:], (read, adds), work, limits)
 
 
