@@ -100,8 +100,8 @@ def load(
     adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
         among several by their `adapter`. progress: called with (bytes done, bytes in all) while weights are read.
     draft: what guesses tokens ahead, which are checked several at once and change no answer: "lookup", earlier tokens
-        of prompt and answer; or a smaller model of the same vocabulary, as `ref`, on the same device, in the same dtype
-        and quantised alike.
+        of prompt and answer; or a smaller model of the same vocabulary, as `ref`, on the same device (of several, the
+        first), in the same dtype and quantised alike.
 
     Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
     where it can be known by then; RankError when the process of another device ends.
@@ -122,7 +122,8 @@ def load(
     if spread is not None:
         spread.refuse(plan, adapters, draft)
         prefix_cache = prefix_cache and spread.uniform(plan)
-    guessing = _guessing(draft, plan, placement, weights, quantize)
+    follows = spread is not None and spread.rank > 0
+    guessing = None if follows else _guessing(draft, plan, placement, weights, quantize)
     storing(local, placement.device, quantize)
     memory = _memory_plan(local, placement, context, quantize)
     paths = _checked_adapters(adapters, plan, placement)
@@ -382,6 +383,7 @@ def _guessing(
 
     check_sizes(plan, resolve(locate(draft).card))
     where: dict[str, Any] = {"device": str(placement.device), "dtype": placement.dtype_name, "quantize": quantize}
-    model = load(draft, weights="random" if weights == "random" else "auto", max_batch_size=1, max_context=1, **where)
+    where |= {"weights": "random" if weights == "random" else "auto", "devices": 1}
+    model = load(draft, max_batch_size=1, max_context=1, **where)
     model.engine.close()
     return model

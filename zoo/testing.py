@@ -219,35 +219,53 @@ def _check_shares(plan: Plan, module: Decoder) -> None:
         assert error < TOLERANCE, f"{ranks} ranks differ from one by {error:.1e}: see Split, Param.shard, Spec.sums"
 
 
-def share_out(plan: Plan, module: Decoder, mesh: Mesh, run: Callable[[Decoder], Tensor]) -> Tensor:
-    """What `run` returns for the first of several ranks that share the module out, each in a thread of this process.
+@dataclass
+class Rank:
+    """One of several ranks that share a module out, each to run in a thread of this process."""
 
-    Each rank reads its pieces of the module's weights from a file. Raises IndivisibleError.
-    """
+    part: Part
+    module: Decoder
+    world: "Threads"
+    near: "Threads"
+
+    def abort(self) -> None:
+        """Lets nobody wait for this rank any more."""
+        self.world.table.barrier.abort()
+        self.near.table.barrier.abort()
+
+
+def ranks_of(plan: Plan, module: Decoder, mesh: Mesh) -> list[Rank]:
+    """The ranks, each with its pieces of the module's weights, read from a file. Raises IndivisibleError."""
     parts = [Part.of(plan, mesh, rank) for rank in range(mesh.size)]
     parameters = dict(module.named_parameters())
     tensors = {t.name: parameters[t.param][t.index].clone().contiguous() for t in plan.model.tensors()}
-    world = Table(mesh.size)
-    stages = [Table(mesh.tp) for _ in range(mesh.pp)]
+    world, stages = Table(mesh.size), [Table(mesh.tp) for _ in range(mesh.pp)]
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder) / "model.safetensors")
         files = locate(Path(folder), "zoo")
+        for part in parts:
+            own = assemble(part.local, torch.float32)
+            load_weights(own, plan, files, pieces=part.pieces)
+            near = Threads(part.share.rank, stages[mesh.stage(part.rank)])
+            found.append(Rank(part, own, Threads(part.rank, world), near))
+            join(own, part, found[-1].world, near, torch.float32)
+    return found
 
-        def of_rank(part: Part) -> Tensor:
-            try:
-                own = assemble(part.local, torch.float32)
-                load_weights(own, plan, files, pieces=part.pieces)
-                near = Threads(part.share.rank, stages[mesh.stage(part.rank)])
-                join(own, part, Threads(part.rank, world), near, torch.float32)
-                return run(own)
-            except BaseException:
-                for table in (world, *stages):
-                    table.barrier.abort()
-                raise
 
-        with ThreadPoolExecutor(mesh.size) as pool:
-            first, *_ = pool.map(of_rank, parts)
-        return first
+def share_out(plan: Plan, module: Decoder, mesh: Mesh, run: Callable[[Decoder], Tensor]) -> Tensor:
+    """What `run` returns for the first of several ranks that share the module out. Raises IndivisibleError."""
+
+    def of_rank(rank: Rank) -> Tensor:
+        try:
+            return run(rank.module)
+        except BaseException:
+            rank.abort()
+            raise
+
+    with ThreadPoolExecutor(mesh.size) as pool:
+        first, *_ = pool.map(of_rank, ranks_of(plan, module, mesh))
+    return first
 
 
 class Table:

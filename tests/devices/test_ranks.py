@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import zoo
+from tests.devices.likes import EVERYTHING, make_card
 from zoo.engine.request import Completion
 from zoo.model import Model
 from zoo.registry.errors import RequestError
@@ -34,7 +35,9 @@ def alone(everything: dict[str, Any]) -> Iterator[Model]:
 
 
 @pytest.fixture(
-    scope="module", params=[{"devices": "tp=2,pp=2,ep=2"}, {"devices": 2, "draft": "lookup"}], ids=["mixed", "drafts"]
+    scope="module",
+    params=[{"devices": "tp=2,pp=2,ep=2"}, {"devices": 2, "draft": make_card("guesses", EVERYTHING)}],
+    ids=["mixed", "drafts"],
 )
 def spread(request: pytest.FixtureRequest, everything: dict[str, Any]) -> Iterator[Model]:
     options: dict[str, Any] = {"weights": "random", "dtype": "float32", "device": "cpu", **LARGE}
@@ -54,6 +57,7 @@ def test_tokens_are_those_of_one_process(alone: Model, spread: Model) -> None:
         found, expected = generated(spread, **options), generated(alone, **options)
         assert [c.tokens for c in found] == [c.tokens for c in expected]
         assert len({t for c in found for t in c.tokens}) > 5
+        assert any(c.usage.accepted_tokens for c in found) == spread.engine.guesses
 
 
 def test_images_are_those_of_one_process(alone: Model, spread: Model) -> None:

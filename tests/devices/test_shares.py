@@ -8,39 +8,23 @@ from typing import Any
 import pytest
 import torch
 
+from tests.devices.likes import ATTENTION, CLAMPED, GATED, LATENT, MAMBA1, MAMBA2, filled, make_plan
 from zoo.assemble import assemble
-from zoo.components.decoder.model import Decoder
 from zoo.devices.mesh import Mesh, borders
 from zoo.devices.shares import Part
 from zoo.loading.files import locate as locate_files
 from zoo.loading.load import load_weights, random_weights
 from zoo.locating import locate
-from zoo.registry.card import Card
-from zoo.registry.plan import Plan
 from zoo.registry.resolve import resolve
 from zoo.registry.spec import IndivisibleError
 from zoo.testing import TOLERANCE, prefill, relative_error, share_out
 
-ATTENTION = {"kind": "attention", "num_heads": 8, "num_kv_heads": 2, "head_dim": 6, "rope": {"theta": 50.0}}
-GATED = {"kind": "gated", "hidden_dim": 20}
-CLAMPED = {"kind": "clamped", "hidden_dim": 12, "gain": 1.7, "limit": 7.0}
-MAMBA2 = {"kind": "mamba2", "num_heads": 8, "head_dim": 5, "state_size": 3, "conv_size": 4, "norm_eps": 1e-5}
-LATENT = {
-    "kind": "latent_attention",
-    "num_heads": 4,
-    "q_lora_rank": 10,
-    "kv_lora_rank": 7,
-    "nope_head_dim": 6,
-    "rope_head_dim": 4,
-    "v_head_dim": 5,
-    "rope": {"theta": 50.0},
-}
 MIXERS: dict[str, dict[str, Any]] = {
     "dense": ATTENTION,
     "biases": {**ATTENTION, "qkv_bias": True, "o_bias": True, "sinks": True, "window": 5},
     "norm of heads": {**ATTENTION, "qk_norm": {"kind": "rms", "eps": 1e-5}},
     "norm of all heads": {**ATTENTION, "qk_norm": {"kind": "rms", "eps": 1e-5}, "qk_norm_span": "projection"},
-    "mamba 1": {"kind": "mamba1", "inner_dim": 24, "state_size": 3, "dt_rank": 5, "conv_size": 4, "bias": True},
+    "mamba 1": {**MAMBA1, "bias": True},
     "mamba 2": {**MAMBA2, "num_groups": 4, "bias": True},
     "mamba 2 of one group": {**MAMBA2, "num_groups": 1},
     "latent": LATENT,
@@ -50,22 +34,6 @@ FFNS: dict[str, dict[str, Any]] = {
     "mixture with biases": {"kind": "moe", "num_experts": 4, "experts_per_token": 3, "expert": CLAMPED},
     "without a gate": {"kind": "mlp", "hidden_dim": 12, "activation": "relu2"},
 }
-
-
-def make_plan(mixer: dict[str, Any] = ATTENTION, ffn: dict[str, Any] = GATED, **model: Any) -> Plan:
-    layers = [{"repeat": 2, "mixer": mixer, "ffn": ffn}]
-    sizes = {"dim": 18, "vocab_size": 67, "norm": {"kind": "rms", "eps": 1e-5}, "layers": layers, **model}
-    return resolve(Card.from_dict({"name": "shared-out", "context_length": 64, "model": sizes}))
-
-
-def filled(plan: Plan) -> Decoder:
-    """With weights that are nowhere zero."""
-    module = assemble(plan, torch.float32)
-    random_weights(module, plan)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return module
 
 
 @pytest.mark.parametrize("mesh", [Mesh(2), Mesh(4), Mesh(2, 2)], ids=str)

@@ -75,9 +75,7 @@ class Spread:
         over = f"a model over {self.mesh.size} devices"
         if adapters:
             raise RequestError("adapters run on one device only", where="adapters", found=over)
-        if draft not in (None, "none", "lookup"):
-            raise RequestError("a model that guesses runs beside one on one device only", where="draft", found=over)
-        if draft == "lookup" and not self.uniform(plan):
+        if draft not in (None, "none") and not self.uniform(plan):
             raise RequestError(
                 "tokens are guessed only where all stages keep the same kinds of state",
                 where="draft",

@@ -17,7 +17,7 @@ import torch
 
 from zoo.device import memory_free
 from zoo.devices.channel import Channel
-from zoo.devices.group import LostError
+from zoo.devices.group import Group, LostError
 from zoo.devices.meet import Meeting, come
 from zoo.devices.processes import LOST
 from zoo.devices.setup import Setup
@@ -56,12 +56,17 @@ def _serve(meeting: Meeting, channel: Channel, weights: str | Path | None) -> No
     channel.send({"loaded": memory_free(placement.device)})
     sizes = {"device": placement.device, "dtype": placement.dtype, **channel.receive()}
     with Engine(module, part.local, **sizes) as engine:
-        _, runner = engine.parts
-        while True:
-            for task, message in channel.receive():
-                if task == "end":
-                    return
-                follow(runner, world, task, message)
+        follow_to_the_end(channel, engine, world)
+
+
+def follow_to_the_end(channel: Channel, engine: Engine, world: Group) -> None:
+    """Does what the first rank says until it says that this is all."""
+    _, runner = engine.parts
+    while True:
+        for task, message in channel.receive():
+            if task == "end":
+                return
+            follow(runner, world, task, message)
 
 
 def _telling(channel: Channel) -> Callable[[int, int], None]:
