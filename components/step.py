@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from zoo.components.native.recurrent import Places
+
 Value = TypeVar("Value")
 Advance = Callable[..., tuple[Tensor, Tensor]]
 """(state (B, ...) or None where nothing came before, rows (B, T, ...)...) -> (output (B, T, ...), state after it)."""
@@ -24,6 +26,19 @@ class InPlace(Protocol):
 
     def in_place(self, pool: Tensor, places_B: Tensor, *rows: Tensor) -> Tensor:
         """The outputs (B, ...) of one row (B, ...) each; the states at these places of the pool are replaced."""
+        ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """What an `Advance` may have besides: a way to move states of any numbers of rows on where they lie, on a CPU."""
+
+    def moves(self, *rows: Tensor) -> bool:
+        """Whether `move` takes such rows."""
+        ...
+
+    def move(self, places: Places, *rows: Tensor) -> Tensor:
+        """The outputs (T, ...) of the rows (T, ...) of a step; the states at these places are replaced."""
         ...
 
 

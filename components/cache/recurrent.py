@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
 from zoo.components import fused
 from zoo.components.cache.spec import RecurrentCacheSpec
-from zoo.components.step import Advance, InPlace
+from zoo.components.native.recurrent import Places
+from zoo.components.step import Advance, InPlace, Movable
 from zoo.registry.errors import CapacityError
 
 Piece = Literal["conv", "ssm"]
@@ -232,7 +234,9 @@ class RecurrentStore:
             self._seen[seq] = before + count
         held, batches = [self._held[seq] for seq in seqs], spans(seqs, rows, past)
         trails = [self._trails.get(seq) for seq in seqs]
-        return [RecurrentView(layer, held, batches, trails) for layer in range(self.num_layers)]
+        alone = self.device.type == "cpu" and len(set(seqs)) == len(seqs) and not self.marked(seqs)
+        tables = {piece: _table(held, piece, rows, past) for piece in self.kinds} if alone else {}
+        return [RecurrentView(layer, held, batches, trails, tables) for layer in range(self.num_layers)]
 
 
 class HeldStates:
@@ -277,15 +281,23 @@ class PooledView:
 
 @dataclass(frozen=True)
 class RecurrentView:
-    """One layer's states in one step. held: those of each sequence of the step, all layers; trails: of marked ones."""
+    """One layer's states in one step.
+
+    held: those of each sequence of the step, all layers; trails: of marked ones. places: where the first layer's lie,
+    and the bytes from one layer's to the next's, if no sequence is marked or stands twice in the step.
+    """
 
     layer: int
     held: list[dict[Piece, Tensor]]
     spans: list[Span]
     trails: list[Trail | None]
+    places: dict[Piece, tuple[Tensor, int]]
 
     def advance(self, piece: Piece, function: Advance, *rows: Tensor) -> Tensor:
         """Runs `function` over every sequence's rows from what is kept, and keeps what it leaves."""
+        if self.places and _movable(function) and function.moves(*rows):
+            numbers_B4, layer_bytes = self.places[piece]
+            return function.move(Places(numbers_B4, self.layer * layer_bytes), *rows)
         parts = []
         for span in self.spans:
             members, cut = range(span.first, span.first + span.count), _cut(span, rows)
@@ -317,6 +329,24 @@ class FreshRecurrent:
     def advance(self, piece: Piece, function: Advance, *rows: Tensor) -> Tensor:
         """Runs `function` over every sequence's rows."""
         return torch.cat([function(None, *_cut(span, rows))[0].flatten(0, 1) for span in self.spans])
+
+
+def _movable(function: Any) -> TypeGuard[Movable]:
+    """As `isinstance`, which takes longer than a layer's convolution to compare a class with a protocol."""
+    return hasattr(function, "move")
+
+
+def _table(
+    held: list[dict[Piece, Tensor]], piece: Piece, rows: Sequence[int], past: Sequence[int]
+) -> tuple[Tensor, int]:
+    """The numbers of `Places` for the first layer, and the bytes from one layer's states to the next's."""
+    states = [each[piece] for each in held]
+    starts = accumulate(rows, initial=0)
+    numbers = [
+        (state.data_ptr(), start, count, before == 0)
+        for state, start, count, before in zip(states, starts, rows, past, strict=False)
+    ]
+    return torch.tensor(numbers, dtype=torch.int64), states[0].stride(0) * states[0].itemsize
 
 
 def _batch(places: list[Tensor]) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +11,8 @@ from zoo.components.linear import Linear
 from zoo.components.mamba.convolution import CausalConv
 from zoo.components.mamba.scan import selective
 from zoo.components.mamba.spec import Mamba1Spec
+from zoo.components.native import recurrent
+from zoo.components.native.recurrent import Places, moved
 from zoo.components.step import RecurrentState, Step
 
 
@@ -42,11 +42,9 @@ class Mamba1(nn.Module):
         b_Tn, c_Tn, dt_TI = (
             self._normed(name, value).contiguous() for name, value in (("b", b_Tn), ("c", c_Tn), ("dt", dt_TI))
         )
-        dt_TW = F.softplus(self.dt_proj(dt_TI).float() + self.dt_bias)
-        scan = partial(selective, -torch.exp(self.a_log))
-        y_TW = state.advance("ssm", scan, x_TW.float(), dt_TW, b_Tn.float(), c_Tn.float())
-        y_TW = torch.addcmul(y_TW, self.d, x_TW.float()) * F.silu(z_TW.float())
-        y_TD: Tensor = self.out_proj(y_TW.to(x_TD.dtype))
+        scan = Scan(self.a_log, self.d, self.dt_bias)
+        y_TW = state.advance("ssm", scan, x_TW, self.dt_proj(dt_TI), b_Tn, c_Tn, z_TW)
+        y_TD: Tensor = self.out_proj(y_TW)
         return y_TD
 
     def _normed(self, name: str, x_TI: Tensor) -> Tensor:
@@ -57,3 +55,34 @@ class Mamba1(nn.Module):
             normed_TI: Tensor = self.get_submodule(f"{name}_norm")(x_TI)
             return normed_TI
         return F.rms_norm(x_TI, x_TI.shape[1:], None, norm.eps)
+
+
+class Scan:
+    """Rows x, dt, B, C and z to y silu(z): y is the scan with steps softplus(dt + bias) and decays exp(-exp(a_log)
+    step), plus d x. Computed in float32, returned in x's dtype."""
+
+    def __init__(self, a_log_Wn: Tensor, d_W: Tensor, dt_bias_W: Tensor) -> None:
+        self.a_log_Wn, self.d_W, self.dt_bias_W = a_log_Wn, d_W, dt_bias_W
+
+    def __call__(self, state_BWn: Tensor | None, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (B, T, W) and the state after them."""
+        if self.moves(*rows):
+            return moved(self, state_BWn, tuple(self.a_log_Wn.shape), torch.float32, *rows)
+        return self.reference(state_BWn, *rows)
+
+    def reference(self, state_BWn: Tensor | None, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The formula, by `selective`."""
+        x_BTW, dt_BTW, b_BTn, c_BTn, z_BTW = (value.float() for value in rows)
+        dt_BTW = F.softplus(dt_BTW + self.dt_bias_W)
+        y_BTW, state_BWn = selective(-torch.exp(self.a_log_Wn), state_BWn, x_BTW, dt_BTW, b_BTn, c_BTn)
+        return (torch.addcmul(y_BTW, self.d_W, x_BTW) * F.silu(z_BTW)).to(rows[0].dtype), state_BWn
+
+    def moves(self, *rows: Tensor) -> bool:
+        """Whether the native kernel takes such rows."""
+        parameters = (self.a_log_Wn, self.d_W, self.dt_bias_W)
+        return self.a_log_Wn.shape[1] <= recurrent.LARGEST and recurrent.runs(*rows, parameters=parameters)
+
+    def move(self, places: Places, *rows: Tensor) -> Tensor:
+        """(T, W), of the rows of a step; the state of each sequence is replaced."""
+        x_TW, dt_TW, b_Tn, c_Tn, z_TW = rows
+        return recurrent.selective(places, self.a_log_Wn, self.d_W, self.dt_bias_W, (x_TW, dt_TW, b_Tn, c_Tn, z_TW))

@@ -13,6 +13,8 @@ from zoo.components.mamba import single
 from zoo.components.mamba.convolution import CausalConv
 from zoo.components.mamba.scan import ssd
 from zoo.components.mamba.spec import Mamba2Spec
+from zoo.components.native import recurrent
+from zoo.components.native.recurrent import Places, moved
 from zoo.components.step import RecurrentState, Step
 
 
@@ -35,28 +37,59 @@ class Mamba2(nn.Module):
         spec, shared = self.spec, self.spec.num_groups * self.spec.state_size
         z_TW, conv_TW, dt_TH = self.in_proj(x_TD).split((spec.inner_dim, spec.conv_channels, spec.num_heads), dim=1)
         conv_TW = state.advance("conv", self.conv, conv_TW)
-        x_TW, b_TW, c_TW = conv_TW.float().split((spec.inner_dim, shared, shared), dim=1)
+        x_TW, b_TW, c_TW = conv_TW.split((spec.inner_dim, shared, shared), dim=1)
         x_THd = x_TW.unflatten(1, (spec.num_heads, spec.head_dim))
         b_TGn, c_TGn = (value.unflatten(1, (spec.num_groups, spec.state_size)) for value in (b_TW, c_TW))
-        dt_TH = F.softplus(dt_TH.float() + self.dt_bias)
-        y_THd = state.advance("ssm", Scan(-torch.exp(self.a_log)), x_THd, dt_TH, b_TGn, c_TGn)
-        y_THd = torch.addcmul(y_THd, self.d.unsqueeze(-1), x_THd)
-        y_TD: Tensor = self.out_proj(self.norm(y_THd.flatten(1), z_TW).to(x_TD.dtype))
+        scan = Scan(self.a_log, self.d, self.dt_bias)
+        y_THd = state.advance("ssm", scan, x_THd, dt_TH, b_TGn, c_TGn)
+        y_TD: Tensor = self.out_proj(self.norm(y_THd.flatten(1), z_TW))
         return y_TD
 
 
 class Scan:
-    """`ssd` with its decays: of any rows, or of single ones in place."""
+    """Rows x, dt, B and C to y: the scan with steps softplus(dt + bias) and decays exp(-exp(a_log) step), plus d x.
 
-    def __init__(self, a_H: Tensor) -> None:
-        self.a_H = a_H
+    In float32, whatever the rows are.
+    """
+
+    def __init__(self, a_log_H: Tensor, d_H: Tensor, dt_bias_H: Tensor) -> None:
+        self.a_log_H, self.d_H, self.dt_bias_H = a_log_H, d_H, dt_bias_H
 
     def __call__(self, state_BWn: Tensor | None, *rows: Tensor) -> tuple[Tensor, Tensor]:
-        return ssd(self.a_H, state_BWn, *rows)
+        """Outputs (B, T, H, d) and the state after them."""
+        if self.moves(*rows):
+            x_BTHd, b_BTGn = rows[0], rows[2]
+            shape = (x_BTHd.shape[2] * x_BTHd.shape[3], b_BTGn.shape[3])
+            return moved(self, state_BWn, shape, torch.float32, *rows)
+        return self.reference(state_BWn, *rows)
+
+    def reference(self, state_BWn: Tensor | None, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The formula, by `ssd`."""
+        x_BTHd, dt_BTH, b_BTGn, c_BTGn = self._widened(*rows)
+        y_BTHd, state_BWn = ssd(self._a_H, state_BWn, x_BTHd, dt_BTH, b_BTGn, c_BTGn)
+        return torch.addcmul(y_BTHd, self.d_H.unsqueeze(-1), x_BTHd), state_BWn
 
     def in_place(self, pool_PWn: Tensor, places_B: Tensor, *rows: Tensor) -> Tensor:
-        """As `single.ssd`."""
-        return single.ssd(pool_PWn, places_B, self.a_H, *rows)
+        """(B, H, d), of one row of each sequence whose state stands at these places of the pool."""
+        x_BHd, dt_BH, b_BGn, c_BGn = self._widened(*rows)
+        y_BHd = single.ssd(pool_PWn, places_B, self._a_H, x_BHd, dt_BH, b_BGn, c_BGn)
+        return torch.addcmul(y_BHd, self.d_H.unsqueeze(-1), x_BHd)
+
+    def moves(self, *rows: Tensor) -> bool:
+        """Whether the native kernel takes such rows."""
+        parameters = (self.a_log_H, self.d_H, self.dt_bias_H)
+        return rows[2].shape[-1] <= recurrent.LARGEST and recurrent.runs(*rows, parameters=parameters)
+
+    def move(self, places: Places, x_THd: Tensor, dt_TH: Tensor, b_TGn: Tensor, c_TGn: Tensor) -> Tensor:
+        """(T, H, d), of the rows of a step; the state of each sequence is replaced."""
+        return recurrent.ssd(places, self.a_log_H, self.d_H, self.dt_bias_H, (x_THd, dt_TH, b_TGn, c_TGn))
+
+    @property
+    def _a_H(self) -> Tensor:
+        return -torch.exp(self.a_log_H)
+
+    def _widened(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return x.float(), F.softplus(dt.float() + self.dt_bias_H), b.float(), c.float()
 
 
 class GatedNorm(nn.Module):
@@ -72,10 +105,18 @@ class GatedNorm(nn.Module):
         self.across: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, y_TW: Tensor, z_TW: Tensor) -> Tensor:
-        """(T, W) to (T, W)."""
+        """(T, W) to (T, W) in z's dtype. y may be used up."""
+        if self.across is None and z_TW.dtype is self.weight.dtype and recurrent.runs(z_TW):
+            return recurrent.gated_norm(y_TW, z_TW, self.weight, self.groups, self.eps)
+        return self.reference(y_TW, z_TW)
+
+    def reference(self, y_TW: Tensor, z_TW: Tensor) -> Tensor:
+        """The formula."""
         gated_TGd = (y_TW * F.silu(z_TW.float())).unflatten(1, (self.groups, -1))
         if self.across is not None:
             mean_TG1 = self.across(gated_TGd.square().mean(-1, keepdim=True))
-            normed_TW: Tensor = (gated_TGd * torch.rsqrt(mean_TG1 + self.eps)).flatten(1) * self.weight
-            return normed_TW
-        return F.rms_norm(gated_TGd, gated_TGd.shape[2:], None, self.eps).flatten(1) * self.weight
+            normed_TGd = gated_TGd * torch.rsqrt(mean_TG1 + self.eps)
+        else:
+            normed_TGd = F.rms_norm(gated_TGd, gated_TGd.shape[2:], None, self.eps)
+        normed_TW: Tensor = (normed_TGd.flatten(1) * self.weight).to(z_TW.dtype)
+        return normed_TW

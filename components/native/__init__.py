@@ -13,6 +13,7 @@ import os
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ NONE, MULTIPLY_ADD, DOT = range(3)
 """What `zoo_level` in kernels.c answers."""
 
 _SIZE, _ADDRESS, _COUNT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
+_ROWS: list[Any] = [_ADDRESS, _SIZE]
+_STEP: list[Any] = [_COUNT, _SIZE, _ADDRESS, _SIZE]
 _ARGUMENTS = {
     "zoo_product": [_COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
     "zoo_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
@@ -43,6 +46,10 @@ _ARGUMENTS = {
         *[_ADDRESS, _SIZE, _ADDRESS, _SIZE, *[_ADDRESS] * 5, _COUNT],
     ],
     "zoo_read": [_ADDRESS, _SIZE, _COUNT],
+    "zoo_convolution": [*_STEP, *[_SIZE] * 2, *_ROWS, *[_ADDRESS] * 3, _COUNT],
+    "zoo_ssd": [*_STEP, *[_SIZE] * 4, *_ROWS * 4, *[_ADDRESS] * 4, _COUNT],
+    "zoo_selective": [*_STEP, *[_SIZE] * 2, *_ROWS * 5, *[_ADDRESS] * 4, _COUNT],
+    "zoo_gated_norm": [_COUNT, *[_SIZE] * 3, _ADDRESS, *_ROWS, _ADDRESS, ctypes.c_float, _ADDRESS, _COUNT],
 }
 
 

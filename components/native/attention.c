@@ -17,8 +17,6 @@
 
 #include "numbers.h"
 
-#define EACH _Pragma("GCC unroll 24") for
-#define INLINE static inline __attribute__((always_inline))
 #define AHEAD 2048 /* bytes by which keys are fetched in advance */
 
 enum { BF16, F32, INT8, FP8 };
@@ -51,43 +49,12 @@ INLINE float row_scale(int kind, const char *row) {
     return kind == FP8 ? 256 * widened(scale) : widened(scale);
 }
 
-/* e^x, to the last two bits; 0 far below. What is not a number stays so. */
-AVX512 INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-104), x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, _mm512_set1_ps(1)));
-    return _mm512_scalef_ps(p, n);
-}
-
 /* cap tanh(x / cap) */
 AVX512 INLINE __m512 capped(__m512 x, float cap) {
     __m512 half = _mm512_div_ps(x, _mm512_set1_ps(cap)), one = _mm512_set1_ps(1);
     __m512 small = exponential(_mm512_mul_ps(_mm512_abs_ps(half), _mm512_set1_ps(-2)));
     __m512 size = _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_div_ps(_mm512_sub_ps(one, small), _mm512_add_ps(one, small)));
     return _mm512_mask_sub_ps(size, _mm512_movepi32_mask(_mm512_castps_si512(half)), _mm512_setzero_ps(), size);
-}
-
-/* The sums of the lanes of sixteen vectors, in their order. */
-AVX512 INLINE __m512 lane_sums(__m512 *s) {
-    __m512 pair[8], four[4], eight[2];
-    EACH(int i = 0; i < 8; i++)
-        pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(s[2 * i], s[2 * i + 1]), _mm512_unpackhi_ps(s[2 * i], s[2 * i + 1]));
-    EACH(int i = 0; i < 4; i++) {
-        __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    EACH(int i = 0; i < 2; i++)
-        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x44),
-                                 _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
 }
 
 /* Scores of `shared` queries with `count` keys into `scores`, SPLIT for each query; beyond the keys they are -inf. */
@@ -108,10 +75,10 @@ AVX512 INLINE void score(int kind, long shared, long width, const float *q, cons
         }
         for (long n = 0; n < shared; n++) {
             __m512 sums[TILE];
-            EACH(int key = 0; key < TILE; key++) sums[key] = _mm512_setzero_ps();
+            UNROLLED(int key = 0; key < TILE; key++) sums[key] = _mm512_setzero_ps();
             for (long i = 0; i < width; i += 16) {
                 __m512 lanes = _mm512_loadu_ps(q + n * width + i);
-                EACH(int key = 0; key < TILE; key++)
+                UNROLLED(int key = 0; key < TILE; key++)
                     sums[key] = _mm512_fmadd_ps(lanes, _mm512_load_ps(tile + i * TILE + key * 16), sums[key]);
             }
             __m512 found = _mm512_mul_ps(lane_sums(sums), _mm512_loadu_ps(scales));
@@ -143,16 +110,16 @@ AVX512 INLINE void weigh(long count, const float *scales, float *scores, float *
 AVX512 INLINE void add_values(int kind, int queries, int parts, const char *v, long row, long i, long count,
                               const float *weights, float *o, long width) {
     __m512 sums[TOGETHER][4];
-    EACH(int n = 0; n < queries; n++) EACH(int p = 0; p < parts; p++) sums[n][p] = _mm512_setzero_ps();
+    UNROLLED(int n = 0; n < queries; n++) UNROLLED(int p = 0; p < parts; p++) sums[n][p] = _mm512_setzero_ps();
     for (long key = 0; key < count; key++) {
         __m512 lanes[4];
-        EACH(int p = 0; p < parts; p++) lanes[p] = numbers(kind, v + key * row, i + 16 * p);
-        EACH(int n = 0; n < queries; n++) {
+        UNROLLED(int p = 0; p < parts; p++) lanes[p] = numbers(kind, v + key * row, i + 16 * p);
+        UNROLLED(int n = 0; n < queries; n++) {
             __m512 weight = _mm512_set1_ps(weights[n * SPLIT + key]);
-            EACH(int p = 0; p < parts; p++) sums[n][p] = _mm512_fmadd_ps(weight, lanes[p], sums[n][p]);
+            UNROLLED(int p = 0; p < parts; p++) sums[n][p] = _mm512_fmadd_ps(weight, lanes[p], sums[n][p]);
         }
     }
-    EACH(int n = 0; n < queries; n++) EACH(int p = 0; p < parts; p++) _mm512_storeu_ps(o + n * width + i + 16 * p, sums[n][p]);
+    UNROLLED(int n = 0; n < queries; n++) UNROLLED(int p = 0; p < parts; p++) _mm512_storeu_ps(o + n * width + i + 16 * p, sums[n][p]);
 }
 
 #define ADD_VALUES(QUERIES)                                                                                              \

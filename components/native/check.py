@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.components import native
-from zoo.components.native import prompts, small
+from zoo.components.native import prompts, recurrent, small
 from zoo.components.native.panels import Panels
 
 
@@ -37,6 +38,38 @@ def differences() -> Iterator[tuple[str, float]]:
             q_THd, (k_GSd, v_GSd) = _drawn(draw, 19, 4, 32), _drawn(draw, 2, 2, 41, 32)
             expected = reference(q_THd, k_GSd, v_GSd, 0.2, 22, 20, {})
             yield "attention of prompts", _error(prompts.attend(q_THd, k_GSd, v_GSd, 0.2, 20), expected)
+        yield from _state_space(draw)
+
+
+def _state_space(draw: torch.Generator) -> Iterator[tuple[str, float]]:
+    """Two sequences, of three rows and of four, of which one begins."""
+    from zoo.components.mamba import mamba1, mamba2
+    from zoo.components.mamba.convolution import CausalConv
+
+    conv = CausalConv(37, 4, bias=True).bfloat16()
+    conv.load_state_dict({"weight": _drawn(draw, 37, 1, 4), "bias": _drawn(draw, 37)})
+    yield from _moved("convolution", conv, _drawn(draw, 2, 3, 37), (_drawn(draw, 7, 37),))
+    parameters = (_drawn(draw, 6).float() for _ in range(3))
+    rows = [_drawn(draw, 7, *size) for size in ((6, 21), (6,), (2, 19), (2, 19))]
+    yield from _moved("scan of heads", mamba2.Scan(*parameters), _drawn(draw, 2, 6 * 21, 19).float(), rows)
+    channels = (_drawn(draw, *size).float() for size in ((21, 19), (21,), (21,)))
+    rows = [_drawn(draw, 7, size) for size in (21, 21, 19, 19, 21)]
+    yield from _moved("scan of channels", mamba1.Scan(*channels), _drawn(draw, 2, 21, 19).float(), rows)
+    norm = mamba2.GatedNorm(42, 2, 1e-5).bfloat16()
+    norm.load_state_dict({"weight": _drawn(draw, 42)})
+    y_TW, z_TW = _drawn(draw, 3, 42).float(), _drawn(draw, 3, 42)
+    expected = norm.reference(y_TW, z_TW)
+    yield "gated norm", _error(recurrent.gated_norm(y_TW.clone(), z_TW, norm.weight, 2, 1e-5), expected)
+
+
+def _moved(name: str, function: Any, states: Tensor, rows: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
+    first, second = (tuple(value[span].unsqueeze(0) for value in rows) for span in (slice(0, 3), slice(3, 7)))
+    found = [function.reference(states[:1], *first), function.reference(None, *second)]
+    outputs, left = (torch.cat([part[i].squeeze(0) for part in found]) for i in range(2))
+    kept = states.clone()
+    numbers = torch.tensor([[kept[0].data_ptr(), 0, 3, 0], [kept[1].data_ptr(), 3, 4, 1]])
+    yield name, _error(function.move(recurrent.Places(numbers), *rows), outputs)
+    yield f"states of the {name}", _error(kept.flatten(0, 1), left)
 
 
 def _drawn(draw: torch.Generator, *size: int) -> Tensor:
