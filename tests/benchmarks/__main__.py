@@ -135,7 +135,8 @@ def keep(file: Path, name: str, result: dict[str, Any], args: argparse.Namespace
 def _merged(old: Any, new: Any) -> Any:
     if isinstance(old, dict):
         return old | new
-    rows = {tuple(row.get(key) for key in ("batch", "prompt", "waiting", "sampling")): row for row in [*old, *new]}
+    keys = ("batch", "prompt", "waiting", "sampling", "guesses")
+    rows = {tuple(row.get(key) for key in keys): row for row in [*old, *new]}
     return [rows[key] for key in sorted(rows, key=lambda key: [k or 0 for k in key[:3]])]
 
 

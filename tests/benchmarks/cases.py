@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import traffic
+from tests.benchmarks import guessing, traffic
 from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of
 from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Timed, Transformers, Zoo
 from zoo.bench import (
@@ -266,6 +266,12 @@ def _steps_of_64(
         engine.cancel(name)
     engine.run()
     return whole, spent[-bench.steps :]
+
+
+@case
+def drafts(bench: Bench) -> dict[str, Any]:
+    """One answer with guessed tokens beside the same without: where none is right, and where many are."""
+    return guessing.measured(bench.shape, 8 * bench.steps, bench.rounds)
 
 
 @case

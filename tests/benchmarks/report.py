@@ -139,6 +139,23 @@ def _overhead(result: Mapping[str, Any]) -> str:
     return f"The engine's own time in a step of {result['batch']} sequences:\n\n{_table(head, rows)}"
 
 
+def _drafts(result: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            row["guesses"],
+            f"{1000 * row['seconds_per_token']:.1f}",
+            f"{row['speed']:.2f}",
+            f"{row['accepted_tokens']} of {row['drafted_tokens']}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["what guesses", "ms per token", "over no guesses", "right"]
+    return (
+        f"Guessed tokens, an answer of {result['answer']} after a prompt of {result['prompt']}, what is said written "
+        f"down beforehand:\n\n{_table(head, rows)}"
+    )
+
+
 def _load(result: Mapping[str, Any]) -> str:
     sides = {name: side for name, side in result.items() if isinstance(side, dict) and "peak_over_weights" in side}
     rows = [[name, f"{side['seconds']:.1f}", f"{side['peak_over_weights']:.2f}"] for name, side in sides.items()]
@@ -154,6 +171,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "mixture": _mixture,
     "context": _context,
     "overhead": _overhead,
+    "drafts": _drafts,
     "load": _load,
 }
 

@@ -46,9 +46,14 @@ def test_sides_agree_about_the_next_token(bench: Bench) -> None:
 
 
 def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:
-    results = {name: ABOUT | CASES[name](bench) for name in ("decode", "prefill", "quantised", "mixture", "context")}
+    names = ("decode", "prefill", "quantised", "mixture", "context", "drafts")
+    results = {name: ABOUT | CASES[name](bench) for name in names}
     assert [row["batch"] for row in results["decode"]["rows"]] == [3]
     assert set(results["decode"]["rows"][0]["total_ratios"]) == {"transformers"}
+    rows = {row["guesses"]: row for row in results["drafts"]["rows"]}
+    assert rows["nothing"]["drafted_tokens"] == rows["a model, always wrong"]["accepted_tokens"] == 0
+    right = rows["a model, always right"]
+    assert right["accepted_tokens"] == right["drafted_tokens"]
     page = tmp_path / "benchmarks.md"
     page.write_text("before\n<!-- results: here -->\nold\n<!-- end of results -->\nafter\n")
     (tmp_path / "benchmarks").mkdir()
@@ -56,6 +61,7 @@ def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:
     report(results, tmp_path)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| a model, always right |" in text
     assert text.count("| batch | zoo | transformers | of read limit |") == 1
     assert text.count("| zoo int4 |") == 1
     assert text.count("| aim | asked | found |") == 1

@@ -15,8 +15,9 @@ from zoo.assemble import assemble
 from zoo.components import native
 from zoo.components.decoder.model import Decoder
 from zoo.engine.capture import Captured
-from zoo.engine.drafting import LONGEST_PAUSE, MOST, Asked, Pace
+from zoo.engine.drafting import MOST, Asked, Pace
 from zoo.engine.engine import DRAFT_ROWS, Engine
+from zoo.engine.ledger import Ledger
 from zoo.engine.lookup import LONGEST, Chains, Lookup
 from zoo.engine.request import Completion, Request, SamplingParams
 from zoo.registry.card import Card
@@ -101,7 +102,8 @@ def guessing(engine: Engine, answers: dict[tuple[int, ...], list[int]], wrong: f
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences are given drafts in every step, whatever came of the last ones."""
-    monkeypatch.setattr(Pace, "ask", lambda self: MOST)
+    monkeypatch.setattr(Pace, "ask", lambda self, ledger: MOST)
+    monkeypatch.setattr(Ledger, "knows", lambda self, rows: True)
 
 
 SETTINGS = [
@@ -408,31 +410,6 @@ def test_lookup_of_a_single_token_and_of_a_period() -> None:
     assert Chains().drafts([4, 5, 4], 3) == []
     assert Chains().drafts([9, 4, 5, 6, 4, 5, 6], 7) == [4, 5, 6, 4, 5, 6, 4]
     assert Chains().drafts([7] * 4, 3) == [7, 7, 7]
-
-
-def test_the_pace_follows_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    pace = Pace()
-    for _ in range(3):
-        pace.learn(pace.ask(), MOST // 2)
-    for _ in range(5):
-        size = pace.ask()
-        pace.learn(size, size)
-    assert pace.ask() == MOST
-    pace.learn(MOST, 3)
-    assert pace.ask() == 4
-    tries = 0
-    for _ in range(2000):
-        size = pace.ask()
-        tries += size
-        if size:
-            pace.learn(size, 0)
-    assert tries < 35, "hopeless sequences cost next to nothing"
-    while not (size := pace.ask()):
-        pass
-    pace.learn(size, size)
-    assert pace.ask(), "and come back when they are right"
-    assert pace.pause == LONGEST_PAUSE // 4
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="the native kernels are not in use")

@@ -19,6 +19,10 @@ from zoo.engine.runner import Runner
 from zoo.engine.sampler import choose
 from zoo.engine.sequence import Sequence
 
+AT_ONCE = 32
+"""Rows of a sequence that are read in the step in which it gets drafts. More are read in steps of their own: reading is
+paid once, and says nothing about what drafts cost."""
+
 
 @dataclass(slots=True)
 class Follower:
@@ -99,7 +103,8 @@ class DraftModel:
             follower = self._settled(seq)
             tokens = seq.tokens[follower.past : follower.past + left]
             if tokens:
-                parts.append(Part(seq, follower.past, tokens, follower.past + len(tokens) == len(seq.tokens)))
+                last = len(tokens) <= AT_ONCE and follower.past + len(tokens) == len(seq.tokens)
+                parts.append(Part(seq, follower.past, tokens, last))
                 follower.past += len(tokens)
                 left -= len(tokens)
         return sorted(parts, key=lambda part: len(part.tokens) > 1)

@@ -7,9 +7,12 @@ taken back. So drafts change how many steps there are, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from time import perf_counter
 from typing import Protocol
 
+from zoo.engine.ledger import Ledger
 from zoo.engine.memory import Memory
 from zoo.engine.prefixes import Prefixes
 from zoo.engine.scheduler import Work
@@ -20,6 +23,9 @@ MOST = 7
 
 LONGEST_PAUSE = 128
 """Steps after which a sequence whose drafts were all wrong is given another try."""
+
+TRIES = 2
+"""Steps with drafts that a sequence gets once it has begun: a model that guesses has read its prompt by then."""
 
 Asked = Items[tuple[Sequence, int]]
 """Sequences, and how many drafts at most each is to get."""
@@ -48,69 +54,103 @@ class Source(Protocol):
 
 
 class Pace:
-    """How many drafts a sequence gets: as measured acceptance deserves, down to nothing but a try now and then."""
+    """How many drafts a sequence gets: as measured acceptance deserves, down to nothing but a try now and then.
+
+    proven: the last ones paid. tries: how many may go wrong before that matters; none before it has begun.
+    """
 
     def __init__(self) -> None:
-        self.size, self.pause, self.wait = MOST // 2, 1, 0
+        self.size, self.pause, self.wait, self.proven = MOST // 2, 1, 0, False
+        self.tries: int | None = None
 
-    def ask(self) -> int:
-        """How many drafts the next step is to have."""
+    def ask(self, ledger: Ledger) -> int:
+        """How many drafts the next step is to have, as far as the ledger allows those that may not pay."""
         if self.wait:
             self.wait -= 1
             return 0
-        return self.size
+        if self.tries is None:
+            if not ledger.may_begin:
+                return 0
+            self.tries = TRIES
+        return self.size if self.proven or self.tries or ledger.may_lose else 0
 
-    def learn(self, drafted: int, right: int) -> None:
-        """What came of a step's drafts: all right, more of them; none, fewer and later, each time by twice."""
-        if right == drafted:
-            self.size = min(2 * max(self.size, 1), MOST)
-        else:
-            self.size = right + 1
-        if right:
+    def learn(self, drafted: int, right: int, paid: bool) -> None:
+        """What came of a step's drafts: all right, more of them; if they did not pay, later, each time by twice."""
+        self.size = min(2 * self.size, MOST) if right == drafted else right + 1
+        self.proven, self.tries = paid, max(0, (self.tries or 0) - 1)
+        if paid:
             self.pause = max(1, self.pause // 4)
         else:
             self.wait, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
 
 
 class Drafting:
-    """Adds drafts to the work of sequences that decode.
+    """Adds drafts to a step's work, where there is room and they are worth it, and takes back those that were wrong.
 
-    most_rows: a step has at most so many rows of decoding sequences and drafts together: as many as cost little more
-    than one, because all of them read the weights once.
+    most_rows: rows of a step's decoding sequences, drafts included. clock: seconds.
     """
 
-    def __init__(self, source: Source, memory: Memory, prefixes: Prefixes, most_rows: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        memory: Memory,
+        prefixes: Prefixes,
+        most_rows: int,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
         self.source, self.memory, self.prefixes, self.most_rows = source, memory, prefixes, most_rows
+        self.ledger, self.clock = Ledger(), clock
         self._paces: dict[int, Pace] = {}
+        self._begun: float | None = None
+        self._spent, self._rows, self._drafts = 0.0, 0, 0
 
     def extended(self, work: list[Work], left: int) -> list[Work]:
         """The work, with drafts for as many sequences as get some: at most `left` rows more. Their rows are marked."""
-        room = min(self.most_rows - len(work), left)
-        if room <= 0:
-            return work
-        wishes = [(place, wish) for place, item in enumerate(work) if (wish := self._wish(item.sequence))]
-        share = max(1, room // max(len(wishes), 1))
-        asked = [(place, min(wish, share)) for place, wish in wishes[:room]]
-        asked = [(place, count) for place, count in asked if self._has_room(work[place].sequence, count)]
-        found = self.source.drafts([(work[place].sequence, count) for place, count in asked]) if asked else []
+        start = self.clock()
+        found = self._found(work, min(self.most_rows - len(work), left))
         extended = [*work]
-        for (place, count), drafts in zip(asked, found, strict=True):
+        for place, drafts in found:
             seq = work[place].sequence
-            if drafts:
-                extended[place] = Work(seq, 1 + len(drafts[:count]), tuple(drafts[:count]))
-                self.memory.mark(seq.cache, seq.past, extended[place].rows)
+            extended[place] = Work(seq, 1 + len(drafts), drafts)
+            self.memory.mark(seq.cache, seq.past, extended[place].rows)
+        self._begun = self.clock()
+        self._spent = self._begun - start
         return extended
 
+    def ran(self, work: list[Work]) -> None:
+        """A step with this work was computed. One that also reads prompts says nothing about the price of drafts."""
+        self._rows, self._drafts = len(work), sum(len(item.drafts) for item in work)
+        self.ledger.price = None
+        if self._begun is not None and all(item.drafts or item.rows == 1 for item in work):
+            self.ledger.step(self._rows, self._drafts, self.clock() - self._begun, self._spent)
+        self._begun = None
+
     def settle(self, work: Work, right: int) -> None:
-        """A step has moved the sequence on by `right` of the work's drafts: takes the rows of the others back."""
-        seq = work.sequence
+        """The step has moved the sequence on by `right` of the work's drafts: takes the rows of the others back."""
+        seq, drafted, price = work.sequence, len(work.drafts), self.ledger.price
         self.memory.rewind(seq.cache, seq.past)
-        self._paces[seq.number].learn(len(work.drafts), right)
+        # In steps without drafts: a token is worth its share of one, and the drafts cost what they added.
+        gain, cost = right / self._rows, 0.0 if price is None else (price - 1) * drafted / self._drafts
+        if price is not None:
+            self.ledger.gain(gain)
+        self._paces[seq.number].learn(drafted, right, right > 0 and gain > cost)
 
     def free(self, seq: Sequence) -> None:
         """The sequence leaves the cache."""
         self.source.free(seq.number)
         self._paces.pop(seq.number, None)
+
+    def _found(self, work: list[Work], room: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Drafts by the place of their sequence in the work."""
+        if room <= 0 or not self.ledger.knows(len(work)):
+            return []
+        wishes = [(place, wish) for place, item in enumerate(work) if (wish := self._wish(item.sequence))]
+        share = max(1, room // max(len(wishes), 1))
+        asked = [(place, min(wish, share)) for place, wish in wishes[:room]]
+        asked = [(place, count) for place, count in asked if self._has_room(work[place].sequence, count)]
+        found = self.source.drafts([(work[place].sequence, count) for place, count in asked]) if asked else []
+        drafts = ((place, tuple(some[:count])) for (place, count), some in zip(asked, found, strict=True))
+        return [(place, some) for place, some in drafts if some]
 
     def _wish(self, seq: Sequence) -> int:
         """How many drafts the sequence should get. The last token that a request may get is never computed, so it is
@@ -119,7 +159,7 @@ class Drafting:
         most = min([seq.allowed - seq.generated - 1, *(limit for limit in limits if limit is not None)])
         if most <= 0 or seq.scores:
             return 0
-        return min(most, self._paces.setdefault(seq.number, Pace()).ask())
+        return min(most, self._paces.setdefault(seq.number, Pace()).ask(self.ledger))
 
     def _has_room(self, seq: Sequence, count: int) -> bool:
         return self.prefixes.grow(seq, len(seq.tokens) + count)

@@ -350,7 +350,9 @@ class Engine:
                 return
             self._start(work)
             batch = pack(work, runner.device)
-            for item, outcome in zip(work, read(batch, runner.run(batch)), strict=True):
+            outcomes = read(batch, runner.run(batch))
+            self._scheduler.ran(work)
+            for item, outcome in zip(work, outcomes, strict=True):
                 self._apply(item, outcome)
         except BaseException as error:
             # Interrupted anywhere, also by Ctrl-C: what the step writes may be half written, tokens are not.

@@ -96,6 +96,11 @@ class Scheduler:
         # Those that were let in or had to wait may have said where the chunks before theirs are to end.
         return [item if item.drafts else Work(item.sequence, min(item.rows, item.sequence.rows)) for item in work]
 
+    def ran(self, work: list[Work]) -> None:
+        """A step with what was planned has been computed."""
+        if self.drafting is not None:
+            self.drafting.ran(work)
+
     def settle(self, work: Work, right: int) -> None:
         """Work with drafts is done, of which so many were right: the rows of the others leave the cache."""
         if self.drafting is not None:
