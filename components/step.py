@@ -16,6 +16,9 @@ from torch import Tensor
 from zoo.components.native.recurrent import Places
 
 Value = TypeVar("Value")
+EMBEDDINGS = "embeddings"
+"""Where what entered the first layer stands in a step's memo."""
+
 Advance = Callable[..., tuple[Tensor, Tensor]]
 """(state (B, ...) or None where nothing came before, rows (B, T, ...)...) -> (output (B, T, ...), state after it)."""
 
@@ -135,7 +138,7 @@ class Step:
     @property
     def embeddings_TD(self) -> Tensor:
         """What entered the first layer, as the decoder left it for those that come back to it."""
-        return self.memo["embeddings"]  # type: ignore[no-any-return]
+        return self.memo[EMBEDDINGS]  # type: ignore[no-any-return]
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value made for `key` in this step, made on first use."""

@@ -11,7 +11,7 @@ After resolution a Spec is complete: modules read it and never invent defaults.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, Literal, Self
@@ -190,10 +190,10 @@ class Spec(BaseModel):
                 found[name] = tuple(item.divided(share, f"{place}.{i}") for i, item in enumerate(value))
         return self.model_copy(update=found)
 
-    @property
-    def ties(self) -> bool:
-        """Whether it ties layers together, so that they cannot be stages on several devices."""
-        return self.borrows() is not None
+    def needs(self, earlier: Sequence[Spec]) -> int | None:
+        """The layer, of those before its own, whose work in the same step it uses, so that one device must have both;
+        None for nothing but the stream, the embeddings and what it `borrows`."""
+        return None
 
     def sums(self) -> tuple[str, ...]:
         """Modules of this component, by attribute path, whose outputs on all ranks add up to the whole; "" is itself.
@@ -287,6 +287,11 @@ class StateSpec(Spec):
     def serves(self, other: StateSpec) -> bool:
         """Whether a layer that needs `other` can read this state."""
         return self == other
+
+    def lent(self) -> StateSpec | None:
+        """What another device keeps of this state for layers of its own that borrow it: the first `elements(1)` numbers
+        of every row that is appended here. None where rows cannot be handed on."""
+        return None
 
     def nbytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one layer for one sequence, with `itemsize` bytes for a number in the cache's dtype."""

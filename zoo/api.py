@@ -21,6 +21,7 @@ from zoo.registry.resolve import Plan, resolve
 if TYPE_CHECKING:
     from zoo.components.decoder.model import Decoder
     from zoo.device import Placement
+    from zoo.devices.cut import Load
     from zoo.devices.mesh import Wanted
     from zoo.devices.run import Run, Spread
     from zoo.loading.files import WeightSet
@@ -118,10 +119,11 @@ def load(
     spread = _spread(plan, devices)
     placement = choose(device if spread is None else spread.device(device), dtype, found.card.source.dtype)
     context = _context(found.card, max_context)
-    local = plan if spread is None else spread.part(plan).local
     if spread is not None:
+        spread = spread.cut(plan, _load(placement, quantize, context), str(placement.device))
         spread.refuse(plan, adapters, draft)
         prefix_cache = prefix_cache and spread.uniform(plan)
+    local = plan if spread is None else spread.part(plan).local
     follows = spread is not None and spread.rank > 0
     guessing = None if follows else _guessing(draft, plan, placement, weights, quantize)
     storing(local, placement.device, quantize)
@@ -129,7 +131,6 @@ def load(
     paths = _checked_adapters(adapters, plan, placement)
     notes = [placement.note]
     source = _source(found, weights, progress, notes.append)
-    batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
     with running(spread, plan, placement, source, quantize) as run:
         part = None if run is None else run.part
         module, files, more = filled(plan, placement, source, quantize=quantize, progress=progress, part=part)
@@ -141,7 +142,7 @@ def load(
             folder,
             files,
             [*notes, *more, memory.note],
-            batch,
+            DEFAULT_BATCH if max_batch_size is None else max_batch_size,
             context,
             guessing,
             prefix_cache,
@@ -160,6 +161,8 @@ def layout(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    max_context: int | None = None,
+    cache_dtype: str = "auto",
     overrides: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> str | None:
@@ -168,15 +171,23 @@ def layout(
 
     Raises RequestError where it cannot be spread so.
     """
-    found = locate(ref, overrides)
+    found = locate(ref, _with_cache(cache_dtype, overrides))
     plan = resolve(found.card)
     spread = _spread(plan, devices)
     if spread is None or spread.rank:
         return None
     from zoo.device import choose
 
-    dtype = choose(spread.device(device), dtype, found.card.source.dtype).dtype_name
-    return spread.describe(plan, dtype, _kind_name(quantize))
+    placement = choose(spread.device(device), dtype, found.card.source.dtype)
+    load = _load(placement, _kind_name(quantize), _context(found.card, max_context))
+    return spread.cut(plan, load, str(placement.device)).describe(plan, load)
+
+
+def _load(placement: "Placement", quantize: str | None, context: int) -> "Load":
+    """What is reckoned as the load of a device."""
+    from zoo.devices.cut import Load
+
+    return Load(placement.dtype_name, quantize, context)
 
 
 def _spread(plan: Plan, devices: "Wanted") -> "Spread | None":

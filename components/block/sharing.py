@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,3 +41,11 @@ class Sharing(nn.Module):
         given_TD = self.projection(shared(x_TD, step.embeddings_TD, step, shared_state, self.spec.use))
         mixed_TD: Tensor = x_TD + self.mixer(self.mixer_norm(x_TD + given_TD), step, mixer_state)
         return mixed_TD
+
+
+def connect(layers: Iterable[nn.Module]) -> None:
+    """Lets those that share a block with one before them use it."""
+    holders: dict[int, Sharing] = {}
+    for block in layers:
+        if isinstance(block, Sharing):
+            block.borrow(holders.setdefault(block.spec.number, block))

@@ -73,7 +73,6 @@ class SharingSpec(Spec):
     """x + mixer(norm(x + projection(shared(x)))), with a block that others use too (Zamba 2, arXiv 2411.15242)."""
 
     module: ClassVar[str] = "zoo.components.block.sharing:Sharing"
-    ties: ClassVar[bool] = True
 
     kind: Literal["sharing"] = "sharing"
     dim: Annotated[Count, Inherited()] = Field(description="Size of the residual stream.")
@@ -120,12 +119,23 @@ class SharingSpec(Spec):
 
 
 def linked(layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
-    """The layers, with those that share told their place among all uses; the first use of a shared block holds it."""
-    numbers = [layer.number for layer in layers if isinstance(layer, SharingSpec)]
+    """The layers of a model, with those that share told their place among all uses."""
     found, use = list(layers), 0
     for i, layer in enumerate(layers):
         if isinstance(layer, SharingSpec):
-            uses = tuple(j for j, number in enumerate(numbers) if number == layer.number)
-            found[i] = layer.model_copy(update={"use": use, "uses": uses if use == uses[0] else None})
-            use += 1
-    return tuple(found)
+            found[i], use = layer.model_copy(update={"use": use}), use + 1
+    return holding(tuple(found))
+
+
+def holding(layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
+    """The layers that one device has, where the first that uses a shared block holds it, for all of them."""
+    uses: dict[int, list[int]] = {}
+    for layer in layers:
+        if isinstance(layer, SharingSpec):
+            uses.setdefault(layer.number, []).append(layer.use)
+    return tuple(
+        layer.model_copy(update={"uses": tuple(uses[layer.number]) if layer.use == uses[layer.number][0] else None})
+        if isinstance(layer, SharingSpec)
+        else layer
+        for layer in layers
+    )

@@ -119,6 +119,10 @@ class LatentCacheSpec(StateSpec):
     def serves(self, other: StateSpec) -> bool:
         return self.model_copy(update={"index_dim": 0, "cache_dtype": None}) == other
 
+    def lent(self) -> StateSpec:
+        """Without the key of the indexer, which chooses for its own layer."""
+        return self.model_copy(update={"index_dim": 0})
+
 
 class SharedCacheSpec(StateSpec):
     """Nothing but the key of the layer's indexer: latents are read where an earlier layer keeps its own."""

@@ -7,12 +7,12 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from zoo.components.block.sharing import Sharing
+from zoo.components.block.sharing import connect
 from zoo.components.build import make
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.components.linear import Linear, product
 from zoo.components.rope.rotary import LeRoPE
-from zoo.components.step import Step
+from zoo.components.step import EMBEDDINGS, Step
 
 
 class Decoder(nn.Module):
@@ -23,10 +23,7 @@ class Decoder(nn.Module):
         self.spec = spec
         self.embed = Embedding(spec.vocab_size, spec.dim)
         self.layers = nn.ModuleList(make(layer) for layer in spec.layers)
-        holders: dict[int, Sharing] = {}
-        for block in self.layers:
-            if isinstance(block, Sharing):
-                block.borrow(holders.setdefault(block.spec.number, block))
+        connect(self.layers)
         self.norm = make(spec.norm)
         self.lerope = LeRoPE(spec.parameters()["lerope.alpha"].shape[0]) if spec.lerope else None
         for name, encoder in spec.encoders().items():
@@ -56,7 +53,7 @@ class Decoder(nn.Module):
         if self.lerope is not None:
             self.lerope(step)
         if self.spec.shared:
-            step.memo["embeddings"] = x_TD
+            step.memo[EMBEDDINGS] = x_TD
         return x_TD
 
     def brought(self, x_TD: Tensor) -> Tensor:

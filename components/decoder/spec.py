@@ -9,7 +9,7 @@ from zoo.components.block.spec import SharingSpec, linked
 from zoo.components.cache.spec import CacheDtype
 from zoo.components.encoder import EncoderSpec
 from zoo.components.fields import Count, Flag, Positive
-from zoo.components.indexer.spec import IndexerSpec, SharedIndexerSpec
+from zoo.components.indexer.spec import SharedIndexerSpec
 from zoo.components.rope.spec import RopeSpec
 from zoo.registry.spec import Inherited, Param, Share, Slot, Spec, Split, StateSpec
 
@@ -117,13 +117,11 @@ class DecoderSpec(Spec):
 
     def _check_earlier(self) -> None:
         """What layers take from earlier ones is there: latents, and the choices of indexers."""
-        indexed = False
         for index, layer in enumerate(self.layers):
             for _, spec in layer.walk():
                 self._check_borrowed(index, spec)
-                if isinstance(spec, SharedIndexerSpec) and not indexed:
+                if isinstance(spec, SharedIndexerSpec) and spec.needs(self.layers[:index]) is None:
                     raise ValueError(f"layer {index} uses the choice of an earlier indexer; found none")
-                indexed = indexed or (isinstance(spec, IndexerSpec) and spec.key_dim > 0)
 
     def _check_borrowed(self, index: int, spec: Spec) -> None:
         borrowed = spec.borrows()
@@ -157,11 +155,6 @@ class DecoderSpec(Spec):
         for name, child in self.children().items():
             if name not in self.encoders():
                 yield from child.passes()
-
-    @property
-    def ties(self) -> bool:
-        """Whether all layers share learned gains of rope."""
-        return self.lerope
 
     def divided(self, share: Share, where: str = "model") -> Self:
         """Encoders are the first rank's, which hands their rows on."""

@@ -1,5 +1,6 @@
 """Settings of indexers, which choose the keys that a query sees."""
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -72,10 +73,17 @@ class SharedIndexerSpec(IndexerSpec):
     """What the nearest earlier indexer chose for the same tokens (arXiv 2603.12201)."""
 
     module: ClassVar[str] = "zoo.components.indexer.shared:SharedIndexer"
-    ties: ClassVar[bool] = True
 
     kind: Literal["shared"] = "shared"
 
     @property
     def key_dim(self) -> int:
         return 0
+
+    def needs(self, earlier: Sequence[Spec]) -> int | None:
+        return next((number for number in reversed(range(len(earlier))) if _chooses(earlier[number])), None)
+
+
+def _chooses(layer: Spec) -> bool:
+    """Whether a layer has an indexer of its own."""
+    return any(isinstance(spec, IndexerSpec) and spec.key_dim > 0 for _, spec in layer.walk())

@@ -133,7 +133,7 @@ def test_the_command_runs_without_pickles(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "8 experts" in run.stdout
-    assert "2 devices (tp=2,pp=1,ep=1), 2.7 MiB of weights on each" in run.stderr.splitlines()[0]
+    assert "2 devices (tp=2,pp=1,ep=1), 2.7 MiB of weights and" in run.stderr.splitlines()[0]
     check = "import pickle; pickle.dumps(1)"
     refused = subprocess.run(
         [sys.executable, "-c", check], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, check=False

@@ -10,11 +10,14 @@ import torch
 
 from tests.devices.likes import ATTENTION, CLAMPED, GATED, LATENT, MAMBA1, MAMBA2, filled, make_plan
 from zoo.assemble import assemble
-from zoo.devices.mesh import Mesh, borders
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.devices.cut import Load, cut
+from zoo.devices.mesh import Mesh
 from zoo.devices.shares import Part
 from zoo.loading.files import locate as locate_files
 from zoo.loading.load import load_weights, random_weights
 from zoo.locating import locate
+from zoo.registry.plan import Plan
 from zoo.registry.resolve import resolve
 from zoo.registry.spec import IndivisibleError
 from zoo.testing import TOLERANCE, prefill, relative_error, share_out
@@ -123,11 +126,48 @@ def test_whole_experts_on_each_rank(name: str, mesh: Mesh) -> None:
     assert held[0] == 8 // mesh.ep
 
 
+def borders(plan: Plan, stages: int, room: list[int] | None = None, **options: Any) -> list[int]:
+    assert isinstance(plan.model, DecoderSpec)
+    return [*cut(plan.model, stages, Load(**options), room)]
+
+
 def test_stages_are_of_like_size() -> None:
     layers = [{"repeat": 3, "mixer": ATTENTION, "ffn": GATED}, {"repeat": 4, "mixer": None, "ffn": GATED}]
     plan = make_plan(layers=layers, vocab_size=20)
-    assert borders(plan.model, 1) == [0, 7]
-    assert borders(plan.model, 2) == [0, 2, 7]
-    assert borders(plan.model, 7) == [*range(8)]
+    assert borders(plan, 1) == [0, 7]
+    assert borders(plan, 2) == [0, 2, 7]
+    assert borders(plan, 7) == [*range(8)]
     with pytest.raises(IndivisibleError, match="7 layers for 8 stages"):
-        borders(plan.model, 8)
+        borders(plan, 8)
+
+
+def test_stages_are_cut_for_what_their_devices_have_room_for() -> None:
+    plan = make_plan(layers=[{"repeat": 8, "mixer": ATTENTION, "ffn": GATED}], vocab_size=20)
+    assert borders(plan, 2) == [0, 4, 8]
+    assert borders(plan, 2, [1 << 20, 3 << 20]) == [0, 2, 8]
+    assert borders(plan, 3, [2 << 20, 1 << 20, 1 << 20]) == [0, 4, 6, 8]
+
+
+def test_embedding_head_and_cache_count() -> None:
+    plain = {"repeat": 8, "mixer": ATTENTION, "ffn": GATED}
+    layer = sum(param.numel for param in make_plan().model.all_parameters().values()) // 3
+    rows = 2 * layer // 18
+    assert borders(make_plan(layers=[plain], vocab_size=rows), 4) == [0, 1, 4, 7, 8]
+    windows = {"repeat": 6, "mixer": {**ATTENTION, "window": 4}, "ffn": GATED}
+    plan = make_plan(layers=[windows, {**plain, "repeat": 2}], vocab_size=20)
+    assert borders(plan, 2) == [0, 4, 8]
+    assert borders(plan, 2, context=10_000) == [0, 7, 8]
+
+
+def test_a_stage_has_its_indexer() -> None:
+    indexer = {"kind": "lightning", "num_heads": 2, "head_dim": 6, "top_k": 4, "norm_eps": 1e-5}
+    own, same = ({"mixer": {**LATENT, "indexer": node}, "ffn": GATED} for node in (indexer, {"kind": "shared"}))
+    plain = {"mixer": ATTENTION, "ffn": GATED}
+    plan = make_plan(layers=[own, plain, same, same, own, same, plain])
+    assert borders(plan, 2) == [0, 4, 7]
+    assert borders(plan, 3) == [0, 4, 6, 7]
+    with pytest.raises(IndivisibleError, match=r"layers\.2\.mixer\.indexer: it needs layer 0 .* 3 stages"):
+        borders(plan, 4)
+    module, tokens = filled(plan), [*range(20)]
+    found = share_out(plan, module, Mesh(1, 3), lambda rank: prefill(rank, tokens))
+    assert relative_error(found, prefill(module, tokens)) < TOLERANCE

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+from zoo.components.decoder.spec import DecoderSpec
+from zoo.devices.cut import Load, cut
 from zoo.registry.errors import RequestError
 from zoo.registry.spec import IndivisibleError, Share, Spec
 
@@ -21,11 +21,13 @@ class Mesh:
     """Ranks as `pp` stages, one after the other, of `tp` ranks that share out each layer.
 
     ep: tp where ranks share out a mixture's experts whole, 1 where each holds a part of every expert.
+    borders: the layers at which stages begin, and the end; without, stages are cut by weights alone.
     """
 
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    borders: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -38,6 +40,12 @@ class Mesh:
     def stage(self, rank: int) -> int:
         """The stage that a rank belongs to."""
         return rank // self.tp
+
+    def layers(self, model: Spec, rank: int) -> tuple[int, int]:
+        """The first layer of a rank's stage, and the one behind its last. Raises IndivisibleError."""
+        assert isinstance(model, DecoderSpec)
+        borders, stage = self.borders or cut(model, self.pp, Load()), self.stage(rank)
+        return borders[stage], borders[stage + 1]
 
     def near(self, rank: int) -> list[int]:
         """The ranks of its stage, itself among them."""
@@ -148,7 +156,8 @@ def _fault(model: Spec, mesh: Mesh) -> IndivisibleError | None:
     """Why the model cannot be laid out so."""
     try:
         if mesh.pp > 1:
-            borders(model, mesh.pp)
+            assert isinstance(model, DecoderSpec)
+            cut(model, mesh.pp, Load())
         if mesh.ep > 1 and not any("num_experts" in type(spec).model_fields for _, spec in model.walk()):
             raise IndivisibleError("ep", "a model without experts")
         check(model, mesh.share(0))
@@ -156,39 +165,6 @@ def _fault(model: Spec, mesh: Mesh) -> IndivisibleError | None:
     except IndivisibleError as error:
         return error
     return None
-
-
-def borders(model: Spec, stages: int) -> list[int]:
-    """Where the stages begin, and the end: neighbouring layers, so that the largest stage has the fewest bytes.
-
-    Raises IndivisibleError for layers that cannot be torn apart.
-    """
-    layers: tuple[Spec, ...] = getattr(model, "layers", ())
-    for path, spec in model.walk("model"):
-        if spec.ties:
-            raise IndivisibleError(path, f"a {spec.kind} that ties layers together, which stages would tear apart")
-    if len(layers) < stages:
-        raise IndivisibleError("model.layers", f"{len(layers)} layers for {stages} stages")
-    sizes = [sum(param.numel for param in layer.all_parameters().values()) for layer in layers]
-    own = model.parameters()
-    sizes[0] += own["embed.weight"].numel
-    sizes[-1] += own.get("head.weight", own["embed.weight"]).numel
-    sums = [0, *accumulate(sizes)]
-    low, high = max(sizes), sums[-1]
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(sums, middle, stages)) <= stages + 1 else (middle + 1, high)
-    return _filled(sums, low, stages)
-
-
-def _filled(sums: list[int], most: int, stages: int) -> list[int]:
-    """Borders of stages that take as many layers as fit in `most`, and leave one for each stage to come."""
-    found = [0]
-    while found[-1] < len(sums) - 1:
-        end = bisect_right(sums, sums[found[-1]] + most) - 1
-        left = stages - len(found)
-        found.append(max(found[-1] + 1, min(end, len(sums) - 1 - left)) if left >= 0 else end)
-    return found
 
 
 def _refused(model: Spec, mesh: Mesh, fault: IndivisibleError) -> RequestError:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from zoo.components.cache.store import stored_parts
 from zoo.components.decoder.model import Decoder
+from zoo.components.decoder.spec import DecoderSpec
 from zoo.device import Placement, memory_free
 from zoo.devices.channel import Channel
+from zoo.devices.cut import Load, cut
 from zoo.devices.lead import Ranks
 from zoo.devices.meet import join_started, start, started
 from zoo.devices.mesh import Mesh, Wanted, Wish, lay_out, wish
@@ -83,20 +85,60 @@ class Spread:
                 hint="leave draft out, or use tensor parallelism alone",
             )
 
-    def describe(self, plan: Plan, dtype: str, quantize: str | None) -> str:
-        """The layout and the weights of each rank, in words."""
-        sizes = [
-            Inspection(plan.card, Part.of(plan, self.mesh, rank).local, dtype, None, {}, quantize).weight_bytes
-            for rank in range(self.mesh.size)
-        ]
-        low, high = human_bytes(min(sizes)), human_bytes(max(sizes))
-        each = f"{low} of weights on each" if low == high else f"{low} to {high} of weights on each"
-        return f"{self.mesh.size} devices ({self.mesh}), {each}"
+    def cut(self, plan: Plan, load: Load, device: str, frees: Sequence[int] | None = None) -> Self:
+        """With the stages cut for what their devices hold, and have free where that is known.
+
+        device: where this process computes. frees: bytes by rank; None: those of this machine's devices.
+        """
+        mesh = self.mesh
+        if mesh.pp == 1:
+            return self
+        if frees is None and self.own and torch.device(device).type == "cuda":
+            frees = [
+                memory_free(torch.device(self.wish.names[r] if self.wish.names else f"cuda:{r}")) for r in self._all
+            ]
+        room = None if frees is None else [min(frees[r] for r in mesh.near(s * mesh.tp)) for s in range(mesh.pp)]
+        model = plan.model.divided(mesh.share(0))
+        assert isinstance(model, DecoderSpec)
+        return replace(self, mesh=replace(mesh, borders=cut(model, mesh.pp, load, room)))
+
+    def describe(self, plan: Plan, load: Load) -> str:
+        """The layout, and what each rank holds, in words."""
+        needs = [_need(Part.of(plan, self.mesh, rank), load) for rank in self._all]
+        whole = f"{self.mesh.size} devices ({self.mesh})"
+        if self.mesh.pp == 1:
+            return f"{whole}, {_between(needs)} on each"
+        stages = []
+        for first in range(0, self.mesh.size, self.mesh.tp):
+            start, stop = self.mesh.layers(plan.model, first)
+            stages.append(f"layers {start} to {stop - 1}: {_between([needs[r] for r in self.mesh.near(first)])}")
+        return f"{whole}; {'; '.join(stages)}"
+
+    @property
+    def _all(self) -> range:
+        return range(self.mesh.size)
 
     @property
     def near(self) -> int:
         """Ranks on this machine."""
         return self.mesh.size if self.own else int(os.environ.get("LOCAL_WORLD_SIZE", self.mesh.size))
+
+
+def _need(part: Part, load: Load) -> tuple[int, int, int]:
+    """Bytes of a rank's weights, and of its cache for a sequence of so many tokens."""
+    plan = Inspection(part.whole.card, part.local, load.dtype, None, {}, load.quantize)
+    return plan.weight_bytes, plan.cache_bytes(load.context), load.context
+
+
+def _between(needs: Sequence[tuple[int, int, int]]) -> str:
+    """What ranks that are alike need."""
+    weights, caches, (tokens, *_) = zip(*needs, strict=True)
+    return f"{_span(weights)} of weights and {_span(caches)} of cache for {tokens} tokens"
+
+
+def _span(sizes: Sequence[int]) -> str:
+    low, high = human_bytes(min(sizes)), human_bytes(max(sizes))
+    return low if low == high else f"{low} to {high}"
 
 
 def spread(plan: Plan, wanted: Wanted) -> Spread | None:
@@ -182,7 +224,7 @@ def open_run(spread: Spread, plan: Plan, placement: Placement, weights: str | Pa
     if placement.device.type == "cpu":
         met.at_end.append(partial(torch.set_num_threads, torch.get_num_threads()))
         torch.set_num_threads(threads)
-    mesh = (spread.mesh.tp, spread.mesh.pp, spread.mesh.ep)
+    mesh = (spread.mesh.tp, spread.mesh.pp, spread.mesh.ep, spread.mesh.borders)
     setup = Setup(
         plan.card.to_dict(),
         mesh,

@@ -19,14 +19,15 @@ from zoo.registry.resolve import resolve
 class Setup:
     """A run over several devices.
 
-    card: the card as a mapping. mesh: tp, pp, ep. device, dtype: as `zoo.load` has chosen them for the first rank.
+    card: the card as a mapping. mesh: tp, pp, ep, borders.
+    device, dtype: as `zoo.load` has chosen them for the first rank.
     names: the devices by rank, where they were named. weights: a folder or file, or "random".
     quantize: as `zoo.load` takes it.
     threads: of a rank on a CPU.
     """
 
     card: Mapping[str, Any]
-    mesh: Sequence[int]
+    mesh: Sequence[Any]
     device: str
     dtype: str
     weights: str
@@ -40,7 +41,8 @@ class Setup:
 
     def part(self, plan: Plan, rank: int) -> Part:
         """What one rank holds of it."""
-        return Part.of(plan, Mesh(*self.mesh), rank)
+        tp, pp, ep, borders = self.mesh
+        return Part.of(plan, Mesh(tp, pp, ep, tuple(borders)), rank)
 
     def placement(self, rank: int) -> Placement:
         """Where one rank computes: on CUDA, each on a device of its own machine."""

@@ -5,7 +5,7 @@ Components say how their parameters are split (`Split`, `Param.shard`, `Spec.sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.devices.group import Group
-from zoo.devices.mesh import Mesh, borders, check
+from zoo.devices.mesh import Mesh, check
 from zoo.devices.stage import Stage, StageSpec
 from zoo.loading.pieces import Piece
 from zoo.registry.plan import Plan
@@ -41,8 +41,7 @@ class Part:
         local = plan.model.divided(share)
         assert isinstance(local, DecoderSpec)
         if mesh.pp > 1:
-            found = borders(plan.model, mesh.pp)
-            local = StageSpec.of(local, *found[mesh.stage(rank) : mesh.stage(rank) + 2])
+            local = StageSpec.of(local, *mesh.layers(plan.model, rank))
         return cls(plan, replace(plan, model=local), mesh, rank)
 
     @property
@@ -84,13 +83,18 @@ class Part:
 
 
 def pieces(whole: Spec, local: Spec, share: Share) -> dict[str, Piece]:
-    """What a rank keeps of each of the checkpoint's tensors that it holds any of, by name."""
-    params, own = whole.all_parameters(), local.all_parameters()
+    """What a rank keeps of each of the checkpoint's tensors that it holds any of, by its name in the whole model."""
+    params, own, known = whole.all_parameters(), local.all_parameters(), known_as(local)
     shapes = {tensor.name: tensor.shape for tensor in whole.tensors()}
     return {
-        tensor.name: _piece(tensor, shapes[tensor.name], params[tensor.param], own[tensor.param], share)
-        for tensor in local.tensors()
+        name: _piece(tensor, shapes[name], params[known(tensor.param)], own[tensor.param], share)
+        for name, tensor in ((known(tensor.name), tensor) for tensor in local.tensors())
     }
+
+
+def known_as(local: Spec) -> Callable[[str], str]:
+    """What a rank's modules, parameters and tensors are called in the whole model."""
+    return local.whole if isinstance(local, StageSpec) else str
 
 
 def _piece(tensor: Stored, shape: tuple[int, ...], param: Param, own: Param, share: Share) -> Piece:
@@ -140,8 +144,9 @@ def join(module: Decoder, part: Part, world: Group, near: Group, dtype: torch.dt
 def _join_stage(module: Decoder, part: Part, near: Group) -> None:
     """What ranks that share out layers add up."""
     local, split = part.local.model, _split(part.model, part.local.model)
-    for path, spec in part.model.walk():
-        for name in spec.means(part.share) if _has(local, path) else ():
+    specs, known = dict(part.model.walk()), known_as(local)
+    for path, _ in local.walk():
+        for name in specs[known(path)].means(part.share):
             _replace(module.get_submodule(f"{path}.{name}"), across=_mean(near))
     for path in _summed(local, ""):
         if any(name.startswith(f"{path}.") for name in split):
@@ -176,7 +181,7 @@ def _join_stages(module: Decoder, part: Part, world: Group, dtype: torch.dtype) 
 
 @dataclass(frozen=True)
 class Chain:
-    """The link between stages: each rank takes from the one with its share in the stage before."""
+    """The link between stages: each rank takes from the one with its share in the stage before. dim: of the stream."""
 
     world: Group
     rank: int
@@ -184,14 +189,15 @@ class Chain:
     dim: int
     dtype: torch.dtype
 
-    def take(self, rows: int, device: torch.device) -> Tensor:
-        """The stream (T, D) of the stage before."""
-        x_TD = torch.empty(rows, self.dim, dtype=self.dtype, device=device)
-        return self.world.receive(x_TD, self.rank - self.step)
+    def take(self, rows: int, widths: Sequence[int], device: torch.device) -> list[Tensor]:
+        """The stream (T, D) of the stage before, and what comes with it."""
+        places = [torch.empty(rows, width, dtype=self.dtype, device=device) for width in (self.dim, *widths)]
+        return [self.world.receive(place, self.rank - self.step) for place in places]
 
-    def give(self, x_TD: Tensor) -> None:
-        """The stream to the stage behind."""
-        self.world.send(x_TD, self.rank + self.step)
+    def give(self, x_TD: Tensor, others: Sequence[Tensor]) -> None:
+        """The stream to the stage behind, and what goes with it."""
+        for x in (x_TD, *others):
+            self.world.send(x, self.rank + self.step)
 
 
 def _sent(x: Tensor, world: Group) -> None:
@@ -203,14 +209,10 @@ def _received(x: Tensor, rank: int, world: Group) -> Tensor:
     return world.receive(x, rank) if x.numel() else x
 
 
-def _has(local: Spec, path: str) -> bool:
-    return any(path == known for known, _ in local.walk())
-
-
 def _split(whole: Spec, local: Spec) -> list[str]:
     """The parameters of which a rank holds a part: what is whole on every rank needs no sum."""
-    params = whole.all_parameters()
-    return [name for name, param in local.all_parameters().items() if param.shape != params[name].shape]
+    params, known = whole.all_parameters(), known_as(local)
+    return [name for name, param in local.all_parameters().items() if param.shape != params[known(name)].shape]
 
 
 def _mean(group: Group) -> Callable[[Tensor], Tensor]:
