@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from zoo.components.attention.paged import attention_pages
 from zoo.components.cache.code import RowCode
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.pages import PAGE, PageRows, Pages
-from zoo.components.cache.slab import Planes, Slabs
+from zoo.components.cache.slab import Planes, SlabRows, Slabs
 from zoo.components.cache.spec import FullCacheSpec, LatentCacheSpec, SharedCacheSpec, WindowCacheSpec
-from zoo.components.native.attention import attend_slabs, attends
+from zoo.components.native.attention import attend_slabs, attends, serves
 
 
 class Storage(Protocol):
@@ -77,7 +77,12 @@ class Storage(Protocol):
 
 
 class KVStore:
-    """Keys and values of all sequences for a group of attention layers."""
+    """Keys and values of all sequences for a group of attention layers.
+
+    READS_SLABS: whether views read slabs where they lie, by the kernel of single rows.
+    """
+
+    READS_SLABS: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -182,8 +187,12 @@ class KVStore:
         """One layer's state in a step."""
         return KVView(self.storage, layer, plan)
 
-    def hold(self, batch: int, tokens: int) -> HeldRows | None:
-        """A step of single rows of sequences of up to `tokens` tokens, run many times; None without pages."""
+    def hold(self, batch: int, tokens: int) -> HeldRows | HeldSlabs | None:
+        """A step of single rows of sequences of up to `tokens` tokens, run many times; None where their places are not
+        numbers that a kernel reads."""
+        if isinstance(self.storage, Slabs):
+            reads = self.READS_SLABS and by_slabs({}) and serves(self.storage.code)
+            return HeldSlabs(self, self.storage, batch) if reads else None
         return HeldRows(self, self.storage, batch, tokens) if isinstance(self.storage, Pages) else None
 
     def _slots(self, tokens: int) -> int:
@@ -194,8 +203,8 @@ class KVStore:
 class StepPlan:
     """Which sequences a step works on, and what its layers share. One that checks guesses stands in it several times.
 
-    ring: slots after which positions begin anew. page_rows: where the rows go, if the step is one of single rows and
-    its places were prepared.
+    ring: slots after which positions begin anew. page_rows, slab_rows: where the rows go, if the step is one of single
+    rows and its places were prepared.
     """
 
     ring: int | None
@@ -204,12 +213,15 @@ class StepPlan:
     past: list[int]
     memo: Memo = field(default_factory=dict)
     page_rows: PageRows | None = None
+    slab_rows: SlabRows | None = None
 
     @cached_property
     def single(self) -> int:
         """How many sequences, from the first one on, have one row each: a scheduler puts those that decode first."""
         if self.page_rows is not None:
             return self.page_rows.batch
+        if self.slab_rows is not None:
+            return self.slab_rows.slabs_LB.shape[1]
         return next((i for i, count in enumerate(self.rows) if count > 1), len(self.rows))
 
     @cached_property
@@ -237,15 +249,17 @@ class StepPlan:
         rows: PageRows = self.memo[key]
         return rows
 
-    def slots(self, slabs: Slabs, wave: slice) -> Tensor:
-        """Of each row of a wave how many slots its slab has, which one it takes, and how many are filled with it."""
+    def slots(self, slabs: Slabs, wave: slice) -> SlabRows:
+        """Where the rows of a wave go, made once for all layers."""
+        if self.slab_rows is not None:
+            return self.slab_rows
         key = ("slots", wave.start)
         if key not in self.memo:
-            room = [slabs.room(seq) for seq in self.seqs[wave]]
-            triples = zip(room, *_row_slots(self.past[wave], self.ring), strict=True)
-            self.memo[key] = torch.tensor([number for triple in triples for number in triple])
-        numbers_N: Tensor = self.memo[key]
-        return numbers_N
+            seqs = self.seqs[wave]
+            self.memo[key] = slabs.rows(len(seqs))
+            self.memo[key].fill(slabs, seqs, *_row_slots(self.past[wave], self.ring))
+        rows: SlabRows = self.memo[key]
+        return rows
 
     def seen(self, rows: PageRows, wave: slice, slots: int, window: int | None) -> Tensor:
         """Which of the slots 0 .. `slots` - 1 each row of a wave sees, (B, S) bool, made once for all layers."""
@@ -254,6 +268,10 @@ class StepPlan:
             self.memo[key] = _seen(rows.filled_B, slots, window)
         mask: Tensor = self.memo[key]
         return mask
+
+
+class UnpreparedError(Exception):
+    """A step that was prepared to be run many times cannot be run so."""
 
 
 class HeldRows:
@@ -280,6 +298,26 @@ class HeldRows:
         self._numbers_N.copy_(torch.tensor(numbers), non_blocking=True)
 
 
+class HeldSlabs:
+    """As `HeldRows`, of slabs and of exactly `batch` sequences."""
+
+    def __init__(self, store: KVStore, slabs: Slabs, batch: int) -> None:
+        self._store, self._slabs, self._batch, self._rows = store, slabs, batch, slabs.rows(batch)
+
+    def views(self) -> list[Any]:
+        """One state per layer for one run."""
+        plan = StepPlan(self._store.ring, [], [], [], slab_rows=self._rows)
+        return [self._store.view(layer, plan) for layer in range(self._store.num_layers)]
+
+    def fits(self, seqs: Sequence[int]) -> bool:
+        """Whether rows of these sequences can be run at once: of a ring, not several of one."""
+        return len(seqs) == self._batch and (self._store.ring is None or len(set(seqs)) == len(seqs))
+
+    def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
+        """The step's next run is one row of each of these sequences after `past` cached tokens."""
+        self._rows.fill(self._slabs, seqs, *_row_slots(past, self._store.ring))
+
+
 @dataclass(frozen=True)
 class KVView:
     """One layer's keys and values in one step."""
@@ -303,6 +341,8 @@ class KVView:
         plan = self.plan
         how: Scores = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
         single = plan.single if self._takes_rows(q_THd, k_TGd, v_TGd) else 0
+        if plan.slab_rows is not None and not single:
+            raise UnpreparedError("these rows are not the kernel's")
         waves = plan.waves if single else []
         parts = [self._attend_rows(wave, q_THd[wave], k_TGd[wave], v_TGd[wave], how) for wave in waves]
         if single < len(q_THd):
@@ -328,8 +368,9 @@ class KVView:
         gathered to equal lengths."""
         plan, pages, window = self.plan, self.storage, None if self.plan.ring is not None else how["window"]
         if isinstance(pages, Slabs):
-            slabs, numbers_N = pages.slabs(self.layer, plan.seqs[wave]), plan.slots(pages, wave)
-            return attend_slabs(q_BHd, k_BGd, v_BGd, slabs, numbers_N, pages.code, {**how, "window": window})
+            at = plan.slots(pages, wave)
+            slabs_B = at.slabs_LB[self.layer]
+            return attend_slabs(q_BHd, k_BGd, v_BGd, slabs_B, at.numbers_N, pages.code, {**how, "window": window})
         assert isinstance(pages, Pages)
         rows, pool = plan.places(pages, wave), pages.pool(self.layer)
         pages.write_rows(self.layer, rows, (k_BGd, v_BGd))

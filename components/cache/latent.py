@@ -16,6 +16,8 @@ from zoo.components.step import Cached
 class LatentStore(KVStore):
     """Rows of all sequences for a group of layers."""
 
+    READS_SLABS = False
+
     @staticmethod
     def fresh(rows: Sequence[int], num_layers: int) -> Sequence[FreshLatents]:
         """The states of layers in a step of whole sequences."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,24 @@ Planes = tuple[Tensor, ...]
 
 STEP = 256
 """Slots by which a slab grows."""
+
+
+@dataclass(frozen=True)
+class SlabRows:
+    """One new row of each of B sequences: where slabs lie, and where in them the rows go.
+
+    slabs_LB: int64, the address of each layer's slab. numbers_N: int64, for each row the slots of its slab, the one
+    that it takes, and how many are filled with it.
+    """
+
+    slabs_LB: Tensor
+    numbers_N: Tensor
+
+    def fill(self, slabs: Slabs, seqs: Sequence[int], slots: Sequence[int], filled: Sequence[int]) -> None:
+        """The rows are of these sequences, take these slots, and so many are filled with them."""
+        triples = zip((slabs.room(seq) for seq in seqs), slots, filled, strict=True)
+        self.numbers_N.copy_(torch.tensor([number for triple in triples for number in triple]))
+        self.slabs_LB.copy_(torch.tensor([slabs.places(seq) for seq in seqs]).T)
 
 
 class Slabs:
@@ -36,6 +55,7 @@ class Slabs:
         self.slot_bytes = self.layers * self.planes * self.heads * code.width * code.stored.itemsize
         self._slabs: dict[int, list[Tensor]] = {}
         self._slots: dict[int, int] = {}
+        self._places: dict[int, list[int]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -65,11 +85,13 @@ class Slabs:
             else:
                 slabs.append(self._empty(rounded))
         self._slots[seq] = rounded
+        self._places.pop(seq, None)
 
     def free(self, seq: int) -> None:
         """Gives the room back, also after an interrupted `grow`; a sequence without room is no fault."""
         self._slabs.pop(seq, None)
         self._slots.pop(seq, None)
+        self._places.pop(seq, None)
 
     def holds(self, seqs: Sequence[int]) -> int:
         """Bytes that these sequences hold."""
@@ -106,9 +128,15 @@ class Slabs:
         """The planes of a range of slots, (G, S, d) each, without a copy unless they are coded."""
         return self.code.decode(self._slabs[seq][layer].narrow(2, start, stop - start)).unbind()
 
-    def slabs(self, layer: int, seqs: Sequence[int]) -> list[Tensor]:
-        """A layer's slabs of these sequences, (planes, G, slots, row) each."""
-        return [self._slabs[seq][layer] for seq in seqs]
+    def places(self, seq: int) -> list[int]:
+        """The addresses of a sequence's slabs, (planes, G, slots, row) each, layer by layer."""
+        if seq not in self._places:
+            self._places[seq] = [slab.data_ptr() for slab in self._slabs[seq]]
+        return self._places[seq]
+
+    def rows(self, count: int) -> SlabRows:
+        """Places of single rows of so many sequences, still to be filled."""
+        return SlabRows(*(torch.zeros(size, dtype=torch.int64) for size in ((self.layers, count), (3 * count,))))
 
     def room(self, seq: int) -> int:
         """How many slots a sequence has."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.components.native.calls import Library
 from zoo.registry.errors import ZooError
 
 log = logging.getLogger("zoo.components")
@@ -109,12 +110,12 @@ class Kernels:
     """The loaded library. level: how it computes products, one of NONE, MULTIPLY_ADD and DOT; absent: what it lacks."""
 
     def __init__(self, path: Path, level: int | None = None) -> None:
-        self.handle = ctypes.CDLL(str(path))
+        self.handle = Library(path)
         self.level = self.handle.zoo_level() if level is None else level
         self.absent = [name for name in (*_ARGUMENTS, "zoo_attend") if not hasattr(self.handle, name)]
         if not self.absent:
             for name, arguments in _ARGUMENTS.items():
-                getattr(self.handle, name).argtypes = arguments
+                getattr(self.handle, name).declare(arguments)
 
     def product(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """As `product`, by this library."""

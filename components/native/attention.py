@@ -18,6 +18,7 @@ from torch import Tensor
 from zoo.components import native
 from zoo.components.attention.kernels import Scores, reference
 from zoo.components.cache.code import RowCode
+from zoo.components.native.calls import Library
 
 log = logging.getLogger("zoo.components")
 
@@ -32,6 +33,17 @@ _ARGUMENTS += [_FLOAT, _FLOAT, _ADDRESS, _ADDRESS, _COUNT]
 
 _PLAIN = {torch.bfloat16: 0, torch.float32: 1}
 _CODED = {"int8": 2, "fp8": 3}
+
+
+def serves(code: RowCode) -> bool:
+    """Whether `attend_slabs` reads slabs of such rows, if queries come in the same type."""
+    [width] = code.lanes if len(code.lanes) == 1 else [0]
+    return code.dtype in _PLAIN and 0 < width <= WIDEST and width % 16 == 0 and missing() is None
+
+
+def addresses(slabs: Sequence[Tensor]) -> Tensor:
+    """Where they lie, int64."""
+    return torch.tensor([slab.data_ptr() for slab in slabs], dtype=torch.int64)
 
 
 def attends(q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, code: RowCode) -> bool:
@@ -55,7 +67,7 @@ def attend_slabs(
     q_BHd: Tensor,
     k_BGd: Tensor,
     v_BGd: Tensor,
-    slabs: Sequence[Tensor],
+    slabs_B: Tensor,
     numbers_N: Tensor,
     code: RowCode,
     how: Scores,
@@ -63,7 +75,8 @@ def attend_slabs(
 ) -> Tensor:
     """(B, H, d): one new row of each of B slabs (2, G, slots, row) is written, and attends to what they hold.
 
-    numbers_N: int64, for each row the slots of its slab, the one that it takes, and how many are filled with it.
+    slabs_B: int64, where they lie. numbers_N: int64, for each row the slots of its slab, the one that it takes, and how
+    many are filled with it.
     """
     o_BHd = torch.empty(q_BHd.shape, dtype=q_BHd.dtype)
     sinks_H = None if how["sinks_H"] is None else how["sinks_H"].to(q_BHd.dtype).contiguous()
@@ -77,7 +90,7 @@ def attend_slabs(
         heads // groups,
         width,
         *(field for x in (q_BHd, k_BGd, v_BGd) for field in (x.data_ptr(), x.stride(0))),
-        (_ADDRESS * batch)(*[slab.data_ptr() for slab in slabs]),
+        slabs_B.data_ptr(),
         numbers_N.data_ptr(),
         how["window"] or 0,
         how["scale"],
@@ -102,9 +115,9 @@ def missing() -> str | None:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _library() -> Library:
     handle = native.library().handle
-    handle.zoo_attend.argtypes = _ARGUMENTS
+    handle.zoo_attend.declare(_ARGUMENTS, checked=True)
     return handle
 
 
@@ -119,7 +132,7 @@ def _error() -> float:
         )
         slab = code.encode(old)
         numbers_N = torch.tensor([slots, slots - 1, slots])
-        o_1Hd = attend_slabs(q_1Hd, new_2Gd[:1], new_2Gd[1:], [slab], numbers_N, code, how)
+        o_1Hd = attend_slabs(q_1Hd, new_2Gd[:1], new_2Gd[1:], addresses([slab]), numbers_N, code, how)
         old[:, :, -1] = new_2Gd
         k_GSd, v_GSd = code.rounded(old)
         expected = reference(q_1Hd, k_GSd, v_GSd, 0.2, slots - 1, None, {})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.components import native
 from zoo.components.kinds import GROUP, LANES, Kind
+from zoo.components.native.calls import Library
 
 _SIZE, _ADDRESS, _COUNT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
 _ARGUMENTS = {
@@ -93,11 +94,11 @@ def _readable(x: Tensor) -> Tensor:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Library | None:
     """The loaded library, where it has these functions and the processor their instructions."""
     handle = native.library().handle
     if not hasattr(handle, "zoo_quantised_level"):
         return None  # built before there was this source
     for name, arguments in _ARGUMENTS.items():
-        getattr(handle, name).argtypes = arguments
+        getattr(handle, name).declare(arguments)
     return handle if handle.zoo_quantised_level() else None

@@ -13,7 +13,7 @@ from zoo.components.attention.kernels import Scores, reference
 from zoo.components.cache import kv
 from zoo.components.cache.code import RowCode
 from zoo.components.decoder.spec import DecoderSpec
-from zoo.components.native.attention import attend_slabs, attends, missing
+from zoo.components.native.attention import addresses, attend_slabs, attends, missing
 from zoo.testing import relative_error, step_through
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no native attention: {missing()}")
@@ -50,7 +50,7 @@ def test_it_equals_the_formula(groups: int, shared: int, width: int, kind: Any, 
         (q, k, v), slabs, numbers_N = _case(code, groups, shared)
         how: Scores = {"scale": width**-0.5, "window": window, "softcap": softcap, "sinks_H": sinks}
         expected = [slab.clone() for slab in slabs]
-        found = attend_slabs(q, k, v, slabs, numbers_N, code, how)
+        found = attend_slabs(q, k, v, addresses(slabs), numbers_N, code, how)
         for b, length in enumerate(LENGTHS):
             expected[b][:, :, length // 2] = code.encode(torch.stack((k[b], v[b])))
             assert torch.equal(slabs[b], expected[b]), "the new row is written as the code has it, and nothing else"
@@ -66,10 +66,12 @@ def test_a_row_depends_on_neither_its_neighbours_nor_the_threads() -> None:
     code = RowCode("int8", (64,), torch.bfloat16)
     how: Scores = {"scale": 0.1, "window": None, "softcap": None, "sinks_H": None}
     (q, k, v), slabs, numbers_N = _case(code, 2, 4)
-    together = attend_slabs(q, k, v, slabs, numbers_N, code, how, threads=3)
+    together = attend_slabs(q, k, v, addresses(slabs), numbers_N, code, how, threads=3)
     for b in range(len(LENGTHS)):
         one = slice(b, b + 1)
-        alone = attend_slabs(q[one], k[one], v[one], slabs[one], numbers_N[3 * b : 3 * b + 3], code, how, threads=1)
+        alone = attend_slabs(
+            q[one], k[one], v[one], addresses(slabs[one]), numbers_N[3 * b : 3 * b + 3], code, how, threads=1
+        )
         assert torch.equal(alone[0], together[b])
 
 
@@ -81,7 +83,7 @@ def test_what_is_not_finite_is_not_hidden(kind: Any) -> None:
     for wrong in ("k", "v"):
         (q, k, v), slabs, numbers_N = _case(code, 2, 2)
         (k if wrong == "k" else v)[3, 0, 5] = float("nan")
-        found = attend_slabs(q, k, v, slabs, numbers_N, code, how)
+        found = attend_slabs(q, k, v, addresses(slabs), numbers_N, code, how)
         assert not found[3, :2].isfinite().all(-1).any()
         assert found[3, 2:].isfinite().all()
         assert found[:3].isfinite().all()

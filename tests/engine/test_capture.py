@@ -110,7 +110,7 @@ def test_recording_moves_no_state(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     with load(kind, monkeypatch, "pages") as model:
         captured = model.engine._runner.captured  # type: ignore[union-attr]
         assert captured is not None
-        captured.record = True
+        captured.way = "graphs"
         assert [c.tokens for c in model.generate(prompts(), **ask)] == [c.tokens for c in expected]
 
 
@@ -120,7 +120,7 @@ def test_a_batch_of_prompts_is_no_recorded_step(monkeypatch: pytest.MonkeyPatch)
         captured = model.engine._runner.captured  # type: ignore[union-attr]
         assert captured is not None
         model.generate([[1, 2, 3]], max_tokens=3, ignore_eos=True)
-        assert not captured._steps, "slabs have no fixed places"
+        assert not captured._steps, "no kernel reads slabs of heads of six"
 
 
 def test_records_are_forgotten_when_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:

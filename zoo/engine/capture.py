@@ -1,8 +1,9 @@
-"""Decode steps recorded once and replayed: a GPU then works without waiting for the host between its kernels.
+"""Decode steps recorded once and replayed: a device then works without waiting for the host between its kernels.
 
 A step of one row of each sequence always runs the same kernels; only tokens, positions and places in the cache
-differ. They live in tensors that are written before each replay. One record serves every batch up to its size and
-every sequence up to its length: sizes come in buckets, and rows that fill a batch up change nothing.
+differ. They live in tensors that are written before each replay. On a GPU a record is a CUDA graph and serves every
+batch up to its size and every sequence up to its length: sizes come in buckets, and rows that fill a batch up change
+nothing. On a CPU it is the calls of the native kernels and serves batches of its size.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from zoo.components import native
+from zoo.components.cache.kv import UnpreparedError
 from zoo.components.decoder.model import Decoder
+from zoo.components.native.calls import Arena, Record
 from zoo.components.step import Step
 from zoo.engine.memory import HeldStep, Memory
 from zoo.engine.pack import Batch
@@ -32,10 +37,16 @@ MOST = 64
 
 CHOICES = ("auto", "on", "off")
 
+Key = tuple[int, int, int]
+Way = Literal["graphs", "calls", "anew"]
+"""How decode steps are recorded: as CUDA graphs, as calls of the native kernels, or not at all but run over the same
+fixed tensors, which is the reference."""
 
-def captures(device: torch.device) -> bool:
-    """Whether decode steps are recorded: on CUDA devices, unless ZOO_CAPTURE says "off". "on" runs recorded steps
-    on every device, where there is nothing to replay step by step. Raises ZooError for another word."""
+
+def captures(device: torch.device) -> Way | None:
+    """How decode steps are recorded, None for planning each anew: as graphs on CUDA devices, as calls where the native
+    kernels run and the model is not spread over processes, unless ZOO_CAPTURE says "off". With "on" every device runs
+    steps over fixed tensors. Raises ZooError for another word."""
     choice = os.environ.get("ZOO_CAPTURE", "auto")
     if choice not in CHOICES:
         raise ZooError(
@@ -45,7 +56,12 @@ def captures(device: torch.device) -> bool:
             expected=" or ".join(map(repr, CHOICES)),
             hint=nearest(choice, CHOICES),
         )
-    return device.type == "cuda" if choice == "auto" else choice == "on"
+    if choice == "off":
+        return None
+    if device.type == "cuda" or choice == "on":
+        return "graphs" if device.type == "cuda" else "anew"
+    spread = distributed.is_available() and distributed.is_initialized()
+    return "calls" if device.type == "cpu" and native.missing() is None and not spread else None
 
 
 @dataclass
@@ -58,16 +74,16 @@ class Recorded:
 
 
 class Captured:
-    """The decode steps of a decoder, each recorded when first needed.
+    """The decode steps of a decoder, each recorded when first needed."""
 
-    record: as CUDA graphs; without, a step's kernels are launched anew each time, on any device: the reference.
-    """
-
-    def __init__(self, decoder: Decoder, memory: Memory, device: torch.device, *, record: bool = True) -> None:
-        self.decoder, self.memory, self.device, self.record = decoder, memory, device, record
-        self._steps: OrderedDict[tuple[int, int], Recorded] = OrderedDict()
+    def __init__(self, decoder: Decoder, memory: Memory, device: torch.device, way: Way) -> None:
+        self.decoder, self.memory, self.device, self.way = decoder, memory, device, way
+        self._steps: OrderedDict[Key, Recorded] = OrderedDict()
         self._pool: Any = None
+        self._arena = Arena()
         self._possible = True
+        parts = [*decoder.modules()]
+        self._hooks = [h for part in parts for h in (part._forward_pre_hooks, part._forward_hooks)]
 
     def clear(self) -> None:
         """Forgets every record: the weights have moved or changed their kernels."""
@@ -80,8 +96,10 @@ class Captured:
         """
         if not self._possible or batch.rows_R is not None or max(batch.rows) > 1:
             return None
-        key = (row_bucket(len(batch.rows)), token_bucket(max(batch.past) + 1))
-        step = self._steps.get(key) or self._prepared(*key)
+        if self.way == "calls" and any(self._hooks):
+            return None  # hooks are Python's, and whoever set them wants them called
+        key = self._key(batch)
+        step = self._steps.get(key) or self._prepared(*key[:2])
         if step is None or not step.held.fits(batch.seqs):
             return None
         self._fill(step, batch)
@@ -89,7 +107,17 @@ class Captured:
         self._steps.move_to_end(key)
         if len(self._steps) > MOST:
             self._steps.popitem(last=False)
-        return step.run()[: len(batch.rows)]
+        try:
+            return step.run()[: len(batch.rows)]
+        except UnpreparedError:
+            self._possible = False
+            return None
+
+    def _key(self, batch: Batch) -> Key:
+        """What a record must fit: rows, tokens, and the threads that calls were made for."""
+        rows, called = len(batch.rows), self.way == "calls"
+        size = rows if called else row_bucket(rows)
+        return size, token_bucket(max(batch.past) + 1), torch.get_num_threads() if called else 0
 
     def _fill(self, step: Recorded, batch: Batch) -> None:
         rows = len(batch.rows)
@@ -111,7 +139,24 @@ class Captured:
             return logits_RV
 
         step = Recorded(inputs_2B, held, forward)
-        return step if not self.record or self._record(step) else None
+        if self.way == "calls":
+            step.run = partial(self._first, step, forward)
+        return step if self.way != "graphs" or self._record(step) else None
+
+    def _first(self, step: Recorded, forward: Callable[[], Tensor]) -> Tensor:
+        """Runs a step for the first time, which records its calls, unless they cannot be made again."""
+        record = Record(self._arena)
+        logits_RV = record.make(forward)
+        if record.refused is not None:
+            self._possible = False
+            log.info("zoo: decode steps are planned anew: %s cannot be recorded", record.refused)
+
+        def replay() -> Tensor:
+            record.run()
+            return logits_RV
+
+        step.run = replay
+        return logits_RV
 
     def _record(self, step: Recorded) -> bool:
         """Turns what runs the step into a replay; False, said once, for a model whose steps cannot be recorded."""

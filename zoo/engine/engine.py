@@ -95,8 +95,8 @@ class Engine:
             return Memory(spec.states(), make, budget=budget, batch=max_batch_size, context=length, pooled=pooled)
 
         def runner(decoder: Decoder, memory: Memory) -> Runner:
-            captured = Captured(decoder, memory, device, record=device.type == "cuda") if captures(device) else None
-            return Runner(decoder, memory, device, captured)
+            way = captures(device)
+            return Runner(decoder, memory, device, Captured(decoder, memory, device, way) if way else None)
 
         pooled = storage == "pages" or (storage == "auto" and device.type != "cpu")
         source: Source | None = Lookup() if draft == "lookup" else None

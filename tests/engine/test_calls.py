@@ -1,0 +1,105 @@
+"""Decode steps recorded as calls of the native kernels against steps that are planned anew: the very same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from zoo.components import native
+from zoo.engine.capture import Captured
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
+
+ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "rope": {"theta": 50.0}}
+GATED = {"kind": "gated", "hidden_dim": 48}
+MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": GATED}
+SSM = {"num_heads": 6, "head_dim": 4, "num_groups": 2, "state_size": 5, "conv_size": 4, "norm_eps": 1e-5}
+NORMED = {"qk_norm": {"kind": "rms", "eps": 1e-5}}
+LAYERS: dict[str, list[dict[str, Any]]] = {
+    "full": [{"mixer": ATTENTION, "ffn": GATED}] * 2,
+    "window": [{"mixer": ATTENTION | {"window": 8}, "ffn": GATED}, {"mixer": ATTENTION, "ffn": GATED}],
+    "softcap": [{"mixer": ATTENTION | {"softcap": 3.0}, "ffn": GATED | {"activation": "gelu"}}],
+    "sinks": [{"mixer": ATTENTION | {"sinks": True} | window, "ffn": GATED} for window in ({"window": 8}, {})],
+    "postnorm": [{"kind": "postnorm", "mixer": ATTENTION, "ffn": GATED}],
+    "mixture": [{"mixer": ATTENTION, "ffn": MOE}],
+    "recurrent": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": GATED}, {"mixer": ATTENTION, "ffn": None}],
+}
+RECORDED = ("full", "window", "softcap", "sinks", "postnorm")
+
+
+def card(kind: str, **changes: Any) -> dict[str, Any]:
+    model = {"dim": 32, "vocab_size": 67, "norm": {"kind": "rms", "eps": 1e-5}, "layers": LAYERS[kind]}
+    return {"name": "called", "context_length": 600, "model": model | changes}
+
+
+def answers(kind: str, monkeypatch: pytest.MonkeyPatch, capture: str, **options: Any) -> tuple[list[Any], int]:
+    """Tokens and log-probabilities of a crowded run, and how many steps a record made."""
+    monkeypatch.setenv("ZOO_CAPTURE", capture)
+    runs, run = [0], Captured.run
+
+    def counted(self: Captured, batch: Any) -> Any:
+        found = run(self, batch)
+        runs[0] += found is not None
+        return found
+
+    monkeypatch.setattr(Captured, "run", counted)
+    changes = options.pop("changes", {})
+    with zoo.load(card(kind, **changes), weights="random", device="cpu", dtype="bfloat16", **options) as model:
+        prompts = [[(7 * n + k) % 67 for k in range(size)] for n, size in enumerate((1, 7, 40, 250))]
+        found = model.generate(prompts, max_tokens=24, temperature=0.9, seed=3, ignore_eos=True, logprobs=2)
+    monkeypatch.undo()
+    return [(one.tokens, one.logprobs, one.top_logprobs) for one in found], runs[0]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_recorded_calls_give_the_same_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, none = answers(kind, monkeypatch, "off", max_batch_size=3)
+    found, runs = answers(kind, monkeypatch, "auto", max_batch_size=3)
+    assert found == expected
+    assert none == 0
+    assert (runs > 20) == (kind in RECORDED), "what asks for numbers on the way is planned anew, all else is recorded"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": "int8", "changes": {"dim": 96}},
+        {"quantize": "int4", "changes": {"dim": 96}},
+        {"changes": {"cache_dtype": "int8"}},
+        {"draft": "lookup"},
+    ],
+    ids=["int8", "int4", "cache of int8", "lookup"],
+)
+def test_recorded_calls_of_other_stores_and_weights(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = answers("window", monkeypatch, "off", **dict(options))
+    found, runs = answers("window", monkeypatch, "auto", **dict(options))
+    assert found == expected
+    assert runs > 10
+
+
+def test_hooks_and_threads_are_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with zoo.load(card("full"), weights="random", device="cpu", dtype="bfloat16") as model:
+        ask: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True, "temperature": 0.0}
+        [first], seen = model.generate([[1, 2, 3]], **ask), []
+        hook = model.module.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        assert model.generate([[1, 2, 3]], **ask)[0].tokens == first.tokens
+        assert len(seen) == 6
+        hook.remove()
+        captured = model.engine._runner.captured  # type: ignore[union-attr]
+        assert captured is not None
+        before, threads = len(captured._steps), torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        try:
+            assert model.generate([[1, 2, 3]], **ask)[0].tokens == first.tokens
+        finally:
+            torch.set_num_threads(threads)
+        assert len(captured._steps) == before + 1
+
+
+def test_a_model_over_processes_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with zoo.load(card("full"), weights="random", device="cpu", dtype="bfloat16") as model:
+        assert model.engine._runner.captured is None  # type: ignore[union-attr]
