@@ -1,8 +1,8 @@
 """Small operations in one pass each, as Triton kernels for CUDA devices: a GPU spends more time on starting and on
-reading such operations one by one than on what they compute.
+reading such operations one by one than on what they compute. And where all of zoo's Triton kernels are chosen.
 
 Each rounds where the plain formula beside its component rounds. Those formulas are what every other device runs, and
-what the kernels are tested against; ZOO_FUSED=off makes CUDA devices run them too.
+what the kernels are tested against; ZOO_FUSED=off makes CUDA devices run them too, and a list of kernels all but these.
 """
 
 from __future__ import annotations
@@ -16,49 +16,68 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from zoo.registry.errors import ZooError
+from zoo.registry.errors import ZooError, nearest
 
 log = logging.getLogger("zoo.components")
+
+KERNELS = ("attention", "convolution", "gate", "norm", "products", "rope", "state")
+"""By name. attention: of single rows, over pages. products: with quantised weights. convolution, state: of mixers that
+are recurrent, one token at a time."""
 
 WIDEST = 16384
 """The longest row that `rms` takes at once."""
 
-TOLERANCE = 1e-4
-"""Relative error of float32 that a kernel may have."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+"""Relative error that a kernel may have: the largest difference by the largest number."""
 
 BLOCK = 1024
 """Elements of a row that a program of `gate` takes."""
 
 
-def runs(x: Tensor) -> bool:
-    """Whether the kernels run on `x`: on a CUDA device, without gradients, rows of lanes that lie together."""
-    return x.is_cuda and not torch.is_grad_enabled() and x.stride(-1) == 1 and is_wanted() and works(x.device)
+def runs(x: Tensor, kernel: str) -> bool:
+    """Whether one of `KERNELS` runs on `x`: on a CUDA device, without gradients, rows of lanes that lie together."""
+    if not x.is_cuda or torch.is_grad_enabled() or x.stride(-1) != 1:
+        return False
+    return kernel in wanted() and works(x.device, kernel)
 
 
 @cache
-def is_wanted() -> bool:
-    """Whether Triton is installed, as it comes with torch's builds for CUDA, and ZOO_FUSED does not forbid its use."""
-    choice = os.environ.get("ZOO_FUSED", "auto")
-    if choice not in ("auto", "off"):
+def wanted() -> frozenset[str]:
+    """The kernels that ZOO_FUSED allows; none where Triton is not installed. Raises ZooError for unknown words."""
+    words = os.environ.get("ZOO_FUSED", "auto").split(",")
+    named = frozenset(KERNELS if words == ["auto"] else () if words == ["off"] else words)
+    for word in named - set(KERNELS):
         raise ZooError(
-            "unknown way to run small operations", where="ZOO_FUSED", found=repr(choice), expected="'auto' or 'off'"
+            "unknown Triton kernel",
+            where="ZOO_FUSED",
+            found=repr(word),
+            expected=f"'auto', 'off', or some of {', '.join(KERNELS)} with commas between",
+            hint=nearest(word, ("auto", "off", *KERNELS)),
         )
-    return choice == "auto" and find_spec("triton") is not None
+    return named if find_spec("triton") is not None else frozenset()
 
 
 @cache
-def works(device: torch.device) -> bool:
-    """Whether every kernel gives on this device what its formula gives on the CPU: asked once, and said if not."""
-    from zoo.components.fused_check import differences
+def works(device: torch.device, kernel: str) -> bool:
+    """Whether a kernel gives on this device what its formula gives on the CPU: asked at first use, and said if not."""
+    from zoo.components.fused_check import difference
 
     try:
-        wrong = [f"{name} is off by {error:.0e}" for name, error in differences(device) if not error < TOLERANCE]
-    except Exception as error:
+        errors = {dtype: difference(kernel, device, dtype) for dtype in _dtypes(device)}
+        wrong = next((f"off by {e:.0e} in {dtype}" for dtype, e in errors.items() if not e < TOLERANCES[dtype]), None)
+    except Exception as fault:
         # Whatever a compiler may raise: what it cannot build is computed by the formulas.
-        wrong = [str(error).partition("\n")[0] or type(error).__name__]
-    if wrong:
-        log.warning("zoo: small operations run by PyTorch's own kernels on %s: %s", device, "; ".join(wrong))
-    return not wrong
+        wrong = str(fault).partition("\n")[0] or type(fault).__name__
+    if wrong is not None:
+        log.warning("zoo: the Triton kernel for %s is left out on %s: %s", kernel, device, wrong)
+    return wrong is None
+
+
+def _dtypes(device: torch.device) -> list[torch.dtype]:
+    """What kernels are checked in: a compiler treats each type in its own way. Triton's interpreter has no bfloat16."""
+    if device.type != "cuda":
+        return [torch.float32]
+    return [torch.float32, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16]
 
 
 def rotate(x_THd: Tensor, cos_T1r: Tensor, sin_T1r: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ A weight is code times scale, where the scale belongs to an output (int8) or to 
 that is multiplied with is rounded to eight bits as well, each 32 of its numbers by a scale of their own, so that the
 products are sums of whole numbers, which processors do fastest; the sums of groups are added up in float32. That is
 one formula, `product_reference`, and the C source (native/quantised.c) computes the same. Without it, weights are
-made numbers again a few rows at a time, which saves memory and no time, and rows are not rounded.
+made numbers again a few rows at a time, which saves memory and no time, and rows are not rounded. On CUDA devices
+Triton kernels (quantised_gpu.py) read the same codes.
 
 The layout: blocks of 16 outputs; in a block groups of 32 inputs; in a group fours of inputs, 64 bytes that hold the
 four codes of each output. Codes are stored with an offset that makes them unsigned. Of four-bit codes, fours 0 to 3
@@ -14,15 +15,17 @@ of a group are the low halves of its bytes, 4 to 7 the high ones.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.components import fused, quantised_gpu
 from zoo.components.kinds import GROUP, KINDS, LANES, Kind
+from zoo.components.matrix import Matrix
 from zoo.components.native import quantised as native
 
 log = logging.getLogger("zoo.components")
@@ -31,8 +34,8 @@ FOURS = GROUP // 4
 TRIED = torch.linspace(-9.5, -6.5, 8).tolist()
 """Codes, not rounded, that the largest weight of a group may get: the one with the least error is taken."""
 
-PIECE = 1 << 19
-"""Elements that are numbers at a time, in float32."""
+PIECE, MANY = 1 << 19, 1 << 23
+"""Elements that are numbers at a time, in float32, on a CPU and elsewhere."""
 
 SMALLEST = 1e-30
 """Scales are at least this, so that groups of zeros can be divided by them."""
@@ -60,7 +63,7 @@ class Quantised:
     @classmethod
     def of(cls, kind: Kind, weight_OI: Tensor) -> Quantised:
         """Quantises row-major values."""
-        codes, scales = _room(kind, weight_OI.shape)
+        codes, scales = _room(kind, weight_OI.shape, weight_OI.device)
         if weight_OI.device.type == "cpu" and is_native():
             lost, size = native.quantise(kind, weight_OI, codes, scales, torch.tensor(TRIED))
         else:
@@ -76,8 +79,11 @@ class Quantised:
         return self.codes.nbytes + self.scales.nbytes
 
     def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        if is_native() and not (torch.is_grad_enabled() and x_TI.requires_grad):
-            return native.product(self.kind, self.codes, self.scales, self.shape, x_TI, bias_O)
+        stored = self.kind, self.codes, self.scales, self.shape
+        if self.codes.is_cpu and is_native() and not (torch.is_grad_enabled() and x_TI.requires_grad):
+            return native.product(*stored, x_TI, bias_O)
+        if fused.runs(x_TI, "products"):
+            return quantised_gpu.product(*stored, x_TI, bias_O)
         parts = [F.linear(x_TI, piece) for piece in self._pieces()]
         y_TO = torch.cat(parts, dim=1)
         return y_TO if bias_O is None else y_TO.add_(bias_O)
@@ -95,7 +101,7 @@ class Quantised:
 
     def _pieces(self) -> Iterator[Tensor]:
         """The weight a few rows at a time, in its dtype."""
-        step = max(1, PIECE // (self.shape[1] * LANES)) * LANES
+        step = max(1, _piece(self.device) // (self.shape[1] * LANES)) * LANES
         for first in range(0, self.shape[0], step):
             yield self.plain((slice(first, min(first + step, self.shape[0])),))
 
@@ -106,6 +112,28 @@ class Quantised:
         if self.kind.grouped:
             return values.mul_(scales.transpose(1, 2).unsqueeze(3)).flatten(2).flatten(0, 1)
         return values.mul_(scales[:, :, None, None]).flatten(2).flatten(0, 1)
+
+
+def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """Matrices of experts, where a device's kernel finds them by their number: one behind the other. Others as they
+    are."""
+    mine = [matrix for matrix in matrices if isinstance(matrix, Quantised) and not matrix.codes.is_cpu]
+    if not mine:
+        return [*matrices]
+    codes, scales = (torch.stack([getattr(matrix, name) for matrix in mine]) for name in ("codes", "scales"))
+    return [replace(one, codes=codes[i], scales=scales[i]) for i, one in enumerate(mine)]
+
+
+def grouped(matrices: Sequence[Matrix], x_NI: Tensor, ends_E: Tensor) -> Tensor:
+    """(N, O): rows that stand expert by expert up to `ends_E`, each times the matrix of its expert, all `stacked`.
+
+    What comes of rows behind the last end is not defined.
+    """
+    first = matrices[0]
+    if isinstance(first, Quantised) and fused.runs(x_NI, "products"):
+        return quantised_gpu.grouped(first.kind, first.codes, first.scales, first.shape, x_NI, ends_E)
+    plain_EOI = torch.stack([matrix.plain() for matrix in matrices])
+    return F.grouped_mm(x_NI, plain_EOI.transpose(1, 2), offs=ends_E)
 
 
 @cache
@@ -124,7 +152,7 @@ def _native_error(kind: Kind) -> float:
     """The relative error of a small product: a processor may not be the one that the tests ran on."""
     draw = torch.Generator().manual_seed(0)
     weight_OI, x_TI, bias_O = (torch.randn(*size, generator=draw) for size in ((37, 75), (9, 75), (37,)))
-    codes, scales = _room(kind, weight_OI.shape)
+    codes, scales = _room(kind, weight_OI.shape, weight_OI.device)
     lost, size = native.quantise(kind, weight_OI, codes, scales, torch.tensor(TRIED))
     made = Quantised(kind, weight_OI.shape, weight_OI.dtype, codes, scales, lost, size)
     expected = product_reference(made, x_TI, bias_O)
@@ -134,20 +162,25 @@ def _native_error(kind: Kind) -> float:
     return max(wrong, abs(error - float((lost / size) ** 0.5)))
 
 
-def _room(kind: Kind, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _room(kind: Kind, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix, to be filled."""
     blocks, groups = -(-shape[0] // LANES), -(-shape[1] // GROUP)
-    codes = torch.empty(blocks, groups, kind.bits, 4 * LANES, dtype=torch.uint8)
+    codes = torch.empty(blocks, groups, kind.bits, 4 * LANES, dtype=torch.uint8, device=device)
     if kind.grouped:
-        return codes, torch.empty(blocks, groups, LANES, dtype=torch.bfloat16)
-    return codes, torch.empty(blocks, LANES, dtype=torch.float32)
+        return codes, torch.empty(blocks, groups, LANES, dtype=torch.bfloat16, device=device)
+    return codes, torch.empty(blocks, LANES, dtype=torch.float32, device=device)
+
+
+def _piece(device: torch.device) -> int:
+    """Elements that are numbers at a time: what fits a processor's caches, or what keeps a device busy."""
+    return PIECE if device.type == "cpu" else MANY
 
 
 def quantise_reference(kind: Kind, weight_OI: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float]:
     """Fills `codes` and `scales` of a matrix; returns the squared norms of the error and of the weight."""
     blocks, groups = codes.shape[:2]
     lost, size = 0.0, 0.0
-    step = max(1, PIECE // (groups * GROUP * LANES))
+    step = max(1, _piece(weight_OI.device) // (groups * GROUP * LANES))
     for first in range(0, blocks, step):
         last = min(first + step, blocks)
         rows = weight_OI[first * LANES : last * LANES].float()

@@ -1,24 +1,33 @@
 """Attention of single rows straight from the pages of a cache, as a Triton kernel: nothing is gathered.
 
-Each sequence's keys are cut into splits of fixed length, so that a result depends on neither the batch nor the
-longest sequence in it. A program reads one split of one key head for all query heads that share it; a second kernel
-adds the splits up (Dao et al., "Flash-Decoding", 2023). `attention_rows` over gathered pages is the reference.
+Caches of codes are read as codes. Each sequence's keys are cut into splits of fixed length, so that a result depends on
+neither the batch nor the longest sequence in it. A program reads one split of one key head for all query heads that
+share it; a second kernel adds the splits up (Dao et al., "Flash-Decoding", 2023). `attention_rows` over gathered pages
+is the reference.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from zoo.components import fused
+from zoo.components.cache.spec import CacheDtype
 
 SPLIT = 256
 """Slots of a split."""
 
 BLOCK = 64
 """Slots that a program reads at once."""
+
+TOGETHER = 16
+"""Splits that are added up at once."""
+
+KINDS: dict[CacheDtype | None, int] = {None: 0, "int8": 1, "fp8": 2}
+"""What the kernel calls the codes of a cache."""
 
 WIDEST = 256
 """The largest head that fits a program's registers."""
@@ -34,14 +43,16 @@ def attention_pages(
     window: int | None,
     softcap: float | None,
     sinks_H: Tensor | None = None,
+    coded: CacheDtype | None = None,
 ) -> Tensor:
     """(B, H, d): one row of each of B sequences over its own first `filled_B` slots.
 
     pool: (pages, 2, page, G, d), keys and values, contiguous. tables_BP: the pages of each sequence in order.
+    coded: what codes the rows of the pool are, as zoo.components.cache.code makes them with one scale for each.
     """
     kernels = _kernels()
     batch, heads, width = q_BHd.shape
-    _, _, page, groups, _ = pool.shape
+    _, _, page, groups, stored = pool.shape
     shared, splits = heads // groups, -(-tables_BP.shape[1] * page // SPLIT)
     q_BHd, tables_BP = q_BHd.contiguous(), tables_BP.contiguous()
     parts = torch.empty(batch, groups, splits, shared, width, dtype=torch.float32, device=q_BHd.device)
@@ -51,6 +62,7 @@ def attention_pages(
     kernels.split[(batch, groups, splits)](
         q_BHd,
         pool,
+        pool if coded is None else pool.view(torch.bfloat16),
         tables_BP,
         filled_B,
         parts,
@@ -62,8 +74,10 @@ def attention_pages(
         tables_BP.shape[1],
         shared,
         width,
+        stored,
         ROWS=max(16, 1 << (shared - 1).bit_length()),
         WIDE=wide,
+        KIND=KINDS[coded],
         PAGE=page,
         BLOCK=BLOCK,
         SPLIT=SPLIT,
@@ -80,7 +94,7 @@ def attention_pages(
         shared,
         width,
         WIDE=wide,
-        SPLITS=1 << (splits - 1).bit_length(),
+        SPLITS=min(TOGETHER, 1 << (splits - 1).bit_length()),
         SUNK=sinks_H is not None,
     )
     return o_BHd
@@ -88,13 +102,7 @@ def attention_pages(
 
 def can_attend(q_BHd: Tensor, pool: Tensor) -> bool:
     """Whether the kernel runs here, on such heads."""
-    return q_BHd.is_cuda and q_BHd.shape[-1] <= WIDEST and is_there()
-
-
-@cache
-def is_there() -> bool:
-    """Whether Triton is installed, as it comes with torch's builds for CUDA."""
-    return find_spec("triton") is not None
+    return q_BHd.shape[-1] <= WIDEST and fused.runs(q_BHd, "attention")
 
 
 @cache

@@ -8,9 +8,33 @@ import triton.language as tl
 
 
 @triton.jit
+def fp8(code):
+    """int32 bytes as the e4m3 numbers that they are, by arithmetic: not every device has the type."""
+    bits, size = code & 127, code & 7
+    large = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(bits < 8, size.to(tl.float32) * 0.001953125, large)
+    return tl.where((code & 128) != 0, -value, value)
+
+
+@triton.jit
+def rows(pool, scales, place, lane, live, width, q, KIND: tl.constexpr):
+    """Rows of the pool that begin at `place`: numbers as they are, or codes behind the scale that they share."""
+    mask = live[:, None] & (lane < width)[None, :]
+    if KIND == 0:
+        found = tl.load(pool + place[:, None] + lane[None, :], mask=mask, other=0.0)
+    else:
+        code = tl.load(pool + 2 + place[:, None] + lane[None, :], mask=mask, other=0).to(tl.int32)
+        scale = tl.load(scales + place // 2, mask=live, other=0.0).to(tl.float32)
+        value = code.to(tl.float32) if KIND == 1 else fp8(code)
+        found = tl.where(mask, value * scale[:, None], 0.0).to(q.dtype.element_ty)
+    return found
+
+
+@triton.jit
 def split(
     q,
     pool,
+    scales,
     tables,
     filled,
     parts,
@@ -22,8 +46,10 @@ def split(
     pages,
     shared,
     width,
+    stored,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
+    KIND: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -46,10 +72,9 @@ def split(
         slots = at + slot
         live = (slots < stop) & (slots >= first)
         page = tl.load(tables + b * pages + slots // PAGE, mask=slots < stop, other=0)
-        place = ((page * 2 * PAGE + slots % PAGE) * groups + g) * width
-        mask = live[:, None] & (lane < width)[None, :]
-        k = tl.load(pool + place[:, None] + lane[None, :], mask=mask, other=0.0)
-        v = tl.load(pool + place[:, None] + PAGE * groups * width + lane[None, :], mask=mask, other=0.0)
+        place = ((page * 2 * PAGE + slots % PAGE) * groups + g) * stored
+        k = rows(pool, scales, place, lane, live, width, q, KIND)
+        v = rows(pool, scales, place + PAGE * groups * stored, lane, live, width, q, KIND)
         scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale
         if CAPPED:
             half = scores / softcap
@@ -88,20 +113,24 @@ def add(
 ):
     """One query head of one sequence: its splits together, and the share that a sink takes of them."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split_, lane = tl.arange(0, SPLITS), tl.arange(0, WIDE)
-    place = ((b * groups + h // shared) * splits + split_) * shared + h % shared
-    there = split_ < splits
-    peak = tl.load(peaks + place, mask=there, other=float("-inf"))
-    total = tl.load(totals + place, mask=there, other=0.0)
-    highest = tl.max(peak, 0)
+    lane = tl.arange(0, WIDE)
+    first = (b * groups + h // shared) * splits * shared + h % shared
+    highest, whole = float("-inf"), 0.0
     if SUNK:
-        sink = tl.load(sinks + h).to(tl.float32)
-        highest = tl.maximum(highest, sink)
-    weight = tl.exp(peak - highest)
-    mask = there[:, None] & (lane < width)[None, :]
-    part = tl.load(parts + place[:, None] * width + lane[None, :], mask=mask, other=0.0)
-    whole = tl.sum(total * weight, 0)
-    if SUNK:
-        whole += tl.exp(sink - highest)
-    value = tl.sum(part * weight[:, None], 0) / whole
-    tl.store(o + (b * groups * shared + h) * width + lane, value.to(o.dtype.element_ty), mask=lane < width)
+        highest, whole = tl.load(sinks + h).to(tl.float32), 1.0
+    value = tl.zeros([WIDE], tl.float32)
+    for begin in range(0, splits, SPLITS):
+        split_ = begin + tl.arange(0, SPLITS)
+        place, there = first + split_ * shared, split_ < splits
+        peak = tl.load(peaks + place, mask=there, other=float("-inf"))
+        total = tl.load(totals + place, mask=there, other=0.0)
+        higher = tl.maximum(highest, tl.max(peak, 0))
+        # Splits in which nothing is seen leave all as it was.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weight, shrink = tl.exp(peak - base), tl.exp(highest - base)
+        mask = there[:, None] & (lane < width)[None, :]
+        part = tl.load(parts + place[:, None] * width + lane[None, :], mask=mask, other=0.0)
+        whole = whole * shrink + tl.sum(total * weight, 0)
+        value = value * shrink + tl.sum(part * weight[:, None], 0)
+        highest = higher
+    tl.store(o + (b * groups * shared + h) * width + lane, (value / whole).to(o.dtype.element_ty), mask=lane < width)

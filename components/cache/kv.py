@@ -374,8 +374,9 @@ class KVView:
         assert isinstance(pages, Pages)
         rows, pool = plan.places(pages, wave), pages.pool(self.layer)
         pages.write_rows(self.layer, rows, (k_BGd, v_BGd))
-        if pages.code.kind is None and by_pages(q_BHd, pool, plan.memo):
-            return attention_pages(q_BHd, pool, rows.tables_BP, rows.filled_B, **(how | {"window": window}))
+        if by_pages(q_BHd, pool, plan.memo):
+            coded, how = pages.code.kind, how | {"window": window}
+            return attention_pages(q_BHd, pool, rows.tables_BP, rows.filled_B, coded=coded, **how)
         k_BGSd, v_BGSd = pages.read_rows(self.layer, rows)
         return attention_rows(
             q_BHd,

@@ -20,6 +20,9 @@ from zoo.registry.errors import CapacityError
 Piece = Literal["conv", "ssm"]
 """What a layer keeps: the convolution's last inputs, and the state."""
 
+KERNELS: dict[Piece, str] = {"conv": "convolution", "ssm": "state"}
+"""The kernel that moves a piece on by single rows, by its name in zoo.components.fused."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -272,7 +275,7 @@ class PooledView:
     def advance(self, piece: Piece, function: Advance, *rows: Tensor) -> Tensor:
         """Runs `function` over one row of every place, from what is kept, and keeps what it leaves."""
         kept = self.pool[piece][self.layer]
-        if isinstance(function, InPlace) and fused.runs(kept):
+        if isinstance(function, InPlace) and fused.runs(kept, KERNELS[piece]):
             return function.in_place(kept, self.places_B, *rows)
         output, left = function(kept[self.places_B], *(value.unsqueeze(1) for value in rows))
         kept[self.places_B] = left.to(kept.dtype)

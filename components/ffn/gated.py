@@ -45,7 +45,7 @@ class Gated(nn.Module):
 
 def gate(gate_up_T2F: Tensor, activation: Activation) -> Tensor:
     """activation(first half) * second half, (T, 2 F) to (T, F)."""
-    if activation == "silu" and gate_up_T2F.ndim == 2 and fused.runs(gate_up_T2F):
+    if activation == "silu" and gate_up_T2F.ndim == 2 and fused.runs(gate_up_T2F, "gate"):
         return fused.gate(gate_up_T2F)
     if activation == "silu" and gate_up_T2F.ndim == 2 and small.runs(gate_up_T2F):
         return small.gate(gate_up_T2F)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from zoo.components.build import load, make
 from zoo.components.ffn.spec import MoESpec
 from zoo.components.linear import product
-from zoo.components.matrix import Holder
+from zoo.components.matrix import Holder, Index, Matrix
+from zoo.components.quantised import grouped, stacked
 
 
 class MoE(Holder):
@@ -33,6 +34,17 @@ class MoE(Holder):
         self.experts_down_bias = nn.Parameter(torch.empty(self.count, spec.dim)) if spec.biased else None
         self.router = make(spec.router)
         self.shared = None if spec.shared is None else make(spec.shared)
+
+    def put(self, name: str, matrices: Sequence[Matrix]) -> None:
+        """Takes ready matrices of all experts in the place of a parameter."""
+        super().put(name, matrices)
+        self.stored[name] = stacked(self.stored[name])
+
+    def replace(self, name: str, index: Index, value: Tensor) -> None:
+        """Changes a piece of one expert."""
+        super().replace(name, index, value)
+        if name in self.stored:
+            self.stored[name] = stacked(self.stored[name])
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
@@ -72,9 +84,9 @@ class MoE(Holder):
         counts_E.index_add_(0, experts_TK.flatten(), torch.ones_like(tokens_N, dtype=torch.int32))
         ends_E = counts_E[: self.count].cumsum(0, dtype=torch.int32)
         experts_N = experts_TK.flatten()[order_N].clamp(max=self.count - 1)
-        first_NR = F.grouped_mm(x_TD[tokens_N], self.experts_in.transpose(1, 2), offs=ends_E)
+        first_NR = self._each("experts_in", x_TD[tokens_N], ends_E)
         hidden_NF = self.between(self.spec.form, _plus(first_NR, self.experts_in_bias, experts_N))
-        y_ND = F.grouped_mm(hidden_NF, self.experts_down.transpose(1, 2), offs=ends_E)
+        y_ND = self._each("experts_down", hidden_NF, ends_E)
         y_ND = _plus(y_ND, self.experts_down_bias, experts_N)
         # Back in the tokens' order and added up there: a device adds to one place in no certain order.
         y_TKD = y_ND[order_N.argsort()].unflatten(0, experts_TK.shape)
@@ -82,6 +94,12 @@ class MoE(Holder):
             y_TKD = y_TKD.masked_fill((experts_TK == self.count).unsqueeze(-1), 0)
         total_TD: Tensor = (y_TKD * weights_TK.unsqueeze(-1)).sum(1)
         return total_TD.to(x_TD.dtype)
+
+    def _each(self, name: str, x_NI: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows that stand expert by expert, each times the matrix of its expert."""
+        if name in self.stored:
+            return grouped(self.stored[name], x_NI, ends_E)
+        return F.grouped_mm(x_NI, self.get_parameter(name).transpose(1, 2), offs=ends_E)
 
 
 def moe_reference(moe: MoE, x_TD: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class RMS(nn.Module):
         """Normalises the last axis of (..., D)."""
         if self.across is not None:
             return rms_reference(x_TD, self.weight, self.spec.eps, self.across)
-        if fused.runs(x_TD) and self.spec.dim <= fused.WIDEST:
+        if fused.runs(x_TD, "norm") and self.spec.dim <= fused.WIDEST:
             return fused.rms(x_TD, self.weight, self.spec.eps)
         if small.runs(x_TD) and self.weight.dtype is x_TD.dtype:
             return small.rms(x_TD, self.weight, self.spec.eps)

@@ -59,7 +59,7 @@ def rope_angles(spec: RopeSpec, positions_T: Tensor, gains_r: Tensor | None = No
 def rotate(x_THd: Tensor, angles: Angles) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b of the first r lanes."""
     cos, sin = angles
-    if fused.runs(x_THd):
+    if fused.runs(x_THd, "rope"):
         return fused.rotate(x_THd, cos, sin)
     if small.runs(x_THd):
         return small.rotate(x_THd, cos, sin)

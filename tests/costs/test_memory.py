@@ -42,6 +42,16 @@ def test_working_memory_is_of_the_widest_part() -> None:
     assert plan("mistral-7b-v0.3", 10, 0).working < found.working / 10
 
 
+def test_a_gpu_makes_quantised_matrices_numbers_for_prompts() -> None:
+    """Room for the largest of a dense model; a mixture's experts are multiplied as they lie."""
+    for name, numbers in (("mistral-7b-v0.3", 32768 * 4096), ("mixtral-8x7b", 32000 * 4096)):
+        for device, scratch in (("cpu", 0), ("cuda", numbers * 2)):
+            eight = MemoryPlan(Work(zoo.inspect(name).plan, "bfloat16", "int8"), 100, 1 << 40, device=device)
+            plain = replace(eight, work=replace(eight.work, quantize=None))
+            assert eight.working - plain.working == scratch
+            assert plain.scratch == 0
+
+
 def test_masks_grow_with_what_is_seen_up_to_the_window() -> None:
     far = plan("mistral-7b-v0.3", 30000, 0)
     assert far.working >= 512 * 30000 * 5

@@ -181,8 +181,9 @@ def test_models_without_large_matrices_are_refused() -> None:
 
 
 def test_other_devices_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"run on a CPU only.*found cuda:1; expected cpu"):
-        storing_of(plan_of(), INT8, torch.device("cuda", 1))
+    with pytest.raises(RequestError, match=r"do not run on this device.*found mps; expected cpu or cuda"):
+        storing_of(plan_of(), INT8, torch.device("mps"))
+    storing_of(plan_of(), INT8, torch.device("cuda", 1))
 
 
 def test_quantised_models_are_not_saved(tmp_path: Path) -> None:

@@ -51,7 +51,15 @@ class MemoryPlan:
         rows, size, model = min(self.context, chunk_tokens(self.device)), BYTES[self.work.dtype], self.work.model
         widest = max(spec.working(rows, self.context, size) for spec in self.work.specs)
         stream = rows * model.dim * (COPIES * size + 2 * BYTES["float32"])
-        return stream + widest + self.batch * model.vocab_size * (size + 2 * BYTES["float32"])
+        return stream + widest + self.batch * model.vocab_size * (size + 2 * BYTES["float32"]) + self.scratch
+
+    @property
+    def scratch(self) -> int:
+        """Of the largest quantised matrix that a GPU makes numbers for prompts; experts are multiplied as they lie."""
+        if self.device == "cpu":
+            return 0
+        sizes = (m.numel for m in self.work.matrices if m.kind is not None and m.experts == 1)
+        return max(sizes, default=0) * BYTES[self.work.dtype]
 
     @property
     def total(self) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from zoo.components import fused
 from zoo.components.kinds import Kind, quantised
 from zoo.components.linear import fastest
 from zoo.components.matrix import Holder
@@ -24,12 +25,12 @@ def storing_of(plan: Plan, kind: Kind | None, device: torch.device) -> Storing:
 
     Raises RequestError for a kind on a device without such products, and for a model without large matrices.
     """
-    if kind and device.type != "cpu":
+    if kind and device.type not in ("cpu", "cuda"):
         raise RequestError(
-            "quantised weights run on a CPU only in this version",
+            "quantised weights do not run on this device",
             where=f"quantize={kind.name}",
             found=str(device),
-            expected="cpu",
+            expected="cpu or cuda",
             hint="leave `quantize` out, or use `--device cpu`",
         )
     kinds = quantised(plan.model, kind) if kind else {}
@@ -56,8 +57,16 @@ def described(module: nn.Module) -> str:
         kinds[matrix.kind].append((param, matrix))
     if not kinds:
         return ""
-    slow = "" if is_native() else "; without native kernels for them, which makes them slow (`zoo doctor` says why)"
-    return "; ".join(_described(kind, parts) for kind, parts in kinds.items()) + slow
+    matrices = [matrix for parts in kinds.values() for _, matrix in parts]
+    return "; ".join(_described(kind, parts) for kind, parts in kinds.items()) + _pace(matrices[0].device)
+
+
+def _pace(device: torch.device) -> str:
+    """That products with them are slow, where they are."""
+    if device.type == "cpu":
+        return "" if is_native() else "; without native kernels for them, which makes them slow (`zoo doctor` says why)"
+    runs = "products" in fused.wanted() and fused.works(device, "products")
+    return "" if runs else "; without the Triton kernel for them, which makes them slow"
 
 
 def _described(kind: Kind, parts: list[tuple[str, Quantised]]) -> str:
