@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from zoo.engine.randoms import uniform
 from zoo.engine.request import SamplingParams
-from zoo.engine.sampler import BLOCK, CANDIDATES, best, choose, ranked
+from zoo.engine.sampler import BLOCK, best, choose, likeliest, ranked
 
 
 def kept(logits: list[float], params: SamplingParams) -> list[tuple[int, float]]:
@@ -135,7 +135,7 @@ def wide(vocabulary: int, spread: float) -> Tensor:
     ids=str,
 )
 def test_a_vocabulary_beyond_the_candidates_follows_the_definition(spread: float, options: dict[str, float]) -> None:
-    logits_RV = wide(3 * CANDIDATES[-1], spread)
+    logits_RV = wide(3 * 1024 + 5, spread)
     params = SamplingParams(temperature=1.0, **options)  # type: ignore[arg-type]
     numbers = [0.001, 0.4, 0.8, 0.9999]
     expected = [inverse(kept(row, params), x) for row, x in zip(logits_RV.tolist(), numbers, strict=True)]
@@ -144,13 +144,33 @@ def test_a_vocabulary_beyond_the_candidates_follows_the_definition(spread: float
 
 def test_ranked_says_how_far_it_is_certain() -> None:
     logits_RV = torch.tensor([[1.0, 5.0, 3.0, 3.0, 3.0, 2.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
-    ids_RC, certain_R = ranked(logits_RV, 3)
+    _, ids_RC, certain_R = ranked(logits_RV, 3)
     assert certain_R.tolist() == [1, 2]
     assert ids_RC[0, 0] == 1
     assert ids_RC[1].tolist() == [0, 1, 2]
-    ids_RC, certain_R = ranked(logits_RV, 99)
+    _, ids_RC, certain_R = ranked(logits_RV, 99)
     assert ids_RC.tolist() == [[1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 5]]
     assert certain_R.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("vocabulary", [1, BLOCK, 40 * BLOCK, 40 * BLOCK + 3])
+def test_the_likeliest_is_the_first_of_equal_ones(vocabulary: int) -> None:
+    logits_RV = (torch.randn(30, vocabulary, generator=torch.Generator().manual_seed(6)) * 3).round()
+    best_R = logits_RV.amax(-1, keepdim=True)
+    assert likeliest(logits_RV).tolist() == [row.nonzero()[0].item() for row in logits_RV == best_R]
+
+
+@pytest.mark.parametrize("count", [1, 64, 90])
+def test_the_largest_are_found_block_by_block(count: int) -> None:
+    logits_RV = torch.randn(20, 11_000 + 7, generator=torch.Generator().manual_seed(7))
+    # The largest of one row side by side, and those of another in its last, shorter block.
+    logits_RV[0, 500:600] += 50
+    logits_RV[1, -7:] += 50
+    values_RC, ids_RC, certain_R = ranked(logits_RV, count)
+    expected = logits_RV.sort(dim=-1, descending=True)
+    assert torch.equal(ids_RC, expected.indices[:, :count])
+    assert torch.equal(values_RC, expected.values[:, :count])
+    assert certain_R.tolist() == [count - 1] * 20
 
 
 def test_best_breaks_ties_by_id_at_any_size() -> None:
