@@ -1,9 +1,9 @@
 """Matrix products, and the layouts of weights that make them fast.
 
-The layout is a property of the weight, and `product` asks it. Row-major weights are multiplied with a few rows by the
-native kernels, which read them as fast as memory gives; with many rows, or without the kernels, by PyTorch. Where the
-processor has fast dot products of bfloat16 pairs, `fastest` has weights stored in panels, whose kernel is the fastest
-for every number of rows. Which of these it is follows from the processor alone, so that it is the same in every run.
+The layout is a property of the weight, and `product` asks it. Where there are native kernels, `fastest` has bfloat16
+weights stored in panels, whose kernels are the fastest for every number of rows. Row-major weights, for which panels
+have no place, are multiplied with a few rows by the native kernels and with many by PyTorch; without the kernels all
+are PyTorch's work. Which it is follows from the processor alone, so that it is the same in every run.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The C sources beside this file are built by setuptools where there is a compiler, and loaded here by ctypes. Where it is
 not there, or the processor has no AVX-512, everything runs by PyTorch's own kernels: `missing` says why, `zoo doctor`
-what that costs. ZOO_NATIVE=off leaves the kernels out.
+what that costs. ZOO_NATIVE=off leaves the kernels out, and the name of a level makes that be used.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -30,8 +31,13 @@ TOLERANCE = 1e-2
 FEW = 8
 """Rows up to which a product is the kernels' work."""
 
-NONE, MULTIPLY_ADD, DOT = range(3)
+NONE, MULTIPLY_ADD, DOT, TILES = range(4)
 """What `zoo_level` in kernels.c answers."""
+
+LEVELS = {"multiply-add": MULTIPLY_ADD, "dot": DOT, "tiles": TILES}
+
+SINGLE = 4
+"""Rows up to which panels are multiplied by multiply-adds where there are tiles, which give the same numbers."""
 
 _SIZE, _ADDRESS, _COUNT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
 _ROWS: list[Any] = [_ADDRESS, _SIZE]
@@ -39,6 +45,8 @@ _STEP: list[Any] = [_COUNT, _SIZE, _ADDRESS, _SIZE]
 _ARGUMENTS = {
     "zoo_product": [_COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
     "zoo_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
+    "zoo_panels_by_multiply_adds": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
+    "zoo_tiles": [],
     "zoo_rms": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, ctypes.c_double, _ADDRESS, _COUNT],
     "zoo_gate": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
     "zoo_rotate": [*[_SIZE] * 4, _ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _COUNT],
@@ -52,6 +60,7 @@ _ARGUMENTS = {
     "zoo_selective": [*_STEP, *[_SIZE] * 2, *_ROWS * 5, *[_ADDRESS] * 4, _COUNT],
     "zoo_gated_norm": [_COUNT, *[_SIZE] * 3, _ADDRESS, *_ROWS, _ADDRESS, ctypes.c_float, _ADDRESS, _COUNT],
 }
+_BY_TILES: list[Any] = [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _COUNT]
 
 
 def runs(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> bool:
@@ -83,12 +92,8 @@ def product_reference(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = N
 
 @cache
 def missing() -> str | None:
-    """Why the kernels are not in use, None where they are. Raises ZooError for a ZOO_NATIVE that is neither."""
-    choice = os.environ.get("ZOO_NATIVE", "auto")
-    if choice not in ("auto", "off"):
-        raise ZooError(
-            "unknown use of native kernels", where="ZOO_NATIVE", found=repr(choice), expected="'auto' or 'off'"
-        )
+    """Why the kernels are not in use, None where they are. Raises ZooError for a ZOO_NATIVE that cannot be."""
+    choice = _choice()
     if choice == "off":
         return "ZOO_NATIVE=off"
     if _file() is None:
@@ -97,8 +102,11 @@ def missing() -> str | None:
         return "this processor has no AVX-512"
     if library().absent:
         return "built from older sources than these: install zoo again"
-    from zoo.components.native.check import differences
+    if choice in LEVELS:
+        library().use(LEVELS[choice])
+    from zoo.components.native.check import differences, settle_tiles
 
+    settle_tiles(library())
     wrong = [f"{name} is off by {error:.0e}" for name, error in differences() if not error < TOLERANCE]
     if wrong:
         log.warning("zoo: the native kernels are left out on this processor: %s", "; ".join(wrong))
@@ -106,16 +114,44 @@ def missing() -> str | None:
     return None
 
 
+def _choice() -> str:
+    choice, allowed = os.environ.get("ZOO_NATIVE", "auto"), ("auto", "off", *LEVELS)
+    if choice not in allowed:
+        raise _refused("unknown use of native kernels", choice, allowed)
+    return choice
+
+
+def _refused(message: str, found: str, allowed: Sequence[str]) -> ZooError:
+    return ZooError(
+        message, where="ZOO_NATIVE", found=repr(found), expected=f"one of {', '.join(repr(name) for name in allowed)}"
+    )
+
+
 class Kernels:
-    """The loaded library. level: how it computes products, one of NONE, MULTIPLY_ADD and DOT; absent: what it lacks."""
+    """The loaded library.
+
+    level: how it computes products, one of NONE, MULTIPLY_ADD, DOT and TILES. single: rows up to which TILES means
+    multiply-adds all the same. absent: what it lacks.
+    """
 
     def __init__(self, path: Path, level: int | None = None) -> None:
         self.handle = Library(path)
         self.level = self.handle.zoo_level() if level is None else level
+        self.single = SINGLE
         self.absent = [name for name in (*_ARGUMENTS, "zoo_attend") if not hasattr(self.handle, name)]
         if not self.absent:
             for name, arguments in _ARGUMENTS.items():
                 getattr(self.handle, name).declare(arguments)
+            if hasattr(self.handle, "zoo_panels_by_tiles"):
+                self.handle.zoo_panels_by_tiles.declare(_BY_TILES)
+
+    def use(self, level: int) -> None:
+        """Computes products so. Raises ZooError where the processor or the compiler offers no such way."""
+        names = {own: name for name, own in LEVELS.items()}
+        if level not in (MULTIPLY_ADD, self.level):
+            offered = dict.fromkeys((names[MULTIPLY_ADD], names[self.level]))
+            raise _refused("this processor has no such products", names[level], [*offered])
+        self.level = level
 
     def product(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """As `product`, by this library."""
@@ -143,18 +179,16 @@ class Kernels:
             return flat_TO.view(*x_TI.shape[:-1], outputs)
         rows, inputs = x_TI.shape
         y_TO = torch.empty(rows, outputs, dtype=x_TI.dtype)
-        self.handle.zoo_panels(
-            rows,
-            inputs,
-            outputs,
-            x_TI.data_ptr(),
-            x_TI.stride(0),
-            words.data_ptr(),
-            None if bias_O is None else bias_O.data_ptr(),
-            y_TO.data_ptr(),
-            outputs,
-            torch.get_num_threads(),
-        )
+        sizes = (rows, inputs, outputs, x_TI.data_ptr(), x_TI.stride(0))
+        places = (words.data_ptr(), None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr(), outputs)
+        threads = torch.get_num_threads()
+        if self.level == DOT:
+            self.handle.zoo_panels(*sizes, *places, threads)
+        elif self.level == TILES and rows > self.single:
+            packed = torch.empty(-(-rows // 16) * -(-inputs // 32) * 512, dtype=x_TI.dtype)
+            self.handle.zoo_panels_by_tiles(*sizes, *places, packed.data_ptr(), threads)
+        else:
+            self.handle.zoo_panels_by_multiply_adds(*sizes, *places, threads)
         return y_TO
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from zoo.components import native
 from zoo.components.native import prompts, recurrent, small
 from zoo.components.native.panels import Panels
+
+log = logging.getLogger("zoo.components")
 
 
 def differences() -> Iterator[tuple[str, float]]:
@@ -24,8 +27,7 @@ def differences() -> Iterator[tuple[str, float]]:
         x_TI, weight_OI, bias_O = (_drawn(draw, *size) for size in ((5, 74), (48, 74), (48,)))
         expected = native.product_reference(x_TI, weight_OI, bias_O)
         yield "product", _error(native.product(x_TI, weight_OI, bias_O), expected)
-        if native.library().level == native.DOT:
-            yield "panels", _error(Panels.of(weight_OI).product(x_TI, bias_O), expected)
+        yield "panels", _error(Panels.of(weight_OI).product(x_TI, bias_O), expected)
         yield "rms", _error(small.rms(x_TI, weight_OI[0], 1e-5), rms_reference(x_TI, weight_OI[0], 1e-5))
         gated = ACTIVATIONS["silu"](x_TI[:, :37]) * x_TI[:, 37:]
         yield "gate", _error(small.gate(x_TI), gated)
@@ -70,6 +72,24 @@ def _moved(name: str, function: Any, states: Tensor, rows: Sequence[Tensor]) -> 
     numbers = torch.tensor([[kept[0].data_ptr(), 0, 3, 0], [kept[1].data_ptr(), 3, 4, 1]])
     yield name, _error(function.move(recurrent.Places(numbers), *rows), outputs)
     yield f"states of the {name}", _error(kept.flatten(0, 1), left)
+
+
+def settle_tiles(kernels: native.Kernels) -> None:
+    """Leaves products by tiles out where they are wrong, and multiply-adds beside them where they round otherwise."""
+    if kernels.level != native.TILES:
+        return
+    draw = torch.Generator().manual_seed(1)
+    x_TI, weight_OI = _drawn(draw, 37, 74), _drawn(draw, 48, 74)
+    panels, kernels.single = Panels.of(weight_OI), 0
+    with torch.inference_mode():
+        tiled_TO = kernels.panels(x_TI, panels.words, 48, None)
+        if not (error := _error(tiled_TO, native.product_reference(x_TI, weight_OI))) < native.TOLERANCE:
+            log.warning("zoo: products by tiles are off by %.0e on this processor and are left out", error)
+            kernels.level, kernels.single = native.MULTIPLY_ADD, native.SINGLE
+            return
+        kernels.single = len(x_TI)
+        same = torch.equal(kernels.panels(x_TI, panels.words, 48, None), tiled_TO)
+        kernels.single = native.SINGLE if same else 0
 
 
 def _drawn(draw: torch.Generator, *size: int) -> Tensor:

@@ -25,10 +25,12 @@
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define EACH _Pragma("GCC unroll 32") for
 
-enum { NONE = 0, MULTIPLY_ADD = 1, DOT = 2 };
+enum { NONE = 0, MULTIPLY_ADD = 1, DOT = 2, TILES = 3 };
 
-/* How products are computed here: not at all, by fused multiply-adds of widened numbers, or by dot products of pairs.
- * Intel's processors take two to four times as long for the latter, AMD's half as long. */
+int zoo_tiles(void); /* tiles.c */
+
+/* How products are computed here: not at all, by fused multiply-adds of widened numbers, by dot products of pairs, or by
+ * tiles. Intel's processors take two to four times as long for dot products as for multiply-adds, AMD's half as long. */
 int zoo_level(void) {
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -36,7 +38,7 @@ int zoo_level(void) {
         return NONE;
     unsigned a, b, c, d;
     int dots = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-    return dots && __builtin_cpu_is("amd") ? DOT : MULTIPLY_ADD;
+    return dots && __builtin_cpu_is("amd") ? DOT : zoo_tiles() & 1 ? TILES : MULTIPLY_ADD;
 }
 
 enum { MOST = 8, ROWS = 64, OUTPUTS = 48, FEW_OUTPUTS = 24, FEW = 16, SERIAL = 1 << 17 };
@@ -164,24 +166,6 @@ void zoo_product(int level, long rows, long inputs, long outputs, const bf16 *x,
 }
 
 /* Small operations. Each rounds to bfloat16 where the formula beside its component does. */
-
-AVX512 static inline __m512 load16(const bf16 *p, __mmask16 part) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, p)), 16));
-}
-
-AVX512 static inline __m512 round16(__m512 value) {
-    __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 numbers = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(numbers, _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)), near));
-}
-
-AVX512 static inline void store16(bf16 *p, __mmask16 part, __m512 value) {
-    __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round16(value)), 16);
-    _mm256_mask_storeu_epi16(p, part, _mm512_cvtepi32_epi16(high));
-}
-
-static inline unsigned part_of(long left) { return left < 16 ? (1u << left) - 1 : 0xffff; }
 
 static inline int threads_for(long work, int threads) {
     long worth = work / SERIAL + 1;

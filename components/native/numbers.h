@@ -58,4 +58,22 @@ AVX512 INLINE __m512 lane_sums(__m512 *s) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
 }
 
+AVX512 static inline __m512 load16(const bf16 *p, __mmask16 part) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, p)), 16));
+}
+
+AVX512 static inline __m512 round16(__m512 value) {
+    __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 numbers = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(numbers, _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)), near));
+}
+
+AVX512 static inline void store16(bf16 *p, __mmask16 part, __m512 value) {
+    __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round16(value)), 16);
+    _mm256_mask_storeu_epi16(p, part, _mm512_cvtepi32_epi16(high));
+}
+
+static inline unsigned part_of(long left) { return left < 16 ? (1u << left) - 1 : 0xffff; }
+
 #endif

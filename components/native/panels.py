@@ -1,5 +1,7 @@
-"""Matrices in the layout that `zoo_panels` in kernels.c reads: for a few rows as fast as memory gives, for many as fast
-as the processor multiplies."""
+"""Matrices in the layout that kernels.c and tiles.c read: with a few rows as fast as memory gives.
+
+Sixteen lines of a panel, 32 inputs, are what Intel's tile operations take as their right side.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,13 @@ LANES = 16
 
 
 def pays(weight: Tensor) -> bool:
-    """Whether a parameter's matrices are worth storing in panels: on processors with fast bfloat16 dot products."""
+    """Whether a parameter's matrices are stored in panels: of shapes that fit, where the kernels are in use."""
     return (
         weight.dtype is torch.bfloat16
         and weight.device.type in ("cpu", "meta")
         and weight.shape[-1] % 2 == 0
         and weight.shape[-2] % LANES == 0
         and native.missing() is None
-        and native.library().level == native.DOT
     )
 
 

@@ -26,8 +26,6 @@ typedef struct {
     long address, first, rows, begins;
 } place;
 
-INLINE __mmask16 part_of(long left) { return left < LANES ? (1u << left) - 1 : 0xffff; }
-
 INLINE float number(int wide, const void *x, long i) { return wide ? ((const float *)x)[i] : widened(((const bf16 *)x)[i]); }
 
 AVX512 INLINE __m512 numbers(int wide, const void *x, long i, __mmask16 part) {

@@ -82,12 +82,12 @@ def test_what_is_not_a_number_stays_so(kernels: native.Kernels) -> None:
     assert found[0].isfinite().tolist() == [n != 4 for n in range(9)]
 
 
-needs_panels = pytest.mark.skipif(
+needs_dots = pytest.mark.skipif(
     native.missing() is not None or native.library().level != native.DOT, reason="no fast bfloat16 dot products here"
 )
 
 
-@needs_panels
+@needs_kernels
 @pytest.mark.parametrize(("inputs", "outputs"), [(2, 16), (74, 48), (2100, 144)])
 def test_panels_equal_the_formula(inputs: int, outputs: int, close: Callable[..., None]) -> None:
     for rows in (*range(1, 10), 300):
@@ -101,7 +101,7 @@ def test_panels_equal_the_formula(inputs: int, outputs: int, close: Callable[...
     assert panels.product(x[:0], None).shape == (0, outputs)
 
 
-@needs_panels
+@needs_kernels
 def test_rows_of_panels_do_not_depend_on_their_neighbours() -> None:
     x, weight, bias = operands(270, 2306, 80)
     panels = Panels.of(weight)
@@ -140,7 +140,7 @@ def test_rotations_equal_the_formula(lanes: int, close: Callable[..., None]) -> 
         close(small.rotate(x, cos, sin), rotate(x, (cos, sin)), "bfloat16")
 
 
-@needs_panels
+@needs_dots
 @pytest.mark.parametrize("window", [None, 1, 7, 30])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 48), (4, 4, 256), (32, 2, 16)])
 def test_attention_of_prompts_equals_the_formula(
@@ -154,7 +154,7 @@ def test_attention_of_prompts_equals_the_formula(
         close(prompts.attend(q, k, v, 0.3, window), expected, "bfloat16")
 
 
-@needs_panels
+@needs_dots
 @pytest.mark.parametrize("window", [None, 30])
 def test_attention_of_chunks_equals_that_of_the_prompt(window: int | None) -> None:
     q, slab = torch.randn(72, 6, 32).bfloat16(), torch.randn(2, 2, 100, 32).bfloat16()
@@ -169,7 +169,7 @@ def test_attention_of_chunks_equals_that_of_the_prompt(window: int | None) -> No
         assert torch.equal(torch.cat(chunks), whole), lengths
 
 
-@needs_panels
+@needs_dots
 def test_prompts_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     real = prompts.attend
@@ -220,7 +220,7 @@ def test_switch(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_limit() is None
     native.missing.cache_clear()
     monkeypatch.setenv("ZOO_NATIVE", "on")
-    with pytest.raises(ZooError, match=r"ZOO_NATIVE.*'on'.*'auto' or 'off'"):
+    with pytest.raises(ZooError, match=r"ZOO_NATIVE.*'on'.*one of 'auto', 'off', 'multiply-add', 'dot', 'tiles'"):
         native.missing()
 
 

@@ -70,6 +70,9 @@ def _torch() -> list[list[str]]:
     ]
 
 
+_WAYS = {1: "multiply-adds of AVX-512", 2: "AVX512-BF16", 3: "AMX tiles, and multiply-adds of AVX-512 for few rows"}
+
+
 def _native() -> str:
     """What is used, and what that gives or what its absence costs: a short race on this machine."""
     from zoo.components import native
@@ -78,7 +81,7 @@ def _native() -> str:
     rates = {name: f"{rate / 1e9:.0f}" for name, rate in product_rates().items()}
     reason = native.missing()
     if reason is None:
-        way = "by AVX512-BF16" if native.library().level == native.DOT else "by AVX-512"
+        way = f"by {_WAYS[native.library().level]}"
         return f"{way}: one token reads weights at {rates['native']} GB/s, by torch's kernels at {rates['torch']}"
     limit = f"{plain_read_rate() / 1e9:.0f}"
     return f"{reason}: one token reads weights at {rates['torch']} GB/s, where memory gives {limit} or more"

@@ -1,0 +1,322 @@
+/* Products with bfloat16 matrices in panels (kernels.c) on processors whose dot products of pairs are slow or missing: of
+ * many rows by tiles, where the processor multiplies whole ones (AMX), and otherwise by multiply-adds of widened numbers.
+ *
+ * Loaded and tested as kernels.c is. Sixteen lines of a panel, 32 inputs of sixteen outputs, are what a tile operation
+ * takes as its right side. For each of those it adds up the even and the odd inputs' products in their order, adds both
+ * sums, and adds that to the output, all in float32 with numbers below the normal ones taken as zero (Intel, Software
+ * Developer's Manual, TDPBF16PS). The multiply-adds follow that order, so that a row's numbers are the same whatever way
+ * they come, and depend neither on the other rows nor on the number of threads.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <omp.h>
+
+#include "numbers.h"
+
+/* Tests put tile operations in plain C in the place of the processor's. */
+#if defined(ZOO_EMULATED)
+#include ZOO_EMULATED
+#define HAS_TILES 1
+#define TILES AVX512
+#elif defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define HAS_TILES 1
+#define TILES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16,amx-int8")))
+#endif
+
+enum { BFLOAT16 = 1, INT8 = 2 };
+
+#if defined(HAS_TILES) && !defined(ZOO_EMULATED)
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* What the processor's tiles multiply: BFLOAT16, INT8, both or nothing. The system has to let them be used, for which Linux
+ * wants to be asked once. */
+int zoo_tiles(void) {
+    enum { ASK = 0x1023, TILE_DATA = 18, STATES = 3 << 17, SAVES = 1 << 27 };
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & SAVES)) return 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & STATES) != STATES || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1)) return 0;
+    if (syscall(SYS_arch_prctl, ASK, TILE_DATA)) return 0;
+    return (d >> 22 & 1 ? BFLOAT16 : 0) | (d >> 25 & 1 ? INT8 : 0);
+}
+
+#elif !defined(HAS_TILES)
+
+int zoo_tiles(void) { return 0; }
+
+#endif
+
+/* Numbers below the normal ones are zero until `restored`, as tile operations have it. */
+static unsigned flushed(void) {
+    unsigned old = _mm_getcsr();
+    _mm_setcsr(old | 0x8040);
+    return old;
+}
+
+static void restored(unsigned old) { _mm_setcsr(old); }
+
+/* Sums, `next` apart, to y with the bias. */
+AVX512 static void finish(long rows, long outputs, const float *sums, long next, const bf16 *bias, bf16 *y, long y_next) {
+    for (long n = 0; n < outputs; n += 16) {
+        __mmask16 part = outputs - n < 16 ? (1u << (outputs - n)) - 1 : 0xffff;
+        __m512 added = bias ? load16(bias + n, part) : _mm512_setzero_ps();
+        for (long r = 0; r < rows; r++) store16(y + r * y_next + n, part, _mm512_add_ps(_mm512_loadu_ps(sums + r * next + n), added));
+    }
+}
+
+/* Where a thread's panels begin: they are shared out by twos. */
+static long first_of(long panels, long thread, long threads) {
+    long first = (panels + 1) / 2 * thread / threads * 2;
+    return first < panels ? first : panels;
+}
+
+static int worth(long rows, long inputs, long outputs, int threads) {
+    long most = rows * inputs * outputs / (1 << 17) + 1;
+    return threads < most ? threads : (int)most;
+}
+
+enum { STEP = 32, CHUNK = 512, MANY_ROWS = 256, MANY_PANELS = 16, FEW = 4, FEW_INPUTS = 2048, FEW_PANELS = 24 };
+
+/* Of a block of the product: at most MANY_ROWS rows and MANY_PANELS panels, or FEW rows and FEW_PANELS. */
+static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16] __attribute__((aligned(64)));
+
+/* Multiply-adds of R rows in float32, FEW_INPUTS apart, with N panels. */
+
+typedef void (*fma)(long inputs, const float *x, const bf16 *w, long w_next, float *sums, long next, int first);
+
+#define FMA(R, N)                                                                                                        \
+    AVX512 static void fma_##R##_##N(long inputs, const float *x, const bf16 *w, long w_next, float *sums, long next, int first) {\
+        const __m512i high = _mm512_set1_epi32(0xffff0000);                                                              \
+        for (long i = 0; i < inputs; i += STEP) {                                                                        \
+            long end = inputs - i < STEP ? inputs : i + STEP;                                                            \
+            __m512 even[R][N], odd[R][N];                                                                                \
+            UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) even[r][n] = odd[r][n] = _mm512_setzero_ps();\
+            for (long j = i; j < end; j += 2)                                                                            \
+                UNROLLED(int n = 0; n < N; n++) {                                                                        \
+                    __m512i u = _mm512_loadu_si512(w + n * w_next + j * 16);                                             \
+                    __m512 a = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16)), b = _mm512_castsi512_ps(_mm512_and_si512(u, high));\
+                    UNROLLED(int r = 0; r < R; r++) {                                                                    \
+                        even[r][n] = _mm512_fmadd_ps(a, _mm512_set1_ps(x[r * FEW_INPUTS + j]), even[r][n]);              \
+                        odd[r][n] = _mm512_fmadd_ps(b, _mm512_set1_ps(x[r * FEW_INPUTS + j + 1]), odd[r][n]);            \
+                    }                                                                                                    \
+                }                                                                                                        \
+            UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) {                                            \
+                float *sum = sums + r * next + n * 16;                                                                   \
+                __m512 old = first && i == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sum);                               \
+                _mm512_storeu_ps(sum, _mm512_add_ps(old, _mm512_add_ps(even[r][n], odd[r][n])));                         \
+            }                                                                                                            \
+        }                                                                                                                \
+    }
+
+FMA(1, 8) FMA(2, 6) FMA(3, 4) FMA(4, 3) FMA(1, 1) FMA(2, 1) FMA(3, 1) FMA(4, 1)
+static const int WIDTH[FEW + 1] = {0, 8, 6, 4, 3};
+static const fma FMAS[2][FEW + 1] = {{NULL, fma_1_1, fma_2_1, fma_3_1, fma_4_1}, {NULL, fma_1_8, fma_2_6, fma_3_4, fma_4_3}};
+
+/* A block by multiply-adds. Of many rows, inputs are taken in chunks whose piece of w stays in the second cache for all. */
+AVX512 static void fma_block(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias,
+                             bf16 *y, long y_next) {
+    static _Thread_local float wide[FEW * FEW_INPUTS] __attribute__((aligned(64)));
+    long groups = (rows + FEW - 1) / FEW, panels = (outputs + 15) / 16, next = panels * 16, chunk = groups == 1 ? FEW_INPUTS : CHUNK;
+    for (long i = 0, here; i < inputs; i += here) {
+        here = inputs - i < chunk ? inputs - i : chunk;
+        for (long g = 0; g < groups; g++) {
+            long r = rows * g / groups, count = rows * (g + 1) / groups - r;
+            for (long q = 0; q < count; q++)
+                for (long j = 0; j < here; j += 16)
+                    _mm512_store_ps(wide + q * FEW_INPUTS + j, load16(x + (r + q) * x_next + i + j, part_of(here - j)));
+            for (long n = 0, all; n < panels; n += all ? WIDTH[count] : 1) {
+                all = n + WIDTH[count] <= panels;
+                FMAS[all][count](here, wide, w + (n * inputs + i) * 16, inputs * 16, sums + r * next + n * 16, next, i == 0);
+            }
+        }
+    }
+    finish(rows, outputs, sums, next, bias, y, y_next);
+}
+
+/* y = x w^T + bias by multiply-adds, as zoo_panels. */
+void zoo_panels_by_multiply_adds(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias,
+                                 bf16 *y, long y_next, int threads) {
+    long panels = (outputs + 15) / 16, some = rows <= FEW ? FEW_PANELS : MANY_PANELS;
+    threads = worth(rows, inputs, outputs, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long t = 0; t < threads; t++) {
+        unsigned old = flushed();
+        long last = first_of(panels, t + 1, threads);
+        for (long p = first_of(panels, t, threads); p < last; p += some) {
+            long end = (p + some < last ? p + some : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
+            for (long r = 0; r < rows; r += MANY_ROWS)
+                fma_block(rows - r < MANY_ROWS ? rows - r : MANY_ROWS, inputs, width, x + r * x_next, x_next, w + p * 16 * inputs,
+                          bias ? bias + p * 16 : NULL, y + r * y_next + p * 16, y_next);
+        }
+        restored(old);
+    }
+}
+
+#if defined(HAS_TILES)
+
+/* Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 a panel's lines; `bytes` are those of a row of x in a tile. */
+TILES static void configured(int rows, int bytes) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } layout = {.palette = 1};
+    for (int t = 0; t < 8; t++) {
+        layout.bytes[t] = t == 4 || t == 5 ? bytes : 64;
+        layout.rows[t] = t < 6 ? rows : bytes / 4;
+    }
+    __asm__ volatile("" : : "r"(&layout) : "memory");
+    _tile_loadconfig(&layout);
+}
+
+/* What comes next from memory, fetched a few lines at each step. */
+typedef struct {
+    const char *at[2];
+    long lines;
+} ahead;
+
+/* R tiles of rows by N panels, `steps` tiles of inputs; R's sums are `below` apart, in rows that are `next` apart. */
+TILES INLINE void multiplied(const int R, const int N, long steps, const bf16 *x, long x_next, const bf16 *w, long w_next,
+                             float *c, long next, long below, int first, ahead *then) {
+    if (first) {
+        _tile_zero(0);
+        if (N > 1) _tile_zero(1);
+        if (R > 1) _tile_zero(2);
+        if (R > 1 && N > 1) _tile_zero(3);
+    } else {
+        _tile_loadd(0, c, next * 4);
+        if (N > 1) _tile_loadd(1, c + 16, next * 4);
+        if (R > 1) _tile_loadd(2, c + below, next * 4);
+        if (R > 1 && N > 1) _tile_loadd(3, c + below + 16, next * 4);
+    }
+    for (long s = 0; s < steps; s++) {
+        _tile_loadd(6, w + s * 512, 64);
+        _tile_loadd(4, x + s * 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (N > 1) {
+            _tile_loadd(7, w + w_next + s * 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (R > 1) {
+            _tile_loadd(5, x + x_next + s * 512, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (N > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+        for (long line = 0; line < then->lines; line++) {
+            _mm_prefetch(then->at[0], _MM_HINT_T1), then->at[0] += 64;
+            _mm_prefetch(then->at[1], _MM_HINT_T1), then->at[1] += 64;
+        }
+    }
+    _tile_stored(0, c, next * 4);
+    if (N > 1) _tile_stored(1, c + 16, next * 4);
+    if (R > 1) _tile_stored(2, c + below, next * 4);
+    if (R > 1 && N > 1) _tile_stored(3, c + below + 16, next * 4);
+}
+
+TILES static void some_tiles(int two_rows, int two_panels, long steps, const bf16 *x, long x_next, const bf16 *w, long w_next,
+                             float *c, long next, long below, int first, ahead *then) {
+    if (two_rows && two_panels)
+        multiplied(2, 2, steps, x, x_next, w, w_next, c, next, below, first, then);
+    else if (two_rows)
+        multiplied(2, 1, steps, x, x_next, w, w_next, c, next, below, first, then);
+    else if (two_panels)
+        multiplied(1, 2, steps, x, x_next, w, w_next, c, next, below, first, then);
+    else
+        multiplied(1, 1, steps, x, x_next, w, w_next, c, next, below, first, then);
+}
+
+/* Rows of x in tiles (tiles, steps, 16, 32), of which `each` hold rows. Inputs are filled up with zeros. */
+typedef struct {
+    bf16 *tiles;
+    long steps, each;
+} packed;
+
+AVX512 static void pack(packed to, long rows, long inputs, const bf16 *x, long x_next, long tile, long step) {
+    long left = inputs - step * STEP;
+    bf16 *own = to.tiles + (tile * to.steps + step) * 512;
+    for (long r = 0; r < to.each; r++) {
+        __mmask32 part = tile * to.each + r >= rows ? 0 : left < STEP ? (1u << left) - 1 : 0xffffffff;
+        _mm512_storeu_si512(own + r * STEP, _mm512_maskz_loadu_epi16(part, x + (tile * to.each + r) * x_next + step * STEP));
+    }
+}
+
+/* Two panels of the inputs from i on, or one, with all tiles of rows: lines beyond the inputs are zeros. */
+TILES static void panels_by_tiles(packed x, long tiles, long inputs, long i, int two, const bf16 *w, float *c, long next, ahead then) {
+    static _Thread_local bf16 last[2 * 512] __attribute__((aligned(64)));
+    long here = inputs - i < CHUNK ? inputs - i : CHUNK, steps = here / STEP, rest = here % STEP, below = x.each * next;
+    if (rest) {
+        memset(last, 0, sizeof last);
+        for (int n = 0; n <= two; n++) memcpy(last + n * 512, w + n * inputs * 16 + steps * 512, rest * 32);
+        __asm__ volatile("" : : "r"(last) : "memory");
+    }
+    then.lines = steps ? (here / 2 + (tiles + 1) / 2 * steps - 1) / ((tiles + 1) / 2 * steps) : 0;
+    for (long t = 0; t < tiles; t += 2) {
+        const bf16 *own = x.tiles + (t * x.steps + i / STEP) * 512;
+        float *to = c + t * below;
+        if (steps) some_tiles(t + 1 < tiles, two, steps, own, x.steps * 512, w, inputs * 16, to, next, below, i == 0, &then);
+        if (rest) {
+            ahead none = {.lines = 0};
+            some_tiles(t + 1 < tiles, two, 1, own + steps * 512, x.steps * 512, last, 512, to, next, below, i == 0 && !steps, &none);
+        }
+    }
+}
+
+/* A block by tiles: inputs are taken in chunks whose pieces of x and w stay in the second cache. */
+TILES static void tile_block(packed x, long tiles, long rows, long inputs, long outputs, const bf16 *w, const bf16 *bias, bf16 *y,
+                             long y_next) {
+    long panels = (outputs + 15) / 16, next = panels * 16;
+    for (long i = 0; i < inputs; i += CHUNK)
+        for (long n = 0; n < panels; n += 2) {
+            const bf16 *own = w + (n * inputs + i) * 16, *then = own + inputs * 32;
+            if (n + 2 >= panels && i + CHUNK < inputs) then = w + (i + CHUNK) * 16;
+            if (n + 2 >= panels && i + CHUNK >= inputs) then = w + panels * inputs * 16;
+            panels_by_tiles(x, tiles, inputs, i, n + 1 < panels, own, sums + n * 16, next,
+                            (ahead){{(const char *)then, (const char *)(then + inputs * 16)}, 0});
+        }
+    finish(rows, outputs, sums, next, bias, y, y_next);
+}
+
+/* y = x w^T + bias by tiles, as zoo_panels. scratch: rows / 16 times inputs / 32, both rounded up, of 1024 bytes. */
+TILES void zoo_panels_by_tiles(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias,
+                               bf16 *y, long y_next, bf16 *scratch, int threads) {
+    long tiles = (rows + 15) / 16, panels = (outputs + 15) / 16, most = MANY_ROWS / 16;
+    packed own = {scratch, (inputs + STEP - 1) / STEP, (rows + tiles - 1) / tiles};
+#pragma omp parallel num_threads(worth(rows, inputs, outputs, threads))
+    {
+        unsigned old = flushed();
+        long me = omp_get_thread_num(), all = omp_get_num_threads(), last = first_of(panels, me + 1, all);
+#pragma omp for schedule(static)
+        for (long piece = 0; piece < tiles * own.steps; piece++)
+            pack(own, rows, inputs, x, x_next, piece / own.steps, piece % own.steps);
+        configured((int)own.each, 64);
+        for (long p = first_of(panels, me, all); p < last; p += MANY_PANELS) {
+            long end = (p + MANY_PANELS < last ? p + MANY_PANELS : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
+            for (long t = 0; t < tiles; t += most) {
+                packed these = {own.tiles + t * own.steps * 512, own.steps, own.each};
+                long r = t * own.each, here = tiles - t < most ? tiles - t : most;
+                tile_block(these, here, rows - r < here * own.each ? rows - r : here * own.each, inputs, width, w + p * 16 * inputs,
+                           bias ? bias + p * 16 : NULL, y + r * y_next + p * 16, y_next);
+            }
+        }
+        _tile_release();
+        restored(old);
+    }
+}
+
+#endif
+
+#else
+
+/* Another processor or compiler: nothing to offer. */
+int zoo_tiles(void) { return 0; }
+
+#endif

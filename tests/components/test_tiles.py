@@ -1,0 +1,194 @@
+"""Products by tiles, on an emulation of the processor's tile operations (emulated_tiles.h), and by multiply-adds.
+
+The emulation shows that the kernels are right where the operations do what Intel describes. Their speed, and whether a
+real processor rounds as it is described, only such a processor can show: `check.settle_tiles` looks there.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.components import native
+from zoo.components.native import check
+from zoo.components.native.panels import Panels
+from zoo.registry.errors import ZooError
+
+needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+pytestmark = [needs_kernels, needs_compiler]
+
+SOURCES = Path(native.__file__).parent
+FAULTS, THREADS, PRODUCTS = range(3)
+
+
+@pytest.fixture(scope="session")
+def emulated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All sources, with tile operations in plain C."""
+    path = tmp_path_factory.mktemp("tiles") / "kernels.so"
+    header = Path(__file__).parent / "emulated_tiles.h"
+    flags = ["-O1", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f'-DZOO_EMULATED="{header}"']
+    subprocess.run(["cc", *flags, *sorted(SOURCES.glob("*.c")), "-lm", "-o", path], check=True)
+    return path
+
+
+@pytest.fixture
+def tiles(emulated_file: Path) -> Iterator[native.Kernels]:
+    """Products by tiles of any number of rows. No operation may have been one that a processor refuses."""
+    kernels = native.Kernels(emulated_file, native.TILES)
+    kernels.single = 0
+    before = kernels.handle.zoo_emulated(PRODUCTS)
+    yield kernels
+    assert kernels.handle.zoo_emulated(PRODUCTS) > before
+    assert kernels.handle.zoo_emulated(FAULTS) == 0
+    assert kernels.handle.zoo_emulated(THREADS) == 0, "tiles were not released"
+
+
+@pytest.fixture
+def multiply_adds() -> native.Kernels:
+    path = native._file()
+    assert path is not None
+    return native.Kernels(path, native.MULTIPLY_ADD)
+
+
+def operands(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(rows)
+    sizes = ((rows, inputs), (outputs, inputs), (outputs,))
+    x, weight, bias = (torch.randn(size, generator=draw).bfloat16() for size in sizes)
+    return x, weight, bias
+
+
+def surrounded(weight_OI: Tensor) -> Tensor:
+    """The same panels between values that are no numbers, so that reading too far is seen."""
+    words = Panels.of(weight_OI).words
+    room = torch.full((words.numel() + 2 * 4096,), -1, dtype=torch.int32)
+    inner = room[4096:-4096].view(words.shape)
+    inner.copy_(words)
+    return inner
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 16), (32, 32), (74, 48), (96, 40), (1100, 304)])
+def test_products_by_tiles_equal_the_formula(
+    inputs: int, outputs: int, tiles: native.Kernels, close: Callable[..., None]
+) -> None:
+    for rows in (*range(1, 71), 300) if inputs < 100 else (1, 16, 33, 64, 270):
+        x, weight, bias = operands(rows, inputs, outputs)
+        filled = torch.zeros(-(-outputs // 16) * 16, inputs, dtype=x.dtype)
+        filled[:outputs] = weight
+        words, apart = surrounded(filled), torch.full((rows, inputs + 3), torch.nan, dtype=x.dtype)
+        apart[:, :inputs] = x
+        for added in (None, bias):
+            found = tiles.panels(apart[:, :inputs], words, outputs, added)
+            close(found, native.product_reference(x, weight, added), "bfloat16")
+
+
+def test_nothing_is_left_of_the_product_before(tiles: native.Kernels) -> None:
+    x, weight, _ = operands(5, 62, 16)
+    assert tiles.panels(x, Panels.of(weight * torch.nan).words, 16, None).isnan().all()
+    assert tiles.panels(x[:, :34], Panels.of(weight[:, :34].contiguous()).words, 16, None).isfinite().all()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 16), (74, 48), (2100, 416)])
+def test_products_by_multiply_adds_equal_the_formula(
+    inputs: int, outputs: int, multiply_adds: native.Kernels, close: Callable[..., None]
+) -> None:
+    for rows in (*range(1, 10), 300):
+        x, weight, bias = operands(rows, inputs, outputs)
+        words, apart = surrounded(weight), torch.full((rows, inputs + 3), torch.nan, dtype=x.dtype)
+        apart[:, :inputs] = x
+        for added in (None, bias):
+            found = multiply_adds.panels(apart[:, :inputs], words, outputs, added)
+            close(found, native.product_reference(x, weight, added), "bfloat16")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(70, 80), (1100, 48)])
+def test_a_row_is_the_same_by_tiles_and_by_multiply_adds(
+    inputs: int, outputs: int, tiles: native.Kernels, multiply_adds: native.Kernels
+) -> None:
+    x, weight, _ = operands(41, inputs, outputs)
+    x[3], x[7, :5], weight[2, 4:9] = x[3] * 1e-38, 1e-40, 1e-39
+    x[11] *= 1e-25
+    weight[5] *= 1e-18
+    x[13], weight[6] = 1e-39, weight[6] * 1e12
+    x[20, 3], weight[9, 6] = torch.inf, torch.nan
+    words = Panels.of(weight).words
+    alone = torch.cat([multiply_adds.panels(row.unsqueeze(0), words, outputs, None) for row in x])
+    for rows in (1, 2, 4, 5, 16, 17, 32, 33, 41):
+        for kernels in (tiles, multiply_adds):
+            found = kernels.panels(x[:rows], words, outputs, None)
+            assert torch.equal(found.view(torch.int16), alone[:rows].view(torch.int16)), (rows, kernels.level)
+
+
+def test_threads_share_panels(tiles: native.Kernels, multiply_adds: native.Kernels) -> None:
+    x, weight, bias = operands(300, 640, 528)
+    words, threads = Panels.of(weight).words, torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found += [kernels.panels(x, words, 528, bias) for kernels in (tiles, multiply_adds)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_numbers_of_other_computations_keep_their_small_ones(multiply_adds: native.Kernels) -> None:
+    x, weight, _ = operands(9, 640, 528)
+    multiply_adds.panels(x, Panels.of(weight).words, 528, None)
+    assert (torch.full((4096,), 1e-39) * 0.5).count_nonzero() == 4096
+
+
+def test_few_rows_are_multiply_adds_where_there_are_tiles(tiles: native.Kernels) -> None:
+    tiles.single = native.SINGLE
+    x, weight, _ = operands(9, 64, 32)
+    words, used = Panels.of(weight).words, []
+    for rows in range(10):
+        before = tiles.handle.zoo_emulated(PRODUCTS)
+        tiles.panels(x[:rows], words, 32, None)
+        used.append(tiles.handle.zoo_emulated(PRODUCTS) > before)
+    assert used == [False] * 5 + [True] * 5
+
+
+@pytest.mark.parametrize(("off", "level", "single"), [(0.0, native.TILES, 4), (2e-3, native.TILES, 0), (0.1, 1, 4)])
+def test_tiles_are_checked_where_they_are_first_used(
+    off: float, level: int, single: int, tiles: native.Kernels, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wrong ones are left out. Where they round otherwise than multiply-adds, they take few rows as well."""
+    real = tiles.panels
+    tiles.single = native.SINGLE
+
+    def altered(x: Tensor, *rest: Any) -> Tensor:
+        by_tiles = tiles.level == native.TILES and len(x) > tiles.single
+        return real(x, *rest) * (1 + off * by_tiles)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(tiles, "panels", altered)
+        check.settle_tiles(tiles)
+    assert (tiles.level, tiles.single) == (level, single)
+    assert ("are left out" in caplog.text) == (level == native.MULTIPLY_ADD)
+
+
+def test_levels_are_chosen(multiply_adds: native.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.missing.cache_clear()
+    monkeypatch.setenv("ZOO_NATIVE", "multiply-add")
+    monkeypatch.setattr(native, "library", lambda: multiply_adds)
+    multiply_adds.level = native.DOT
+    try:
+        assert native.missing() is None
+        assert multiply_adds.level == native.MULTIPLY_ADD
+        native.missing.cache_clear()
+        monkeypatch.setenv("ZOO_NATIVE", "tiles")
+        with pytest.raises(ZooError, match=r"ZOO_NATIVE: this processor has no such products; found 'tiles'"):
+            native.missing()
+    finally:
+        monkeypatch.undo()
+        native.missing.cache_clear()
+        assert native.missing() is None
