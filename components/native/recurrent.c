@@ -20,7 +20,7 @@
 
 #include "numbers.h"
 
-enum { LANES = 16, CHANNELS = 128, TAPS = 8, SIZE = 256, TOGETHER = 4, SERIAL = 1 << 15 };
+enum { LANES = 16, CHANNELS = 128, TAPS = 8, SIZE = 256, STEPS = 16, WIDE = 64, SERIAL = 1 << 15 };
 
 typedef struct {
     long address, first, rows, begins;
@@ -123,35 +123,77 @@ AVX512 void zoo_convolution(int wide, long sequences, const place *places, long 
     }
 }
 
-/* state = decay state + input b, and the products with c, of `count` channels whose states lie one after the other. */
-#define MOVE(LOAD, STORE)                                                                                                \
-    {                                                                                                                    \
-        __m512 write = _mm512_loadu_ps(b + i), read = _mm512_loadu_ps(c + i);                                            \
-        UNROLLED(int r = 0; r < count; r++) {                                                                            \
-            __m512 kept = _mm512_fmadd_ps(LOAD(state + r * size + i), decay, _mm512_mul_ps(in[r], write));               \
-            STORE(state + r * size + i, kept);                                                                           \
-            sums[r] = _mm512_fmadd_ps(kept, read, sums[r]);                                                              \
-        }                                                                                                                \
-    }
-#define LOAD_PART(p) _mm512_maskz_loadu_ps(part, p)
-#define STORE_PART(p, v) _mm512_mask_storeu_ps(p, part, v)
-
-AVX512 INLINE void move(int count, long size, float *state, const float *inputs, __m512 decay, const float *b, const float *c,
-                        __m512 *found) {
-    __m512 sums[TOGETHER], in[TOGETHER];
-    UNROLLED(int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps(), in[r] = _mm512_set1_ps(inputs[r]);
-    long i = 0;
-    for (; i + LANES <= size; i += LANES) MOVE(_mm512_loadu_ps, _mm512_storeu_ps)
-    if (i < size) {
-        __mmask16 part = part_of(size - i);
-        MOVE(LOAD_PART, STORE_PART)
-    }
-    UNROLLED(int r = 0; r < count; r++) found[r] = sums[r];
-}
-
 /* What a row writes with and reads with, as float32. */
 AVX512 INLINE void widen(int wide, long size, const void *x, float *y) {
     for (long i = 0; i < size; i += LANES) _mm512_storeu_ps(y + i, numbers(wide, x, i, part_of(size - i)));
+}
+
+/* Some rows of one head: what they write and read with, how much of the state each keeps, and the inputs of its channels;
+ * then the products of what each reads with and of the state, lane by lane, for LANES channels. */
+typedef struct {
+    float write[STEPS * SIZE], read[STEPS * SIZE], decays[STEPS], inputs[STEPS][LANES];
+    __m512 sums[STEPS][LANES];
+} head_rows;
+
+/* state = decay state + input write, and the products with read, of `count` channels whose states of `vectors` LANES stay
+ * in registers over all rows. */
+AVX512 INLINE void pass(int count, int vectors, long rows, head_rows *o, float *state, long r) {
+    __m512 kept[8][16];
+    UNROLLED(int n = 0; n < count; n++)
+        UNROLLED(int v = 0; v < vectors; v++) kept[n][v] = _mm512_loadu_ps(state + (n * vectors + v) * LANES);
+    for (long t = 0; t < rows; t++) {
+        const float *write = o->write + t * vectors * LANES, *read = o->read + t * vectors * LANES;
+        __m512 decay = _mm512_set1_ps(o->decays[t]), in[8], sums[8];
+        UNROLLED(int n = 0; n < count; n++) in[n] = _mm512_set1_ps(o->inputs[t][r + n]), sums[n] = _mm512_setzero_ps();
+        UNROLLED(int v = 0; v < vectors; v++) {
+            __m512 b = _mm512_loadu_ps(write + v * LANES), c = _mm512_loadu_ps(read + v * LANES);
+            UNROLLED(int n = 0; n < count; n++) {
+                kept[n][v] = _mm512_fmadd_ps(kept[n][v], decay, _mm512_mul_ps(in[n], b));
+                sums[n] = _mm512_fmadd_ps(kept[n][v], c, sums[n]);
+            }
+        }
+        UNROLLED(int n = 0; n < count; n++) o->sums[t][r + n] = sums[n];
+    }
+    UNROLLED(int n = 0; n < count; n++)
+        UNROLLED(int v = 0; v < vectors; v++) _mm512_storeu_ps(state + (n * vectors + v) * LANES, kept[n][v]);
+}
+
+/* The same of one channel with a state of any size. */
+AVX512 static void pass_any(long size, long rows, head_rows *o, float *state, long r) {
+    long vectors = (size + LANES - 1) / LANES;
+    for (long t = 0; t < rows; t++) {
+        __m512 decay = _mm512_set1_ps(o->decays[t]), in = _mm512_set1_ps(o->inputs[t][r]), sum = _mm512_setzero_ps();
+        for (long v = 0, at = t * vectors * LANES; v < vectors; v++, at += LANES) {
+            __mmask16 part = part_of(size - v * LANES);
+            __m512 added = _mm512_mul_ps(in, _mm512_loadu_ps(o->write + at));
+            __m512 kept = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(part, state + v * LANES), decay, added);
+            _mm512_mask_storeu_ps(state + v * LANES, part, kept);
+            sum = _mm512_fmadd_ps(kept, _mm512_loadu_ps(o->read + at), sum);
+        }
+        o->sums[t][r] = sum;
+    }
+}
+
+#define PASSES(COUNT, VECTORS)                                                                                           \
+    AVX512 static long pass_##VECTORS(long count, long rows, head_rows *o, float *state) {                               \
+        long r = 0;                                                                                                      \
+        for (; r + COUNT <= count; r += COUNT) pass(COUNT, VECTORS, rows, o, state + r * VECTORS * LANES, r);            \
+        return r;                                                                                                        \
+    }
+
+PASSES(8, 1)
+PASSES(4, 4)
+PASSES(2, 8)
+PASSES(1, 16)
+
+/* The same of `count` channels, at most LANES. */
+AVX512 static void passes(long count, long size, long rows, head_rows *o, float *state) {
+    long r = size == 128  ? pass_8(count, rows, o, state)
+             : size == 64 ? pass_4(count, rows, o, state)
+             : size == 256 ? pass_16(count, rows, o, state)
+             : size == 16  ? pass_1(count, rows, o, state)
+                           : 0;
+    for (; r < count; r++) pass_any(size, rows, o, state + r * size, r);
 }
 
 typedef struct {
@@ -162,32 +204,40 @@ typedef struct {
     float *y;
 } ssd_rows;
 
-/* At most LANES channels, from i on, of one head of one sequence. */
+/* At most WIDE channels, from i on, of one head of one sequence. */
 AVX512 INLINE void ssd(int wide, const ssd_rows *o, const place *at, float *state, long h, long i) {
-    long count = o->width - i < LANES ? o->width - i : LANES, each = wide ? 4 : 2, g = h / (o->heads / o->groups);
-    float write[SIZE], read[SIZE], raw[LANES], steps[LANES], decays[LANES], inputs[LANES];
-    __m512 sums[LANES], a = _mm512_sub_ps(_mm512_setzero_ps(), exponential(_mm512_set1_ps(o->a_log[h])));
-    UNROLLED(int r = 0; r < LANES; r++) sums[r] = _mm512_setzero_ps();
-    if (at->begins) memset(state, 0, count * o->size * sizeof(float));
-    for (long t = 0; t < at->rows; t++) {
-        long row = at->first + t;
-        if (t % LANES == 0) {
-            for (long n = 0; n < LANES; n++) raw[n] = t + n < at->rows ? number(wide, o->dt, (row + n) * o->dt_next + h) : 0;
-            __m512 dt = softplus(_mm512_add_ps(_mm512_loadu_ps(raw), _mm512_set1_ps(o->dt_bias[h])));
-            _mm512_storeu_ps(steps, dt);
-            _mm512_storeu_ps(decays, exponential(_mm512_mul_ps(dt, a)));
+    long end = o->width - i < WIDE ? o->width : i + WIDE, each = wide ? 4 : 2, g = h / (o->heads / o->groups);
+    long apart = (o->size + LANES - 1) / LANES * LANES;
+    __m512 a = _mm512_sub_ps(_mm512_setzero_ps(), exponential(_mm512_set1_ps(o->a_log[h])));
+    float raw[STEPS] = {0}, steps[STEPS];
+    head_rows rows __attribute__((aligned(64)));
+    if (at->begins) memset(state, 0, (end - i) * o->size * sizeof(float));
+    for (long t = 0, count; t < at->rows; t += count) {
+        count = at->rows - t < STEPS ? at->rows - t : STEPS;
+        long first = at->first + t;
+        for (long n = 0; n < count; n++) {
+            raw[n] = number(wide, o->dt, (first + n) * o->dt_next + h);
+            widen(wide, o->size, o->b + ((first + n) * o->b_next + g * o->size) * each, rows.write + n * apart);
+            widen(wide, o->size, o->c + ((first + n) * o->c_next + g * o->size) * each, rows.read + n * apart);
         }
-        __m512 x = numbers(wide, o->x, row * o->x_next + h * o->width + i, part_of(count));
-        __m512 decay = _mm512_set1_ps(decays[t % LANES]);
-        _mm512_storeu_ps(inputs, _mm512_mul_ps(x, _mm512_set1_ps(steps[t % LANES])));
-        widen(wide, o->size, o->b + (row * o->b_next + g * o->size) * each, write);
-        widen(wide, o->size, o->c + (row * o->c_next + g * o->size) * each, read);
-        long r = 0;
-        for (; r + TOGETHER <= count; r += TOGETHER)
-            move(TOGETHER, o->size, state + r * o->size, inputs + r, decay, write, read, sums + r);
-        for (; r < count; r++) move(1, o->size, state + r * o->size, inputs + r, decay, write, read, sums + r);
-        _mm512_mask_storeu_ps(o->y + (row * o->heads + h) * o->width + i, part_of(count),
-                              _mm512_fmadd_ps(x, _mm512_set1_ps(o->d[h]), lane_sums(sums)));
+        __m512 dt = softplus(_mm512_add_ps(_mm512_loadu_ps(raw), _mm512_set1_ps(o->dt_bias[h])));
+        _mm512_storeu_ps(steps, dt);
+        _mm512_storeu_ps(rows.decays, exponential(_mm512_mul_ps(dt, a)));
+        for (long j = i; j < end; j += LANES) {
+            long lanes = end - j < LANES ? end - j : LANES, from = h * o->width + j;
+            __mmask16 part = part_of(lanes);
+            for (long n = 0; n < count; n++) {
+                __m512 x = numbers(wide, o->x, (first + n) * o->x_next + from, part);
+                _mm512_storeu_ps(rows.inputs[n], _mm512_mul_ps(x, _mm512_set1_ps(steps[n])));
+                if (lanes < LANES) memset(rows.sums[n], 0, sizeof rows.sums[n]);
+            }
+            passes(lanes, o->size, count, &rows, state + (j - i) * o->size);
+            for (long n = 0; n < count; n++) {
+                __m512 x = numbers(wide, o->x, (first + n) * o->x_next + from, part);
+                _mm512_mask_storeu_ps(o->y + (first + n) * o->heads * o->width + from, part,
+                                      _mm512_fmadd_ps(x, _mm512_set1_ps(o->d[h]), lane_sums(rows.sums[n])));
+            }
+        }
     }
 }
 
@@ -198,12 +248,12 @@ AVX512 void zoo_ssd(int wide, long sequences, const place *places, long offset, 
                     const char *x, long x_next, const char *dt, long dt_next, const char *b, long b_next, const char *c,
                     long c_next, const float *a_log, const float *d, const float *dt_bias, float *y, int threads) {
     const ssd_rows o = {heads, groups, width, size, x, dt, b, c, x_next, dt_next, b_next, c_next, a_log, d, dt_bias, y};
-    long blocks = (width + LANES - 1) / LANES;
+    long blocks = (width + WIDE - 1) / WIDE;
     threads = threads_for(rows_of(sequences, places) * heads * width * size, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long work = 0; work < sequences * heads * blocks; work++) {
         const place *at = places + work / (heads * blocks);
-        long h = work / blocks % heads, i = work % blocks * LANES;
+        long h = work / blocks % heads, i = work % blocks * WIDE;
         float *state = (float *)(at->address + offset) + (h * width + i) * size;
         if (wide)
             ssd(1, &o, at, state, h, i);

@@ -62,7 +62,10 @@ KINDS: dict[str, Callable[[torch.dtype], tuple[Any, Callable[[int], Rows], Tenso
     "three taps": lambda dtype: convolution(dtype, 37, 3),
     "one tap": lambda dtype: convolution(dtype, 37, 1),
     "heads": lambda dtype: heads(dtype, 6, 21, 2, 40),
-    "wide heads": lambda dtype: heads(dtype, 2, 64, 1, 256),
+    "heads of 16": lambda dtype: heads(dtype, 2, 71, 1, 16),
+    "heads of 64": lambda dtype: heads(dtype, 3, 22, 3, 64),
+    "heads of 128": lambda dtype: heads(dtype, 2, 64, 1, 128),
+    "heads of 256": lambda dtype: heads(dtype, 2, 17, 1, 256),
     "channels": lambda dtype: channels(dtype, 37, 16),
     "odd channels": lambda dtype: channels(dtype, 20, 21),
 }
