@@ -114,6 +114,7 @@ def load(
     plan = resolve(found.card)
     from zoo.device import choose
     from zoo.devices import running
+    from zoo.drafts import draft_named
     from zoo.loading.fill import filled, storing
 
     spread = _spread(plan, devices)
@@ -125,28 +126,22 @@ def load(
         prefix_cache = prefix_cache and spread.uniform(plan)
     local = plan if spread is None else spread.part(plan).local
     follows = spread is not None and spread.rank > 0
-    guessing = None if follows else _guessing(draft, plan, placement, weights, quantize)
+    other = None if follows else draft_named(draft, plan)
     storing(local, placement.device, quantize)
-    memory = _memory_plan(local, placement, context, quantize)
+    memory = _memory_plan(local, placement, context, quantize, other)
     paths = _checked_adapters(adapters, plan, placement)
     notes = [placement.note]
     source = _source(found, weights, progress, notes.append)
+    folder = found.folder if source == "random" else _beside(Path(source))
+    tokenizer = _tokenizer(plan, folder)
+    guessing = _guessing(draft, other, plan, tokenizer, placement, weights, quantize, notes)
+    batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
     with running(spread, plan, placement, source, quantize) as run:
         part = None if run is None else run.part
         module, files, more = filled(plan, placement, source, quantize=quantize, progress=progress, part=part)
-        folder = found.folder if source == "random" else _beside(Path(source))
+        notes += [*more, memory.note]
         model = _model(
-            plan,
-            module,
-            placement,
-            folder,
-            files,
-            [*notes, *more, memory.note],
-            DEFAULT_BATCH if max_batch_size is None else max_batch_size,
-            context,
-            guessing,
-            prefix_cache,
-            run,
+            plan, module, placement, folder, tokenizer, files, notes, batch, context, guessing, prefix_cache, run
         )
     names = [model.load_adapter(path) for path in paths]
     with model.engine.between_steps() as (loaded, _):
@@ -276,8 +271,10 @@ def _kind_name(quantize: str | None) -> str | None:
     return None if quantize in (None, "none") else kind_named(quantize).name
 
 
-def _memory_plan(plan: Plan, placement: "Placement", context: int, quantize: str | None) -> MemoryPlan:
-    """What one sequence of `context` tokens needs beside what the device has free.
+def _memory_plan(
+    plan: Plan, placement: "Placement", context: int, quantize: str | None, other: Literal["lookup"] | Plan | None
+) -> MemoryPlan:
+    """What one sequence of `context` tokens needs beside what the device has free. other: what guesses.
 
     Raises CapacityError, before anything is read, for weights and a short sequence that do not fit.
     """
@@ -285,7 +282,8 @@ def _memory_plan(plan: Plan, placement: "Placement", context: int, quantize: str
 
     here, work = placement.device, Work(plan, placement.dtype_name, quantize)
     running = max(0, PROCESS_BYTES - resident_memory()) if here.type == "cpu" else 0
-    found = MemoryPlan(work, context, memory_free(here), 1, here.type, running)
+    guesser = Work(other, placement.dtype_name, quantize) if isinstance(other, Plan) else None
+    found = MemoryPlan(work, context, memory_free(here), 1, here.type, running, guesser)
     if not replace(found, context=min(context, SHORT)).fits:
         raise found.refusal(str(here), min(context, SHORT))
     return found
@@ -339,6 +337,7 @@ def _model(
     module: "Decoder",
     placement: "Placement",
     folder: Path | None,
+    tokenizer: "Tokenizer | TextError",
     files: "WeightSet | None",
     notes: "builtins.list[str]",
     batch: int,
@@ -353,14 +352,8 @@ def _model(
 
     if run is not None:
         run.loaded(module)
-    tokenizer = _tokenizer(plan, folder)
     notes = [*notes, *(coding_notes(module, placement.dtype, placement.device) if run is None else [str(run)])]
     notes = [*notes, *(["no tokenizer: token ids only"] if isinstance(tokenizer, TextError) else tokenizer.notes)]
-    if isinstance(guessing, Model):
-        from zoo.drafts import check_tokenizers
-
-        known = None if isinstance(tokenizer, TextError) else tokenizer
-        notes += [f"{guessing.card.name} guesses", check_tokenizers(plan, known, guessing.plan, guessing.tokenizer)]
     sizes: dict[str, Any] = {"max_batch_size": batch, "max_context": context}
     own: dict[str, Any] = {"draft": (guessing.module, guessing.plan) if isinstance(guessing, Model) else guessing}
     own |= {"prefix_cache": prefix_cache}
@@ -383,18 +376,24 @@ def _cache_budget(placement: "Placement") -> int:
 
 
 def _guessing(
-    draft: Ref | None, plan: Plan, placement: "Placement", weights: str | Path, quantize: str | None
+    draft: Ref | None,
+    other: Literal["lookup"] | Plan | None,
+    plan: Plan,
+    tokenizer: "Tokenizer | TextError",
+    placement: "Placement",
+    weights: str | Path,
+    quantize: str | None,
+    notes: "builtins.list[str]",
 ) -> "Literal['lookup'] | Model | None":
-    """What guesses tokens for the model: a name, or another model, loaded, with its own requests closed."""
-    if draft is None or draft == "none":
-        return None
-    if draft == "lookup":
-        return "lookup"
-    from zoo.drafts import check_sizes
+    """What guesses: of a model, itself, loaded and closed for requests of its own; the notes get what is to be said."""
+    if draft is None or not isinstance(other, Plan):
+        return "lookup" if other == "lookup" else None
+    from zoo.drafts import check_tokenizers
 
-    check_sizes(plan, resolve(locate(draft).card))
     where: dict[str, Any] = {"device": str(placement.device), "dtype": placement.dtype_name, "quantize": quantize}
     where |= {"weights": "random" if weights == "random" else "auto", "devices": 1}
     model = load(draft, max_batch_size=1, max_context=1, **where)
+    known = None if isinstance(tokenizer, TextError) else tokenizer
+    notes += [f"{model.card.name} guesses", check_tokenizers(plan, known, model.plan, model.tokenizer)]
     model.engine.close()
     return model

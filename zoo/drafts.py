@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from zoo.components.decoder.spec import DecoderSpec
+from zoo.locating import Ref, locate
 from zoo.registry.errors import RequestError
 from zoo.registry.plan import Plan
-from zoo.text.tokenizer import Tokenizer
+from zoo.registry.resolve import resolve
+
+if TYPE_CHECKING:
+    from zoo.text.tokenizer import Tokenizer
+
+
+def draft_named(draft: Ref | None, plan: Plan) -> Literal["lookup"] | Plan | None:
+    """What guesses tokens for a model: its own text, another model, or nothing. RequestError for one of another
+    vocabulary: known before anything is loaded."""
+    if draft is None or draft == "none":
+        return None
+    if draft == "lookup":
+        return "lookup"
+    other = resolve(locate(draft).card)
+    check_sizes(plan, other)
+    return other
 
 
 def check_sizes(plan: Plan, draft: Plan) -> None:
-    """RequestError unless both models have vocabularies of one size: known before anything is loaded."""
+    """RequestError unless both models have vocabularies of one size."""
     size, other = (cast(DecoderSpec, each.model).vocab_size for each in (plan, draft))
     if size != other:
         raise _refused(plan, draft, f"{other} token ids", f"{size}, as {plan.card.name} has")

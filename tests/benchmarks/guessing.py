@@ -13,12 +13,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.sides import Zoo
+from zoo.engine.draft_model import DraftModel
 from zoo.engine.engine import Engine
+from zoo.engine.pack import Batch
 from zoo.engine.request import Request, SamplingParams, Usage
+from zoo.engine.runner import Runner
 
 PROMPT = 256
 PLAIN = "nothing"
@@ -26,27 +29,26 @@ CHANGED = 24
 """Tokens of a copied text up to the next one that is not copied."""
 
 
-class Script:
-    """Says the token after each position, instead of what a model computed."""
+def scripted(runner: Runner, tokens: Sequence[int]) -> None:
+    """Lets a model compute as always, and say the token after each position of a text instead."""
+    run = runner.run
 
-    def __init__(self, model: nn.Module) -> None:
-        self.tokens: Sequence[int] = ()
-        self.hook = model.register_forward_hook(self._replaced)
-
-    def _replaced(self, model: nn.Module, given: Any, logits_RV: Tensor) -> Tensor:
-        _, step, rows_R = (*given, None)[:3]
-        positions = (step.positions_T if rows_R is None else step.positions_T[rows_R]).tolist()
-        said_R = torch.tensor([self.tokens[position + 1] for position in positions])
+    @torch.inference_mode()
+    def replaced(batch: Batch) -> Tensor:
+        logits_RV, rows_R = run(batch), batch.rows_R
+        positions = (batch.positions_T if rows_R is None else batch.positions_T[rows_R]).tolist()
+        said_R = torch.tensor([tokens[position + 1] for position in positions], dtype=torch.int64)
         return logits_RV.zero_().scatter_(1, said_R[:, None], 1.0)
+
+    runner.run = replaced  # type: ignore[method-assign]
 
 
 @dataclass
 class Answer:
-    """One answer in the making. tokens: its prompt, what it says, and one more. drafts: what the other model says."""
+    """One answer in the making. tokens: its prompt and what it says."""
 
     engine: Engine
     tokens: list[int]
-    drafts: Sequence[int]
     count: int
     steps: list[tuple[float, int]] = field(default_factory=list)
     usage: Usage | None = None
@@ -72,7 +74,6 @@ class Answer:
 def measured(shape: Shape, count: int, rounds: int, **changes: Any) -> dict[str, Any]:
     """Seconds per token of answers of `count` tokens, and how often they are as fast as without guesses."""
     sides = [Zoo(each.card(**changes), weights="random", dtype="bfloat16") for each in (shape, smaller(shape))]
-    scripts = [Script(side.model.module) for side in sides]
     answers = _answers(sides, shape.vocab, count)
     rates: list[dict[str, float]] = []
     for _ in range(rounds + 1):
@@ -80,11 +81,9 @@ def measured(shape: Shape, count: int, rounds: int, **changes: Any) -> dict[str,
             answer.start()
         while going := [answer for answer in answers.values() if answer.usage is None]:
             for answer in going:
-                scripts[0].tokens, scripts[1].tokens = answer.tokens, answer.drafts
                 answer.step()
         rates.append({name: answer.seconds_per_token for name, answer in answers.items()})
-    for script, side in zip(scripts, sides, strict=True):
-        script.hook.remove()
+    for side in sides:
         side.close()
     return {"prompt": PROMPT, "answer": count, "rows": [_row(name, answers[name], rates[1:]) for name in answers]}
 
@@ -113,7 +112,11 @@ def _answers(sides: Sequence[Zoo], vocab: int, count: int) -> dict[str, Answer]:
     def answer(draft: Any, said: list[int], guessed: Sequence[int] = ()) -> Answer:
         sizes: dict[str, Any] = {"max_context": len(said), "max_batch_size": 1, "prefix_cache": False}
         engine = Engine(model.module, model.plan, dtype=torch.bfloat16, draft=draft, **sizes)
-        return Answer(engine, said, guessed, count)
+        scripted(engine.parts[1], said)
+        source = engine._scheduler.drafting and engine._scheduler.drafting.source
+        if isinstance(source, DraftModel):
+            scripted(source.runner, guessed)
+        return Answer(engine, said, count)
 
     small = (other.module, other.plan)
     return {

@@ -66,9 +66,52 @@ def test_the_command_line_says_what_was_guessed(zoo_command: Callable[..., Any])
 def test_what_cannot_guess_is_refused(zoo_command: Callable[..., Any]) -> None:
     with pytest.raises(CardError, match="lookpu"):
         zoo.load("tiny", draft="lookpu")
-    done = zoo_command("run", "tiny", "--prompt", "x", "--drafts", "3")
-    assert done.code == 2
-    assert "draft='lookup'" in done.err
+    with zoo.load("tiny") as model, pytest.raises(RequestError, match="drafts: nothing guesses"):
+        model.generate("x", drafts=2)
+
+
+def test_drafts_without_a_source_are_refused_before_anything_is_loaded(
+    zoo_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.api.load", lambda *_, **__: pytest.fail("it was loaded"))
+    for command in (("run", "tiny", "--prompt", "x"), ("chat", "tiny"), ("fim", "tiny", "--prefix", "x")):
+        for source in ((), ("--draft", "none")):
+            done = zoo_command(*command, "--drafts", "3", *source)
+            assert done.code == 2
+            assert "nothing guesses tokens for this model" in done.err
+            assert "--draft lookup" in done.err
+
+
+@pytest.mark.parametrize("draft", ["lookup", "tiny"])
+def test_a_conversation_with_guesses_says_the_same(draft: str, zoo_command: Callable[..., Any]) -> None:
+    lines = ["What is a card?", "Say that again.", "/set drafts=2", "/retry", "/set drafts=0", "/undo", "And a layer?"]
+    talk = ("chat", "tiny", "--dtype", "float32", "--max-tokens", "40")
+    plain = zoo_command(*talk, stdin="\n".join([line for line in lines if "drafts" not in line]))
+    found = zoo_command(*talk, "--draft", draft, "--drafts", "5", stdin="\n".join([*lines, "/set drafts=-1"]))
+    assert (plain.code, found.code) == (0, 0)
+    assert found.out == plain.out
+    assert len(found.out) > 200
+    assert "drafts right" in found.err
+    assert "drafts right" not in plain.err
+    assert "drafts is out of range" in found.err
+    refused = zoo_command(*talk, stdin="/set drafts=2\nHello\n/set drafts=0\nHello")
+    assert refused.err.count("nothing guesses") == 1
+    assert refused.out
+
+
+def test_a_model_that_guesses_must_fit_beside_the_other(
+    zoo_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before either is read, and what would fit is said."""
+    monkeypatch.setattr("zoo.device.free_memory", lambda: 17 << 30)
+    monkeypatch.setattr("zoo.loading.fill.filled", lambda *_, **__: pytest.fail("it was read"))
+    flags = ("--weights", "random", "--device", "cpu", "--max-context", "512", "--prompt", "x")
+    found = zoo_command("run", "mistral-7b-instruct-v0.3", "--draft", "mistral-7b-v0.3", *flags)
+    assert found.code == 2
+    assert "the model does not fit in memory" in found.err
+    assert "the model that guesses 1" in found.err
+    assert "no --draft, or --draft lookup" in found.err
+    assert "--quantize int8" in found.err
 
 
 def small(**changes: Any) -> dict[str, Any]:

@@ -67,6 +67,21 @@ def test_the_largest_context_is_where_it_stops_fitting() -> None:
     assert not replace(found, context=length + 1).fits
 
 
+def test_a_model_that_guesses_counts() -> None:
+    """Its weights, and a cache as far as it reads."""
+    alone = plan("mistral-7b-v0.3", 20000, 40 << 30)
+    other = Work(zoo.inspect("mistral-7b-v0.1", dtype="bfloat16").plan, "bfloat16")
+    both = replace(alone, guesser=other)
+    assert both.guessing == zoo.inspect("mistral-7b-v0.1").weight_bytes + other.cache_bytes(20000)
+    assert both.total == alone.total + both.guessing
+    assert 0 < replace(both, free=both.total - (1 << 28)).largest_context(20000) < 20000 == alone.largest_context(20000)
+    assert "the model that guesses 1" in both.note
+    assert "guesses" not in alone.note
+    advice = replace(both, free=20 << 30).advice()
+    assert advice[0] == "no --draft, or --draft lookup"
+    assert "--quantize int8" in advice, "both are quantised"
+
+
 def test_advice_names_what_would_fit() -> None:
     assert plan("mistral-7b-v0.3", 4096, 16 << 30, "float32").advice()[0] == "--dtype bfloat16"
     found = plan("mistral-7b-v0.3", 32768, 12 << 30).advice()

@@ -77,11 +77,13 @@ def load_arguments(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample_arguments(flags: dict[str, Any]) -> dict[str, Any]:
-    """Sampling options that were given, in range; those left out keep the engine's defaults."""
-    from zoo.engine.request import SamplingParams
+    """Sampling options that were given, in range; those left out keep the engine's defaults. Drafts need a source."""
+    from zoo.engine.request import SamplingParams, nothing_guesses
 
     given = {name: flags[name] for name in SAMPLE_NAMES if flags[name] not in (None, ())}
-    SamplingParams.from_options(given)
+    params = SamplingParams.from_options(given)
+    if params.drafts and flags["draft"] in (None, "none"):
+        raise nothing_guesses(params.drafts)
     return given
 
 

@@ -22,7 +22,8 @@ COPIES = 4
 class MemoryPlan:
     """Bytes of a run on a device with `free` bytes: sequences of `context` tokens, `batch` at a time.
 
-    process: Python and torch, where they are not running yet. working: of the largest step.
+    process: Python and torch, where they are not running yet. working: of the largest step. guesser: the work of a
+    model beside it that guesses its tokens.
     """
 
     work: Work
@@ -31,6 +32,7 @@ class MemoryPlan:
     batch: int = 1
     device: str = "cpu"
     process: int = PROCESS_BYTES
+    guesser: Work | None = None
 
     @cached_property
     def weights(self) -> int:
@@ -62,8 +64,17 @@ class MemoryPlan:
         return max(sizes, default=0) * BYTES[self.work.dtype]
 
     @property
+    def guessing(self) -> int:
+        """Of the model that guesses: weights, and a cache as long as both read."""
+        if self.guesser is None:
+            return 0
+        length = min(self.context, self.guesser.model.context_length)
+        other = replace(self, work=self.guesser, context=length, guesser=None)
+        return other.weights + other.cache
+
+    @property
     def total(self) -> int:
-        return self.process + self.weights + self.cache + self.working
+        return self.process + self.weights + self.guessing + self.cache + self.working
 
     @property
     def fits(self) -> bool:
@@ -75,17 +86,16 @@ class MemoryPlan:
         while low < high:
             middle = (low + high + 1) // 2
             other = replace(self, context=middle)
-            low, high = (middle, high) if other.cache + other.working <= room else (low, middle - 1)
+            taken = other.cache + other.working + other.guessing
+            low, high = (middle, high) if taken <= room else (low, middle - 1)
         return low
 
     @property
     def note(self) -> str:
         """The plan in a sentence."""
         length = self.context if self.fits else self.largest_context(self.context)
-        parts = {"weights": self.weights, "cache": self.cache, "work in between": self.working}
-        shares = ", ".join(f"{name} {human_bytes(count)}" for name, count in parts.items())
         cut = "" if self.fits else f"; {length} tokens fit"
-        return f"memory for {self.context} tokens: {shares}, of {human_bytes(self.free)} free{cut}"
+        return f"memory for {self.context} tokens: {self._shares('cache')}, of {human_bytes(self.free)} free{cut}"
 
     def to_dict(self) -> dict[str, int]:
         """The bytes by what they are for."""
@@ -95,9 +105,7 @@ class MemoryPlan:
     def refusal(self, where: str, tokens: int) -> CapacityError:
         """The error for a run that cannot hold `tokens` tokens, which says what would fit."""
         short, advice = replace(self, context=tokens), self.advice()
-        parts = {"weights": short.weights, f"cache for {tokens} tokens": short.cache, "work in between": short.working}
-        parts |= {"Python and torch": short.process} if short.process else {}
-        shares = ", ".join(f"{name} {human_bytes(count)}" for name, count in parts.items())
+        shares = short._shares(f"cache for {tokens} tokens", with_process=True)
         fitting = f"what would fit: {', or '.join(advice)}" if advice else "use another device or a smaller model"
         return CapacityError(
             "the model does not fit in memory",
@@ -107,10 +115,18 @@ class MemoryPlan:
             hint=f"{fitting}; `zoo inspect` shows what each needs",
         )
 
+    def _shares(self, cache: str, *, with_process: bool = False) -> str:
+        """The parts and their bytes, those that there are none of left out."""
+        parts = {"weights": self.weights, "the model that guesses": self.guessing, cache: self.cache}
+        parts |= {"work in between": self.working, "Python and torch": self.process if with_process else 0}
+        return ", ".join(f"{name} {human_bytes(count)}" for name, count in parts.items() if count or name == cache)
+
     def advice(self) -> list[str]:
         """What would fit, each a phrase; empty where nothing is known to."""
         found = ["a smaller max_batch_size"] if self.batch > 1 and replace(self, batch=1).fits else []
         one = replace(self, batch=1)
+        if self.guesser is not None and replace(one, guesser=None).fits:
+            found.append("no --draft, or --draft lookup")
         length = one.largest_context(self.context)
         if 0 < length < self.context:
             found.append(f"--max-context {length}")
@@ -125,7 +141,8 @@ class MemoryPlan:
     def changed(self, name: str, **changes: Any) -> list[str]:
         """The option, if the run fits with it or a shorter one does; nothing if none does."""
         try:
-            other = replace(self, work=replace(self.work, **changes))
+            guesser = None if self.guesser is None else replace(self.guesser, **changes)
+            other = replace(self, work=replace(self.work, **changes), guesser=guesser)
             length = other.largest_context(self.context)
         except RequestError:
             return []

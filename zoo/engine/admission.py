@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from zoo.engine.memory import Memory
-from zoo.engine.request import Request
+from zoo.engine.request import Request, nothing_guesses
 from zoo.registry.errors import CapacityError, RequestError
 
 
@@ -27,13 +27,7 @@ class Admission:
         self.check_prompt(request.prompt)
         self._check_ids("stop_ids", params.stop_ids)
         if params.drafts and not self.drafts:
-            raise RequestError(
-                "nothing guesses tokens for this model",
-                where="drafts",
-                found=str(params.drafts),
-                expected="0 or None",
-                hint="load it with draft='lookup' (`--draft lookup`), or with a smaller model of the same vocabulary",
-            )
+            raise nothing_guesses(params.drafts)
         if params.logprobs is not None and params.logprobs > self.vocab_size:
             raise RequestError(
                 "logprobs is out of range",

@@ -114,6 +114,17 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
+def nothing_guesses(drafts: int) -> RequestError:
+    """The error for a request with drafts to a model for which nothing guesses."""
+    return RequestError(
+        "nothing guesses tokens for this model",
+        where="drafts",
+        found=str(drafts),
+        expected="0 or None",
+        hint="load it with draft='lookup' (`--draft lookup`), or with a smaller model of the same vocabulary",
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Media:
     """A prepared image or sound. encoder: the node of the model that reads it, such as vision. data: as it takes it."""
