@@ -122,7 +122,7 @@ def load(
     context = _context(found.card, max_context)
     if spread is not None:
         spread = spread.cut(plan, _load(placement, quantize, context), str(placement.device))
-        spread.refuse(plan, adapters, draft)
+        spread.refuse(plan, draft)
         prefix_cache = prefix_cache and spread.uniform(plan)
     local = plan if spread is None else spread.part(plan).local
     follows = spread is not None and spread.rank > 0

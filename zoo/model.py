@@ -16,9 +16,8 @@ from zoo.device import Placement
 from zoo.devices.shares import Part
 from zoo.engine.engine import Engine
 from zoo.engine.request import Chunk, Completion, Request, SamplingParams
-from zoo.loading.adapters.plan import plan_adapter
-from zoo.loading.adapters.read import read_adapter
 from zoo.loading.files import WeightSet
+from zoo.loading.fill import adapter_of
 from zoo.loading.quantising import quantised_parts
 from zoo.loading.reader import Progress
 from zoo.prompts import Message, Prompt, Prompts, separate, shared_out
@@ -251,10 +250,8 @@ class Model:
         name: by default the folder's or file's own. Raises WeightsError for files that are no adapter of this model,
         RequestError for a name that is taken.
         """
-        self._refuse_parts("an adapter")
-        plan = plan_adapter(path, self.plan, self._module)
-        name = plan.files.name if name is None else name
-        adapter = read_adapter(plan, self._module)
+        adapter = adapter_of(path, plan=self.plan, module=self._module, part=self._part)
+        name = adapter.name if name is None else name
         with self._engine.between_steps() as (adapters, _):
             adapters.add(name, adapter)
         self.notes.append(f"adapter {name}: {adapter.note}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,11 +11,15 @@ import sys
 import time
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 
 import zoo
+from zoo.components.attention.gqa import Attention
 from zoo.devices.channel import Channel, ClosedError, Door, knock
+from zoo.devices.lead import Ranks
+from zoo.model import Model
 from zoo.registry.errors import RankError, RequestError, WeightsError, ZooError
 
 SOON = 10.0
@@ -67,6 +72,82 @@ def test_a_killed_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RankError, match="rank 1 of 2 has ended"):
             model.generate("Hello", max_tokens=1)
     wait_for(workers)
+
+
+def impatient(model: Model, seconds: float) -> None:
+    """From now on a rank that stands still so long is given up."""
+    ranks = model.engine._others
+    assert isinstance(ranks, Ranks)
+    ranks._watch._deadline = seconds
+
+
+@linux
+def test_a_stopped_rank_is_named() -> None:
+    with zoo.load("tiny", devices=2, device="cpu") as model:
+        impatient(model, 3)
+        [worker] = children(os.getpid())
+        stream = model.stream("Hello", max_tokens=1000, ignore_eos=True)
+        next(stream)
+        os.kill(worker, signal.SIGSTOP)
+        start, host = monotonic(), re.escape(socket.gethostname())
+        with pytest.raises(RankError, match=rf"{host}: rank 1 of 2 gives no sign of life; found none for 3 s; it was"):
+            for _ in stream:
+                pass
+        assert 1 < monotonic() - start < SOON
+        with pytest.raises(RankError, match="rank 1 of 2 gives no sign of life"):
+            model.generate("Hello", max_tokens=1)
+    wait_for([worker])
+
+
+SLOW_PART = """
+import sys
+
+if "zoo.devices.worker" in " ".join(sys.orig_argv):
+    import os, time
+    from zoo.components.attention.gqa import Attention
+
+    plain, left = Attention.forward, [1]
+
+    def forward(self, *arguments):
+        while left and not left.clear():
+            time.sleep(float(os.environ["SLOW"]))
+        return plain(self, *arguments)
+
+    Attention.forward = forward
+"""
+
+
+@linux
+def test_a_rank_that_never_ends_its_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_PART)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SLOW", "1000")
+    with zoo.load("tiny", devices=2, device="cpu") as model:
+        impatient(model, 3)
+        [worker] = children(os.getpid())
+        start = monotonic()
+        with pytest.raises(RankError, match=r"rank 1 of 2 does not come on; .* last seen in layers\.0\.mixer \(sitecu"):
+            model.generate("Hello", max_tokens=3)
+        assert monotonic() - start < SOON
+    wait_for([worker])
+
+
+@linux
+def test_a_rank_that_computes_for_long_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_PART)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ZOO_DEADLINE", "5")
+    monkeypatch.setenv("SLOW", "3")
+    forward = Attention.forward
+
+    def slow(self: Attention, *arguments: Any) -> Any:
+        time.sleep(0.3)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Attention, "forward", slow)
+    with zoo.load("tiny", devices=2, device="cpu") as model:
+        impatient(model, 2)
+        assert len(model.generate("Hello", max_tokens=1)[0].tokens) == 1
 
 
 @linux
@@ -162,7 +243,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZOO_DEADLINE", "1")
+    monkeypatch.setenv("ZOO_DEADLINE", "0.1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():

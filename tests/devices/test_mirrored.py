@@ -109,10 +109,14 @@ def followed(rank: Rank, channel: Channel, budget: dict[str, Any]) -> None:
     own = {name: value for name, value in budget.items() if name != "draft"}
     try:
         with Engine(rank.module, rank.part.local, **own) as engine:
-            follow_to_the_end(channel, engine, rank.world)
+            follow_to_the_end(channel, engine, rank.world, no_adapter)
     except (Exception, ClosedError):
         rank.abort()
         channel.close()
+
+
+def no_adapter(ref: str) -> Any:
+    raise AssertionError(ref)
 
 
 @cache

@@ -90,8 +90,6 @@ def test_a_cancelled_request_leaves_nothing(spread: Model) -> None:
 def test_what_needs_the_whole_model_is_refused(spread: Model, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="saving needs the whole model in one process"):
         spread.save(tmp_path / "saved")
-    with pytest.raises(RequestError, match="an adapter needs the whole model in one process"):
-        spread.load_adapter(tmp_path)
 
 
 BROKEN_PICKLE = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import monotonic
+from types import TracebackType
 from typing import Protocol
 
 from torch import Tensor
@@ -9,6 +11,29 @@ from torch import Tensor
 
 class LostError(ConnectionError):
     """Another rank has gone, or has not come in time."""
+
+
+class Waits:
+    """How many seconds a rank has computed since its step began, and since when it waits for others: a block in which
+    it does. None: it does not."""
+
+    def __init__(self) -> None:
+        self.worked, self.since, self._ended = 0.0, None, monotonic()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.worked, self._ended = 0.0, monotonic()
+
+    def __enter__(self) -> None:
+        self.since = (now := monotonic())
+        self.worked += now - self._ended
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.since, self._ended = None, monotonic()
+
+    since: float | None
 
 
 class Group(Protocol):

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from zoo.devices.channel import Channel, ClosedError
-from zoo.devices.group import LostError
+from zoo.devices.group import LostError, Waits
+from zoo.devices.peer import MEETING, Peer, Watch
 from zoo.devices.process_group import ProcessGroup
 from zoo.devices.processes import Worker
 from zoo.engine.leading import Message
@@ -29,17 +30,26 @@ class Ranks:
     """The other ranks of a model. Every call on them is made by the thread that runs the engine.
 
     channels: to each of them, by number. workers: their processes, those that this one has started.
-    deadline: seconds within which one answers.
+    deadline: seconds after which one that stands still is given up. waits: when this one waits for them.
     """
 
-    def __init__(self, channels: Mapping[int, Channel], workers: Mapping[int, Worker], deadline: float) -> None:
+    def __init__(
+        self,
+        channels: Mapping[int, Channel],
+        workers: Mapping[int, Worker],
+        deadline: float,
+        waits: Waits | None = None,
+    ) -> None:
         self.channels, self.workers, self.deadline = channels, workers, deadline
+        self.waits = Waits() if waits is None else waits
+        self.peers = [Peer(rank, channel) for rank, channel in sorted(channels.items())]
         self.groups: tuple[ProcessGroup, ProcessGroup] | None = None
         self.at_end: list[Callable[[], None]] = []
         self._queue: list[tuple[str, Any]] = []
         self._inside = False
         self._fault: ZooError | None = None
         self._closed = False
+        self._watch = Watch(self.peers, self.waits, deadline, self._give_up)
 
     # --- what an engine needs (zoo.engine.leading.Others) -------------------------------------------------------
 
@@ -59,6 +69,7 @@ class Ranks:
             try:
                 self._tell([*self._queue, (task, message)])
                 self._queue.clear()
+                self.waits.begin()
                 yield
             except BaseException as error:
                 fault = self._explained(error)
@@ -72,6 +83,10 @@ class Ranks:
         assert self.groups is not None
         return self.groups[0].spread(x)
 
+    def agree(self) -> None:
+        """Raises the error of one that could not do what it was told."""
+        self.hear("done")
+
     def close(self) -> None:
         """They end; those that do not are killed."""
         if not self._closed and self._fault is None:
@@ -84,6 +99,7 @@ class Ranks:
     def check(self) -> None:
         """Raises what ended the run, if anything did."""
         if self._fault is not None:
+            self._end()
             raise self._fault
         if self._closed:
             raise ZooError("the model was closed", hint="load it again")
@@ -99,7 +115,7 @@ class Ranks:
         Raises the error that one of them answers with, and RankError for one that is silent or has ended.
         """
         with self._guarded():
-            return [self._answer(rank, channel, word) for rank, channel in sorted(self.channels.items())]
+            return [self._answer(peer, word) for peer in self.peers]
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -133,22 +149,34 @@ class Ranks:
         for _, channel in sorted(self.channels.items()):
             channel.send(message)
 
-    def _answer(self, rank: int, channel: Channel, word: str) -> Any:
+    def _answer(self, peer: Peer, word: str) -> Any:
         """Word of progress keeps a rank from being given up."""
+        limit = MEETING * self.deadline
         while True:
-            channel.wait_at_most(self.deadline)
             try:
-                message = channel.receive()
+                message = peer.receive(limit)
             except TimeoutError:
                 raise RankError(
-                    f"rank {rank} does not answer", found=f"nothing for {self.deadline:g} s", expected=word
+                    f"rank {peer.rank} does not answer",
+                    where=peer.host or "devices",
+                    found=f"nothing for {limit:g} s; it was last seen in {peer.doing}",
+                    expected=word,
+                    hint="ZOO_DEADLINE=SECONDS waits longer",
                 ) from None
-            finally:
-                channel.wait_at_most(None)
             if "error" in message:
-                raise _error(rank, message["error"])
+                raise _error(peer.rank, message["error"])
             if word in message:
                 return message[word]
+
+    def _give_up(self, fault: RankError, rank: int) -> None:
+        """Ends the run for a rank that stands still, by another thread than the engine's, which may wait for it."""
+        if self._fault is None:
+            self._fault = fault
+        if rank in self.workers:
+            self.workers[rank].kill()
+        self.channels[rank].close()
+        for group in {*(self.groups or ())}:
+            group.close()
 
     def _explained(self, error: BaseException) -> ZooError | None:
         """The fault of another rank that an error here comes of; None for an error of this rank's own."""
@@ -161,12 +189,11 @@ class Ranks:
 
     def _told(self) -> ZooError | None:
         """The error that a rank sent before it ended."""
-        for rank, channel in sorted(self.channels.items()):
-            channel.wait_at_most(0.5)
+        for peer in self.peers:
             try:
-                while "error" not in (message := channel.receive()):
+                while "error" not in (message := peer.receive(0.5)):
                     pass
-                return _error(rank, message["error"])
+                return _error(peer.rank, message["error"])
             except (ClosedError, TimeoutError):
                 continue
         return None
@@ -175,21 +202,21 @@ class Ranks:
         limit = monotonic() + GRACE
         while not (dead := [w for w in self.workers.values() if w.culprit]) and monotonic() < limit and self.workers:
             sleep(0.02)
+        count, words = len(self.channels) + 1, str(error).partition("\n")[0][:300]
         if dead:
-            return RankError(
-                f"rank {dead[0].rank} of {len(self.channels) + 1} has ended", where="devices", found=dead[0].cause
-            )
-        return RankError(
-            "the ranks have lost each other",
-            where="devices",
-            found=str(error).partition("\n")[0][:300],
-            hint=f"a step may take {self.deadline:g} s; ZOO_DEADLINE=SECONDS allows more",
-        )
+            return RankError(f"rank {dead[0].rank} of {count} has ended", where="devices", found=dead[0].cause)
+        gone = [(peer.gone, peer.rank, peer) for peer in self.peers if peer.gone is not None]
+        if gone:
+            _, rank, first = min(gone)
+            found = f"{words}; it was last seen in {first.doing}"
+            return RankError(f"rank {rank} of {count} has gone", where=first.host or "devices", found=found)
+        return RankError("the ranks have lost each other", where="devices", found=words)
 
     def _end(self) -> None:
         if self._closed:
             return
         self._closed = True
+        self._watch.stop()
         for group in {*(self.groups or ())}:
             group.close()
         limit = monotonic() + GRACE

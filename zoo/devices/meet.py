@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -18,19 +18,23 @@ from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from zoo.devices.channel import Channel, Door, knock
+from zoo.devices.group import Waits
 from zoo.devices.lead import Ranks
 from zoo.devices.mesh import Mesh
+from zoo.devices.peer import MEETING
 from zoo.devices.process_group import ProcessGroup
 from zoo.devices.processes import Worker
 from zoo.registry.errors import RankError, RequestError, ZooError
 
-DEADLINE = 300.0
+DEADLINE = 30.0
+"""Seconds after which a rank that stands still is given up, unless ZOO_DEADLINE says otherwise."""
+
 LOCAL = "127.0.0.1"
 KEY = "zoo"
 
 
 def deadline() -> float:
-    """Seconds that ranks wait for each other, by ZOO_DEADLINE. Raises ZooError for what is no number."""
+    """Seconds after which a rank that stands still is given up, by ZOO_DEADLINE. Raises ZooError for no number."""
     text = os.environ.get("ZOO_DEADLINE", str(DEADLINE))
     try:
         seconds = float(text)
@@ -49,11 +53,12 @@ class Meeting:
     host: str
     rank: int
     size: int
+    waits: Waits = field(default_factory=Waits)
 
     def group(self, ranks: Sequence[int], device: torch.device) -> ProcessGroup:
         """A group of these ranks, this one among them; each of them calls this at the same time."""
         name, rank = "-".join(map(str, ranks)), ranks.index(self.rank)
-        return ProcessGroup(self.store, name, rank, len(ranks), device, self.host, deadline())
+        return ProcessGroup(self.store, name, rank, len(ranks), device, self.host, self.waits)
 
     def groups(self, mesh: Mesh, device: torch.device) -> tuple[ProcessGroup, ProcessGroup]:
         """The group of all ranks, and that of this one's stage."""
@@ -64,14 +69,14 @@ class Meeting:
 
 def start(size: int, threads: int) -> tuple[Meeting, Ranks]:
     """Starts the other ranks on this machine and meets them. Raises RankError when one does not come."""
-    limit, token = deadline(), secrets.token_hex(16)
+    limit, token = MEETING * deadline(), secrets.token_hex(16)
     with _named("this machine's own address"):
         store = _own_store(limit)
     door = Door(LOCAL, token)
     said = {"host": LOCAL, "port": door.port, "token": token, "store": store.port, "size": size}
     workers = {rank: Worker(rank, {**said, "rank": rank}, threads) for rank in range(1, size)}
-    ranks = Ranks(_admitted(door, size, workers, limit), workers, limit)
-    return Meeting(store, LOCAL, 0, size), ranks
+    meeting = Meeting(store, LOCAL, 0, size)
+    return meeting, Ranks(_admitted(door, size, workers, limit), workers, deadline(), meeting.waits)
 
 
 def _own_store(limit: float) -> TCPStore:
@@ -89,9 +94,9 @@ def _own_store(limit: float) -> TCPStore:
 
 def come(said: dict[str, Any]) -> tuple[Meeting, Channel]:
     """Meets the first rank, on the other side of `start`."""
-    limit = timedelta(seconds=deadline())
-    channel = knock(said["host"], said["port"], said["rank"], said["token"], deadline())
-    store = TCPStore(said["host"], said["store"], is_master=False, timeout=limit)
+    limit = MEETING * deadline()
+    channel = knock(said["host"], said["port"], said["rank"], said["token"], limit)
+    store = TCPStore(said["host"], said["store"], is_master=False, timeout=timedelta(seconds=limit))
     return Meeting(store, said["host"], said["rank"], said["size"]), channel
 
 
@@ -160,7 +165,7 @@ def started() -> tuple[int, int] | None:
 
 def join_started(rank: int, size: int) -> tuple[Meeting, Ranks | Channel]:
     """Meets the ranks that torchrun has started: the first one gets the others, these a channel to it."""
-    limit = deadline()
+    limit = MEETING * deadline()
     host = os.environ.get("MASTER_ADDR", LOCAL)
     with _named(f"{host}:{os.environ.get('MASTER_PORT', '')}"):
         store, rank, size = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=limit)))
@@ -172,4 +177,4 @@ def join_started(rank: int, size: int) -> tuple[Meeting, Ranks | Channel]:
     token = secrets.token_hex(16)
     door = Door(host if host in (LOCAL, "localhost") else "", token)
     store.set(KEY, f"{door.port}:{token}")
-    return meeting, Ranks(_admitted(door, size, {}, limit), {}, limit)
+    return meeting, Ranks(_admitted(door, size, {}, limit), {}, deadline(), meeting.waits)

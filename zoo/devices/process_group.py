@@ -18,20 +18,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from zoo.devices.group import LostError
+from zoo.devices.group import LostError, Waits
 from zoo.registry.errors import ZooError
+
+PATIENCE = 24 * 3600.0
+"""Seconds after which torch ends an operation: ranks that stand still are found otherwise, and sooner."""
 
 
 class ProcessGroup:
-    """Ranks in processes of their own. deadline: seconds that one may wait for the others in an operation."""
+    """Ranks in processes of their own. waits: told of each wait for others."""
 
     def __init__(
-        self, store: Store, name: str, rank: int, size: int, device: torch.device, host: str, deadline: float
+        self, store: Store, name: str, rank: int, size: int, device: torch.device, host: str, waits: Waits
     ) -> None:
         if not dist.is_available():
             raise ZooError("this torch has no torch.distributed", hint="install a build that has")
-        self.rank, self.size, self.device = rank, size, device
-        shared, limit = PrefixStore(name, store), timedelta(seconds=deadline)
+        self.rank, self.size, self.device, self.waits = rank, size, device, waits
+        shared, limit = PrefixStore(name, store), timedelta(seconds=PATIENCE)
         with _lost():
             self._group: Any = (
                 _nccl(shared, rank, size, limit) if device.type == "cuda" else _gloo(shared, rank, size, limit, host)
@@ -40,7 +43,7 @@ class ProcessGroup:
     def sum(self, x: Tensor) -> Tensor:
         """In place, where the tensor lies in one piece."""
         x = x.contiguous()
-        with _lost():
+        with _lost(), self.waits:
             self._group.allreduce([x]).wait()
         return x
 
@@ -54,7 +57,7 @@ class ProcessGroup:
         options = dist.GatherOptions()
         options.rootRank = 0
         parts = [torch.empty_like(x) for _ in widths] if self.rank == 0 else []
-        with _lost():
+        with _lost(), self.waits:
             self._group.gather([parts] if self.rank == 0 else [], [x.contiguous()], options).wait()
         if self.rank:
             return x
@@ -64,18 +67,18 @@ class ProcessGroup:
         """In place."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        with _lost():
+        with _lost(), self.waits:
             self._group.broadcast([x], options).wait()
         return x
 
     def send(self, x: Tensor, rank: int) -> None:
         """Returns when the tensor may change."""
-        with _lost():
+        with _lost(), self.waits:
             self._group.send([x.contiguous()], rank, 0).wait()
 
     def receive(self, x: Tensor, rank: int) -> Tensor:
         """In place."""
-        with _lost():
+        with _lost(), self.waits:
             self._group.recv([x], rank, 0).wait()
         return x
 

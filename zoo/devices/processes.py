@@ -65,6 +65,10 @@ class Worker:
         """Whether it has ended of itself, and not because another rank did."""
         return self._process.poll() not in (None, 0, LOST)
 
+    def kill(self) -> None:
+        """Ends it at once."""
+        self._process.kill()
+
     def end(self, deadline: float) -> None:
         """Waits until `deadline` (monotonic seconds), then kills it."""
         with contextlib.suppress(OSError):

@@ -72,16 +72,13 @@ class Spread:
         kept = [{*stored_parts(Part.of(plan, self.mesh, rank).states), None} for rank in firsts]
         return all(kinds == kept[0] for kinds in kept)
 
-    def refuse(self, plan: Plan, adapters: object, draft: object) -> None:
-        """Raises RequestError for what several devices, or unlike stages, do not do."""
-        over = f"a model over {self.mesh.size} devices"
-        if adapters:
-            raise RequestError("adapters run on one device only", where="adapters", found=over)
+    def refuse(self, plan: Plan, draft: object) -> None:
+        """Raises RequestError for what unlike stages do not do."""
         if draft not in (None, "none") and not self.uniform(plan):
             raise RequestError(
                 "tokens are guessed only where all stages keep the same kinds of state",
                 where="draft",
-                found=f"{over} ({self.mesh})",
+                found=f"a model over {self.mesh.size} devices ({self.mesh})",
                 hint="leave draft out, or use tensor parallelism alone",
             )
 

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,22 @@ import torch
 from zoo.device import memory_free
 from zoo.devices.channel import Channel
 from zoo.devices.group import Group, LostError
-from zoo.devices.meet import Meeting, come
+from zoo.devices.meet import Meeting, come, deadline
 from zoo.devices.processes import LOST
+from zoo.devices.pulse import Pulse
 from zoo.devices.setup import Setup
 from zoo.devices.shares import join
 from zoo.engine.engine import Engine
-from zoo.engine.leading import follow
-from zoo.loading.fill import filled
+from zoo.engine.leading import ANSWERED, Reads, follow
+from zoo.loading.fill import adapter_of, filled
 from zoo.registry.errors import ZooError
 
 
 def serve(meeting: Meeting, channel: Channel, weights: str | Path | None = None) -> int:
     """Follows the first rank; returns the exit code. weights: this machine's, where they are not the first's."""
+    pulse = Pulse(channel, deadline() / 10)
     try:
-        _serve(meeting, channel, weights)
+        _serve(meeting, channel, pulse, weights)
     except LostError:
         return LOST
     except ZooError as error:
@@ -39,10 +42,12 @@ def serve(meeting: Meeting, channel: Channel, weights: str | Path | None = None)
         channel.send({"error": {"kind": type(error).__name__, **details}})
         sys.stderr.write(f"zoo: {error}\n")
         return 1
+    finally:
+        pulse.stop()
     return 0
 
 
-def _serve(meeting: Meeting, channel: Channel, weights: str | Path | None) -> None:
+def _serve(meeting: Meeting, channel: Channel, pulse: Pulse, weights: str | Path | None) -> None:
     setup = Setup(**channel.receive())
     plan, placement = setup.plan(), setup.placement(meeting.rank)
     part = setup.part(plan, meeting.rank)
@@ -52,21 +57,24 @@ def _serve(meeting: Meeting, channel: Channel, weights: str | Path | None) -> No
     world, near = meeting.groups(part.mesh, placement.device)
     weights = setup.weights if weights is None else weights
     module, *_ = filled(plan, placement, weights, quantize=setup.quantize, progress=_telling(channel), part=part)
+    pulse.names(module)
     join(module, part, world, near, placement.dtype)
     channel.send({"loaded": memory_free(placement.device)})
     sizes = {"device": placement.device, "dtype": placement.dtype, **channel.receive()}
     with Engine(module, part.local, **sizes) as engine:
-        follow_to_the_end(channel, engine, world)
+        follow_to_the_end(channel, engine, world, partial(adapter_of, plan=plan, module=module, part=part))
 
 
-def follow_to_the_end(channel: Channel, engine: Engine, world: Group) -> None:
+def follow_to_the_end(channel: Channel, engine: Engine, world: Group, reads: Reads) -> None:
     """Does what the first rank says until it says that this is all."""
     _, runner = engine.parts
     while True:
         for task, message in channel.receive():
             if task == "end":
                 return
-            follow(runner, world, task, message)
+            follow(runner, world, task, message, reads)
+            if task in ANSWERED:
+                channel.send({"done": task})
 
 
 def _telling(channel: Channel) -> Callable[[int, int], None]:

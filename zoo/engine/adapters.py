@@ -69,10 +69,7 @@ class Adapters:
                 found=f"{unfinished} unfinished requests",
                 hint="let them end, or cancel them",
             )
-        del self._loaded[name], self._numbers[name]
-        if name in self.defaults:
-            self.defaults.remove(name)
-        self._hook()
+        self._forget(name)
 
     @torch.no_grad()
     def merge(self, name: str, users: Sequence[str | None] = ()) -> None:
@@ -85,7 +82,7 @@ class Adapters:
             merge(linear, change)
         for tensor, value in adapter.whole:
             replace(self._module, tensor.param, tensor.index, value)
-        self.remove(name)
+        self._forget(name)
         self.merged.append(name)
         self._plain = next(self._changes)
 
@@ -114,7 +111,7 @@ class Adapters:
     def check(self, choice: str | None) -> None:
         """Raises RequestError for a choice that no request can make."""
         name = self.resolve(choice)
-        whole = [] if name is None else [tensor.name for tensor, _ in self._named(name).whole]
+        whole = () if name is None else self._named(name).replaced
         if whole:
             raise RequestError(
                 f"the adapter {name!r} replaces whole tensors, which cannot be done for single requests",
@@ -150,6 +147,12 @@ class Adapters:
             expected=f"one of {', '.join(self._loaded)}" if self._loaded else "no name: no adapter is loaded",
             hint=nearest(name, self._loaded),
         )
+
+    def _forget(self, name: str) -> None:
+        del self._loaded[name], self._numbers[name]
+        if name in self.defaults:
+            self.defaults.remove(name)
+        self._hook()
 
     def _hook(self) -> None:
         for handle in self._hooks:

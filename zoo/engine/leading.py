@@ -6,20 +6,29 @@ others do too. They are told numbers and names, never objects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.components.step import Rows
+from zoo.engine.adapters import Adapters
 from zoo.engine.memory import MIRRORED, Memory
 from zoo.engine.pack import Batch
 from zoo.engine.runner import Runner
+from zoo.loading.adapters.read import Adapter
 from zoo.registry.errors import CapacityError
 
 Message = dict[str, Any]
+
+Reads = Callable[[str], Adapter]
+"""Reads a rank's own part of an adapter."""
+
+ANSWERED = ("add", "remove", "merge")
+"""Changes of the adapters, after which ranks say that they are done."""
 
 
 class Spreads(Protocol):
@@ -41,6 +50,10 @@ class Others(Spreads, Protocol):
         """A block that they run as well: `follow` with this task and message."""
         ...
 
+    def agree(self) -> None:
+        """Waits until they have done what they were told, where that is `ANSWERED`."""
+        ...
+
     def close(self) -> None:
         """They end."""
         ...
@@ -52,24 +65,57 @@ class Leading(Runner):
     def __init__(self, others: Others, runner: Runner) -> None:
         super().__init__(runner.decoder, runner.memory, runner.device, runner.captured)
         self.others = others
+        self.adapters = Shared(runner.decoder, others)
         others.mirror(runner.memory)
 
     @torch.inference_mode()
     def compute(self, batch: Batch, media: Rows | None) -> Tensor:
+        batch = replace(batch, adapters=[*map(self.adapters.resolve, batch.adapters)])
         with self.others.together("compute", _told(batch) | _shape(media)):
             _handed_on(media, self.others)
             return super().compute(batch, media)
 
     def whole(self, tokens: Sequence[int], media: Rows | None, adapter: str | None, *, head: bool) -> Tensor:
+        adapter = self.adapters.resolve(adapter)
         message = {"tokens": [*tokens], "adapter": adapter, "head": head}
         with self.others.together("whole", message | _shape(media)):
             _handed_on(media, self.others)
             return super().whole(tokens, media, adapter, head=head)
 
 
-def follow(runner: Runner, group: Spreads, task: str, message: Any) -> None:
+class Shared(Adapters):
+    """The first rank's adapters: the others read and change theirs alike. What requests choose is known here."""
+
+    def __init__(self, module: nn.Module, others: Others) -> None:
+        super().__init__(module)
+        self._others = others
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Raises, beside RequestError, what another rank does, and then the run is over."""
+        super().add(name, adapter)
+        self._tell("add", name, adapter.ref)
+
+    def remove(self, name: str, users: Sequence[str | None] = ()) -> None:
+        """As for one rank."""
+        super().remove(name, users)
+        self._tell("remove", name)
+
+    def merge(self, name: str, users: Sequence[str | None] = ()) -> None:
+        """As for one rank."""
+        super().merge(name, users)
+        self._tell("merge", name)
+
+    def _tell(self, task: str, name: str, ref: str | None = None) -> None:
+        with self._others.together(task, {"name": name, "ref": ref}):
+            pass
+        self._others.agree()
+
+
+def follow(runner: Runner, group: Spreads, task: str, message: Any, reads: Reads) -> None:
     """What the first rank does, on another one. message: a task's, or the arguments of a method of the cache."""
-    if task in MIRRORED:
+    if task in ANSWERED:
+        _adapt(runner, task, message, reads)
+    elif task in MIRRORED:
         if getattr(runner.memory, task)(*message) is False:
             raise CapacityError("the cache of this device is full", hint="load with a smaller max_batch_size")
     elif task == "compute":
@@ -78,6 +124,18 @@ def follow(runner: Runner, group: Spreads, task: str, message: Any) -> None:
         assert task == "whole", task
         media = _media(message, runner, group)
         runner.whole(message["tokens"], media, message["adapter"], head=message["head"])
+
+
+def _adapt(runner: Runner, task: str, message: Message, reads: Reads) -> None:
+    adapters, name = runner.adapters, message["name"]
+    if task == "add":
+        adapters.add(name, reads(message["ref"]))
+    elif task == "remove":
+        adapters.remove(name)
+    else:
+        adapters.merge(name)
+    if runner.captured is not None:
+        runner.captured.clear()
 
 
 def _told(batch: Batch) -> Message:

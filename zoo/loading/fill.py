@@ -12,6 +12,8 @@ from zoo.components.kinds import KINDS
 from zoo.device import Placement
 from zoo.devices.shares import Part
 from zoo.inspection import Inspection
+from zoo.loading.adapters.plan import plan_adapter
+from zoo.loading.adapters.read import Adapter, read_adapter
 from zoo.loading.files import WeightSet, locate
 from zoo.loading.hub.types import human_bytes
 from zoo.loading.load import load_weights, random_weights
@@ -48,6 +50,17 @@ def filled(
     files, device = locate(source, plan.card.source.layout), placement.device
     load_weights(module, plan, files, device=device, storing=stored, progress=progress, pieces=pieces)
     return module, files, [files.note, *(_quantised(module) or _decoding(files, local, placement))]
+
+
+def adapter_of(ref: str | Path, *, plan: Plan, module: Decoder, part: Part | None) -> Adapter:
+    """An adapter as the module adds it. part: what this process holds of the model, where it is not all.
+
+    Raises WeightsError for files that are no adapter of the model.
+    """
+    if part is None:
+        return read_adapter(plan_adapter(ref, plan, module), module)
+    whole = assemble(plan, torch.bfloat16)
+    return read_adapter(plan_adapter(ref, plan, whole).of(part.pieces), module)
 
 
 def _decoding(files: WeightSet, plan: Plan, placement: Placement) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
 from zoo.components.adapter import adaptable
+from zoo.loading import pieces as held
 from zoo.loading.adapters.files import SHOWN, AdapterFiles, Pair, open_adapter
 from zoo.loading.layouts import Layout, Row, fill, layouts
 from zoo.loading.mapping import FLOATS, Placement, file_shapes, pieces
@@ -22,21 +23,53 @@ ADAPTED = "weight"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A pair's share of one stored weight: `b` says which rows of B go to which of the weight's rows."""
+    """A pair's share of one stored weight: `a` says which columns of A go to which of the weight's columns, `b` which
+    rows of B go to which of its rows."""
 
     pair: Pair
-    a: Placement
+    a: tuple[Placement, ...]
     b: tuple[Placement, ...]
+
+    def of(self, own: Mapping[str, held.Piece]) -> Piece | None:
+        """What a rank adds that holds these pieces of the weights; None where it holds nothing of this one."""
+        names = [placement.tensor.name for placement in self.b]
+        if not all(name in own for name in names):
+            return None
+        rank, first = self.pair.rank, own[names[0]]
+        a_name, columns = self.a[0].tensor.name, first.tensor.shape[1]
+        whole_a = replace(self.a[0].tensor, shape=(rank, columns))
+        a = held.Piece(whole_a, 1, first.ranges if first.axis == 1 else ())
+        b = {name: _rows(own[name], rank) for name in names}
+        return Piece(self.pair, tuple(held.narrowed(self.a, {a_name: a})), tuple(held.narrowed(self.b, b)))
+
+
+def _rows(piece: held.Piece, rank: int) -> held.Piece:
+    """The piece of B for a piece of its weight."""
+    tensor = replace(piece.tensor, shape=(piece.tensor.shape[0], rank))
+    return held.Piece(tensor, 0, piece.ranges if piece.axis == 0 else ())
 
 
 @dataclass
 class AdapterPlan:
-    """pieces: by the path of the module that they are added to. whole: tensors that replace the model's."""
+    """pieces: by the path of the module that they are added to. whole: tensors that replace the model's.
+
+    replaced: their names, also of those that only other ranks hold.
+    """
 
     files: AdapterFiles
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     whole: list[Placement] = field(default_factory=list)
     note: str = ""
+    replaced: tuple[str, ...] = ()
+
+    def of(self, own: Mapping[str, held.Piece]) -> AdapterPlan:
+        """What a rank reads that holds these pieces of the weights."""
+        found: dict[str, list[Piece]] = {}
+        for piece in (piece for several in self.pieces.values() for piece in several):
+            share = piece.of(own)
+            if share is not None:
+                found.setdefault(share.b[0].tensor.param.rpartition(".")[0], []).append(share)
+        return replace(self, pieces=found, whole=held.narrowed(self.whole, own))
 
 
 def plan_adapter(ref: str | Path, plan: Plan, module: nn.Module) -> AdapterPlan:
@@ -53,7 +86,8 @@ def plan_adapter(ref: str | Path, plan: Plan, module: nn.Module) -> AdapterPlan:
     matching.check_targets()
     if matching.problems:
         raise matching.error()
-    result = AdapterPlan(files, matching.pieces, matching.whole)
+    replaced = tuple(placement.tensor.name for placement in matching.whole)
+    result = AdapterPlan(files, matching.pieces, matching.whole, replaced=replaced)
     result.note = _note(result, plan)
     return result
 
@@ -94,7 +128,7 @@ class _Matching:
             return
         whole_a = Tensor(pair.a.name, pair.a.shape, tensors[0].param, (), None)
         a = Placement(whole_a, pair.a, (0, pair.rank), (inputs,))
-        self.pieces.setdefault(path, []).append(Piece(pair, a, tuple(pieces(pair.b, row, [factors]))))
+        self.pieces.setdefault(path, []).append(Piece(pair, (a,), tuple(pieces(pair.b, row, [factors]))))
 
     def replacement(self, name: str, info: TensorInfo) -> None:
         """Places a whole tensor, or says why not."""

@@ -19,11 +19,15 @@ from zoo.registry.spec import Tensor
 
 @dataclass(frozen=True)
 class Adapter:
-    """What one adapter changes. whole: the model's tensors that it replaces, on the CPU in the weights' type."""
+    """What one adapter changes. whole: the model's tensors that it replaces, on the CPU in the weights' type; replaced:
+    their names, also of those that only other ranks hold. name: its own. ref: where it was read from."""
 
     changes: Changes
     whole: Sequence[tuple[Tensor, torch.Tensor]]
     note: str
+    replaced: tuple[str, ...] = ()
+    name: str = ""
+    ref: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +41,8 @@ def read_adapter(plan: AdapterPlan, module: nn.Module) -> Adapter:
     Raises WeightsError for files that have changed or end early.
     """
     changes = {path: _joined(found, cast(Linear, module.get_submodule(path))) for path, found in plan.pieces.items()}
-    return Adapter(changes, [_whole(placement, module) for placement in plan.whole], plan.note)
+    whole = [_whole(placement, module) for placement in plan.whole]
+    return Adapter(changes, whole, plan.note, plan.replaced, plan.files.name, plan.files.where)
 
 
 def _joined(found: Sequence[Piece], linear: Linear) -> LowRank:
@@ -48,7 +53,7 @@ def _joined(found: Sequence[Piece], linear: Linear) -> LowRank:
     start = 0
     for piece in found:
         columns = slice(start, start + piece.pair.rank)
-        fill_places([(a_LI[columns], piece.a)])
+        fill_places((a_LI[columns][placement.tensor.index], placement) for placement in piece.a)
         fill_places((b_OL[placement.tensor.index][:, columns], placement) for placement in piece.b)
         b_OL[:, columns] *= piece.pair.scale
         start = columns.stop
