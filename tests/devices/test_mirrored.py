@@ -108,7 +108,7 @@ def followed(rank: Rank, channel: Channel, budget: dict[str, Any]) -> None:
     """What the other rank does; whatever ends it early ends the first one too."""
     own = {name: value for name, value in budget.items() if name != "draft"}
     try:
-        with Engine(rank.module, rank.part.local, **own) as engine:
+        with Engine(rank.module, rank.part.local, follows=True, **own) as engine:
             follow_to_the_end(channel, engine, rank.world, no_adapter)
     except (Exception, ClosedError):
         rank.abort()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import zoo
-from tests.devices.likes import EVERYTHING, make_card
+from tests.devices.likes import ATTENTION, EVERYTHING, GATED, make_card
 from zoo.engine.request import Completion
 from zoo.model import Model
 from zoo.registry.errors import RequestError
@@ -43,6 +43,18 @@ def spread(request: pytest.FixtureRequest, everything: dict[str, Any]) -> Iterat
     options: dict[str, Any] = {"weights": "random", "dtype": "float32", "device": "cpu", **LARGE}
     with zoo.load(everything, max_batch_size=3, **options, **request.param) as model:
         yield model
+
+
+def test_decode_steps_that_one_process_records_are_computed_by_all() -> None:
+    """In bfloat16 and of sizes that the native kernels take."""
+    attention = {**ATTENTION, "num_heads": 4, "head_dim": 32}
+    card = make_card("dense", [{"repeat": 2, "mixer": attention, "ffn": {**GATED, "hidden_dim": 64}}], dim=64)
+    options: dict[str, Any] = {"weights": "random", "dtype": "bfloat16", "device": "cpu", **LARGE}
+    answers = []
+    for devices in (None, "pp=2"):
+        with zoo.load(card, devices=devices, **options) as model:
+            answers.append([c.tokens for c in generated(model, temperature=0.0)])
+    assert answers[0] == answers[1]
 
 
 def test_logits_are_those_of_one_process(alone: Model, spread: Model) -> None:

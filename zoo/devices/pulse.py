@@ -47,7 +47,7 @@ class Pulse:
 
     def _run(self) -> None:
         host = socket.gethostname()
-        while not self._end.wait(self._interval):
+        while not self._end.is_set():
             waits, doing = activity(sys._current_frames().get(self._thread), self._names)
             try:
                 self._channel.send({"alive": doing, "waits": waits, "host": host})
@@ -56,6 +56,7 @@ class Pulse:
                 if not self._end.wait(LEAVE):
                     os._exit(LOST)
                 return
+            self._end.wait(self._interval)
 
 
 def activity(frame: FrameType | None, names: Mapping[int, str]) -> tuple[bool, str]:

@@ -61,7 +61,7 @@ def _serve(meeting: Meeting, channel: Channel, pulse: Pulse, weights: str | Path
     join(module, part, world, near, placement.dtype)
     channel.send({"loaded": memory_free(placement.device)})
     sizes = {"device": placement.device, "dtype": placement.dtype, **channel.receive()}
-    with Engine(module, part.local, **sizes) as engine:
+    with Engine(module, part.local, follows=True, **sizes) as engine:
         follow_to_the_end(channel, engine, world, partial(adapter_of, plan=plan, module=module, part=part))
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from zoo.components import native
 from zoo.components.cache.kv import UnpreparedError
@@ -43,10 +43,12 @@ Way = Literal["graphs", "calls", "anew"]
 fixed tensors, which is the reference."""
 
 
-def captures(device: torch.device) -> Way | None:
+def captures(device: torch.device, spread: bool = False) -> Way | None:
     """How decode steps are recorded, None for planning each anew: as graphs on CUDA devices, as calls where the native
-    kernels run and the model is not spread over processes, unless ZOO_CAPTURE says "off". With "on" every device runs
-    steps over fixed tensors. Raises ZooError for another word."""
+    kernels run, unless ZOO_CAPTURE says "off". With "on" every device runs steps over fixed tensors.
+
+    spread: the model is shared out over ranks, whose messages calls would leave out. Raises ZooError for another word.
+    """
     choice = os.environ.get("ZOO_CAPTURE", "auto")
     if choice not in CHOICES:
         raise ZooError(
@@ -60,7 +62,6 @@ def captures(device: torch.device) -> Way | None:
         return None
     if device.type == "cuda" or choice == "on":
         return "graphs" if device.type == "cuda" else "anew"
-    spread = distributed.is_available() and distributed.is_initialized()
     return "calls" if device.type == "cpu" and native.missing() is None and not spread else None
 
 

@@ -61,7 +61,7 @@ class Engine:
     draft: what guesses tokens ahead (see zoo.engine.drafting): "lookup", a sequence's own tokens; or another model on
         the same device, whose cache takes a part of the budget.
     prefix_cache: whether a prompt that begins as an earlier one goes on from what is cached of that.
-    others: the model's other devices, which repeat what this engine does.
+    others: the model's other devices, which repeat what this engine does. follows: this one is among those.
     Calls from several threads are safe; they wait for each other's steps. A context manager.
     """
 
@@ -80,6 +80,7 @@ class Engine:
         draft: Literal["lookup"] | tuple[Decoder, Plan] | None = None,
         prefix_cache: bool = True,
         others: Others | None = None,
+        follows: bool = False,
     ) -> None:
         model, device = cast(DecoderSpec, plan.model), torch.device(device)
         context = model.context_length if max_context is None else max_context
@@ -94,8 +95,8 @@ class Engine:
             length = min(context, spec.context_length)
             return Memory(spec.states(), make, budget=budget, batch=max_batch_size, context=length, pooled=pooled)
 
-        def runner(decoder: Decoder, memory: Memory) -> Runner:
-            way = captures(device)
+        def runner(decoder: Decoder, memory: Memory, spread: bool = False) -> Runner:
+            way = captures(device, spread)
             return Runner(decoder, memory, device, Captured(decoder, memory, device, way) if way else None)
 
         pooled = storage == "pages" or (storage == "auto" and device.type != "cpu")
@@ -117,7 +118,7 @@ class Engine:
             self._memory, prefixes, chunk_tokens=chunk, max_batch_size=max_batch_size, drafting=drafting
         )
         self._others = others
-        plain = runner(decoder, self._memory)
+        plain = runner(decoder, self._memory, others is not None or follows)
         self._runner: Runner | None = plain if others is None else Leading(others, plain)
         self._lock = threading.Lock()
         self._numbers = count()
