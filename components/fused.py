@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +22,9 @@ from zoo.registry.errors import ZooError, nearest
 
 log = logging.getLogger("zoo.components")
 
-KERNELS = ("attention", "convolution", "gate", "norm", "products", "rope", "state")
-"""By name. attention: of single rows, over pages. products: with quantised weights. convolution, state: of mixers that
-are recurrent, one token at a time."""
+KERNELS = ("attention", "cache", "convolution", "gate", "norm", "products", "rope", "rows", "state")
+"""By name. attention: of single rows, over pages. cache: new rows to pages. products: with quantised weights. rows: few
+of them times plain weights. convolution, state: of mixers that are recurrent, one token at a time."""
 
 WIDEST = 16384
 """The longest row that `rms` takes at once."""
@@ -39,6 +41,12 @@ def runs(x: Tensor, kernel: str) -> bool:
     if not x.is_cuda or torch.is_grad_enabled() or x.stride(-1) != 1:
         return False
     return kernel in wanted() and works(x.device, kernel)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which the thread's current GPU is `device`: Triton starts kernels there and graphs are recorded there,
+    wherever tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
@@ -63,7 +71,8 @@ def works(device: torch.device, kernel: str) -> bool:
     from zoo.components.fused_check import difference
 
     try:
-        errors = {dtype: difference(kernel, device, dtype) for dtype in _dtypes(device)}
+        with on(device):
+            errors = {dtype: difference(kernel, device, dtype) for dtype in _dtypes(device)}
         wrong = next((f"off by {e:.0e} in {dtype}" for dtype, e in errors.items() if not e < TOLERANCES[dtype]), None)
     except Exception as fault:
         # Whatever a compiler may raise: what it cannot build is computed by the formulas.
@@ -120,6 +129,15 @@ def rms(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     o_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     _kernels().rms[(len(rows_ND),)](rows_ND, weight_D, o_TD, rows_ND.stride(0), width, eps, BLOCK=_power(width))
     return o_TD
+
+
+def add_rms(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y of (T, D) rows, and the norm of that."""
+    rows, width = x_TD.shape
+    total_TD, o_TD = (torch.empty(rows, width, dtype=x_TD.dtype, device=x_TD.device) for _ in range(2))
+    strides = (x_TD.stride(0), y_TD.stride(0))
+    _kernels().add_rms[(rows,)](x_TD, y_TD, weight_D, total_TD, o_TD, *strides, width, eps, BLOCK=_power(width))
+    return total_TD, o_TD
 
 
 def _power(count: int) -> int:

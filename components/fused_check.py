@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.components import fused, quantised_gpu
+from zoo.components import few, fused, quantised_gpu
 from zoo.components.attention.kernels import Scores, attention_rows
 from zoo.components.attention.paged import KINDS as KINDS_OF_PAGES
-from zoo.components.attention.paged import attention_pages
+from zoo.components.attention.paged import attention_pages, keep_rows
 from zoo.components.cache.code import RowCode
 from zoo.components.ffn.gated import gate
 from zoo.components.kinds import KINDS
@@ -51,6 +51,26 @@ def _attention(device: torch.device, dtype: torch.dtype) -> Pairs:
         yield attention_pages(q, pool.to(device), tables, filled, coded=kind, **how), expected
 
 
+def _cache(device: torch.device, dtype: torch.dtype) -> Pairs:
+    """What is read back."""
+    k_BGd, v_BGd = (torch.randn(3, 5, 24).to(dtype)[:, i : i + 2] for i in (0, 3))
+    numbers_N = torch.tensor([3, 1, 1, 2, 0, 15])
+    for kind in KINDS_OF_PAGES:
+        code = RowCode(kind, (24,), dtype)
+        pool = torch.zeros(4, 2, 16, 2, code.width, dtype=code.stored, device=device)
+        keep_rows([k_BGd.to(device), v_BGd.to(device)], pool, numbers_N.to(device), kind)
+        found = pool.cpu()[numbers_N[:3], :, numbers_N[3:]]
+        yield code.decode(found), code.rounded(torch.stack((k_BGd, v_BGd), 1))
+
+
+def _rows(device: torch.device, dtype: torch.dtype) -> Pairs:
+    for rows in (1, 3, 8):
+        x_TI, weight_OI, bias_O = (torch.randn(*size).to(dtype) for size in ((rows, 700), (38, 700), (38,)))
+        x, weight = x_TI.to(device), weight_OI.to(device)
+        yield few.product(x, weight, bias_O.to(device)), F.linear(x_TI, weight_OI, bias_O)
+        yield few.product(x, weight, gated=True), gate(F.linear(x_TI, weight_OI), "silu")
+
+
 def _rope(device: torch.device, dtype: torch.dtype) -> Pairs:
     x_THd, angles_Tr = torch.randn(3, 7, 24).to(dtype)[:, :5], torch.randn(3, 8)
     cos, sin = angles_Tr.cos(), angles_Tr.sin()
@@ -66,6 +86,9 @@ def _gate(device: torch.device, dtype: torch.dtype) -> Pairs:
 def _norm(device: torch.device, dtype: torch.dtype) -> Pairs:
     x_TD, weight_D = torch.randn(3, 40).to(dtype), torch.randn(40).to(dtype)
     yield fused.rms(x_TD.to(device), weight_D.to(device), 1e-5), rms_reference(x_TD, weight_D, 1e-5)
+    total_TD, normed_TD = fused.add_rms(x_TD.to(device), x_TD.flip(0).to(device), weight_D.to(device), 1e-5)
+    yield total_TD, x_TD + x_TD.flip(0)
+    yield normed_TD, rms_reference(x_TD + x_TD.flip(0), weight_D, 1e-5)
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> Pairs:
@@ -107,11 +130,13 @@ def _state(device: torch.device, dtype: torch.dtype) -> Pairs:
 
 CHECKS: dict[str, Callable[[torch.device, torch.dtype], Pairs]] = {
     "attention": _attention,
+    "cache": _cache,
     "convolution": _convolution,
     "gate": _gate,
     "norm": _norm,
     "products": _products,
     "rope": _rope,
+    "rows": _rows,
     "state": _state,
 }
 """By the name of the kernel, as zoo.components.fused has it."""

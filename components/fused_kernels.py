@@ -48,3 +48,19 @@ def rms(x, weight, o, row, width, eps, BLOCK: tl.constexpr):
     normed = (value * scale).to(o.dtype.element_ty).to(tl.float32)
     by = tl.load(weight + lane, mask=mask, other=0.0).to(tl.float32)
     tl.store(o + t * width + lane, (normed * by).to(o.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_rms(x, y, weight, total, o, x_row, y_row, width, eps, BLOCK: tl.constexpr):
+    """One row: x + y, rounded and kept, and that normalised as `rms` does it."""
+    t, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    mask = lane < width
+    first = tl.load(x + t * x_row + lane, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(y + t * y_row + lane, mask=mask, other=0.0).to(tl.float32)
+    rounded = (first + second).to(o.dtype.element_ty)
+    tl.store(total + t * width + lane, rounded, mask=mask)
+    value = rounded.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + eps)
+    normed = (value * scale).to(o.dtype.element_ty).to(tl.float32)
+    by = tl.load(weight + lane, mask=mask, other=0.0).to(tl.float32)
+    tl.store(o + t * width + lane, (normed * by).to(o.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.components import native
+from zoo.components import few, native
 from zoo.components.matrix import Holder, Matrix
 from zoo.components.native import panels
 
@@ -36,6 +36,8 @@ def product(x_TI: Tensor, weight_OI: Tensor | Matrix, bias_O: Tensor | None = No
     """x W^T + b of (T, in) rows, by the way that suits the weight's layout and the number of rows."""
     if not isinstance(weight_OI, Tensor):
         return weight_OI.product(x_TI, bias_O)
+    if few.runs(x_TI, weight_OI):
+        return few.product(x_TI, weight_OI, bias_O)
     if native.runs(x_TI, weight_OI, bias_O):
         return native.product(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)

@@ -8,6 +8,7 @@ is the reference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -54,20 +55,20 @@ def attention_pages(
     batch, heads, width = q_BHd.shape
     _, _, page, groups, stored = pool.shape
     shared, splits = heads // groups, -(-tables_BP.shape[1] * page // SPLIT)
-    q_BHd, tables_BP = q_BHd.contiguous(), tables_BP.contiguous()
+    tables_BP = tables_BP.contiguous()
     parts = torch.empty(batch, groups, splits, shared, width, dtype=torch.float32, device=q_BHd.device)
     sums = torch.empty(2, batch, groups, splits, shared, dtype=torch.float32, device=q_BHd.device)
-    o_BHd = torch.empty_like(q_BHd)
+    o_BHd = torch.empty(q_BHd.shape, dtype=q_BHd.dtype, device=q_BHd.device)
     wide = 1 << (width - 1).bit_length()
     kernels.split[(batch, groups, splits)](
         q_BHd,
         pool,
-        pool if coded is None else pool.view(torch.bfloat16),
+        _halves(pool, coded),
         tables_BP,
         filled_B,
         parts,
-        sums[0],
-        sums[1],
+        *sums,
+        *q_BHd.stride()[:2],
         scale,
         softcap or 0.0,
         window or tables_BP.shape[1] * page,
@@ -85,8 +86,7 @@ def attention_pages(
     )
     kernels.add[(batch, heads)](
         parts,
-        sums[0],
-        sums[1],
+        *sums,
         sums if sinks_H is None else sinks_H,
         o_BHd,
         groups,
@@ -98,6 +98,42 @@ def attention_pages(
         SUNK=sinks_H is not None,
     )
     return o_BHd
+
+
+def keep_rows(planes_BGd: Sequence[Tensor], pool: Tensor, numbers_N: Tensor, coded: CacheDtype | None = None) -> None:
+    """Writes one row of each of B sequences to the pool, (pages, planes, page, G, d), of one or two planes.
+
+    numbers_N: int64, B pages and then B offsets in them. coded: as of `attention_pages`.
+    """
+    first, last = planes_BGd[0], planes_BGd[-1]
+    batch, groups, width = first.shape
+    _kernels().keep[(batch, groups)](
+        first,
+        last,
+        pool,
+        _halves(pool, coded),
+        numbers_N,
+        *first.stride()[:2],
+        *last.stride()[:2],
+        width,
+        pool.shape[4],
+        WIDE=1 << (width - 1).bit_length(),
+        KIND=KINDS[coded],
+        PAGE=pool.shape[2],
+        PLANES=len(planes_BGd),
+        num_warps=1,
+    )
+
+
+def can_keep(planes_BGd: Sequence[Tensor], lanes: tuple[int, ...], coded: CacheDtype | None) -> bool:
+    """Whether `keep_rows` writes such rows here: those of codes, where all lanes share a scale."""
+    fits = len(planes_BGd) <= 2 and (coded is None or len(lanes) == 1)
+    return fits and all(fused.runs(new_BGd, "cache") for new_BGd in planes_BGd)
+
+
+def _halves(pool: Tensor, coded: CacheDtype | None) -> Tensor:
+    """A pool of codes as pairs of bytes, of which some are scales."""
+    return pool if coded is None else pool.view(torch.int16)
 
 
 def can_attend(q_BHd: Tensor, pool: Tensor) -> bool:

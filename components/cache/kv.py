@@ -15,7 +15,7 @@ from zoo.components.attention.kernels import Memo, Scores, attention, attention_
 from zoo.components.attention.paged import attention_pages
 from zoo.components.cache.code import RowCode
 from zoo.components.cache.fresh import FreshKV
-from zoo.components.cache.pages import PAGE, PageRows, Pages
+from zoo.components.cache.pages import PAGE, HeldPages, PageRows, Pages
 from zoo.components.cache.slab import Planes, SlabRows, Slabs
 from zoo.components.cache.spec import FullCacheSpec, LatentCacheSpec, SharedCacheSpec, WindowCacheSpec
 from zoo.components.native.attention import attend_slabs, attends, serves
@@ -244,7 +244,7 @@ class StepPlan:
         if key not in self.memo:
             seqs = self.seqs[wave]
             slots, filled = _row_slots(self.past[wave], self.ring)
-            numbers = pages.row_numbers(seqs, slots, filled, batch=len(seqs), pages=-(-max(filled) // PAGE))
+            numbers = pages.row_numbers(seqs, slots, filled)
             self.memo[key] = PageRows(torch.tensor(numbers).to(pages.device, non_blocking=True), len(seqs))
         rows: PageRows = self.memo[key]
         return rows
@@ -278,13 +278,12 @@ class HeldRows:
     """A step of one row for each of `batch` sequences that is run again and again: its places are written anew."""
 
     def __init__(self, store: KVStore, pages: Pages, batch: int, slots: int) -> None:
-        self._store, self._ring, self._pages, self._batch = store, store.ring, pages, batch
-        self._count = -(-(slots if self._ring is None else min(slots, self._ring)) // PAGE)
-        self._numbers_N = torch.zeros(batch * (3 + self._count), dtype=torch.int64, device=pages.device)
+        self._store, self._ring = store, store.ring
+        self._held = HeldPages(pages, batch, -(-(slots if self._ring is None else min(slots, self._ring)) // PAGE))
 
     def views(self) -> list[Any]:
         """One state per layer for one run; what follows from the places is computed anew in each."""
-        plan = StepPlan(self._ring, [], [], [], page_rows=PageRows(self._numbers_N, self._batch))
+        plan = StepPlan(self._ring, [], [], [], page_rows=self._held.rows)
         return [self._store.view(layer, plan) for layer in range(self._store.num_layers)]
 
     def fits(self, seqs: Sequence[int]) -> bool:
@@ -293,9 +292,7 @@ class HeldRows:
 
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """The step's next run is one row of each of these sequences, at most `batch`, after `past` cached tokens."""
-        slots, filled = _row_slots(past, self._ring)
-        numbers = self._pages.row_numbers(seqs, slots, filled, batch=self._batch, pages=self._count)
-        self._numbers_N.copy_(torch.tensor(numbers), non_blocking=True)
+        self._held.fill(seqs, *_row_slots(past, self._ring))
 
 
 class HeldSlabs:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.components.attention.kernels import Memo
+from zoo.components.attention.paged import can_keep, keep_rows
 from zoo.components.cache.code import RowCode
 from zoo.components.cache.slab import Planes
 from zoo.registry.errors import CapacityError
@@ -44,6 +45,42 @@ class PageRows:
     def tables_BP(self) -> Tensor:
         """The first P pages of every sequence."""
         return self.numbers_N[3 * self.batch :].view(self.batch, -1)
+
+
+class HeldPages:
+    """The `PageRows` of a step that is run again and again. Of tables only those that have changed are written anew."""
+
+    def __init__(self, pages: Pages, batch: int, count: int) -> None:
+        """batch: rows of the step. count: pages of each."""
+        self._pages, self._batch, self._count = pages, batch, count
+        self._numbers_N = torch.zeros(batch * (3 + count), dtype=torch.int64)
+        self._tables: list[list[int]] = [[] for _ in range(batch)]
+        self.rows = PageRows(torch.zeros_like(self._numbers_N, device=pages.device), batch)
+
+    def fill(self, seqs: Sequence[int], slots: Sequence[int], filled: Sequence[int]) -> None:
+        """Sequences of which each fills one slot; spare rows fill the batch up."""
+        numbers, batch, spare = self._numbers_N.numpy(), self._batch, self._batch - len(seqs)
+        tables = [*(self._pages.table(seq) for seq in seqs), *[_NOTHING] * spare]
+        written = [table[slot // PAGE] for table, slot in zip(tables, slots, strict=False)]
+        numbers[: 3 * batch] = [
+            *written,
+            *[SPARE] * spare,
+            *(s % PAGE for s in slots),
+            *[0] * spare,
+            *filled,
+            *[1] * spare,
+        ]
+        for row, table in enumerate(tables):
+            if table is not self._tables[row]:
+                self._tables[row] = table
+                start = 3 * batch + row * self._count
+                first = table[: self._count]
+                numbers[start : start + self._count] = first + [SPARE] * (self._count - len(first))
+        self.rows.numbers_N.copy_(self._numbers_N, non_blocking=True)
+
+
+_NOTHING: list[int] = []
+"""The table of a spare row."""
 
 
 class Pages:
@@ -158,25 +195,29 @@ class Pages:
         places = [[table[slot // PAGE] for slot in slots], [slot % PAGE for slot in slots]]
         return torch.tensor(places).to(self.device, non_blocking=True)
 
+    def table(self, seq: int) -> list[int]:
+        """The pages of a sequence, in order: another list whenever they change."""
+        return self._tables[seq]
+
     def pool(self, layer: int) -> Tensor:
         """A layer's pages, (pages, planes, page, G, d)."""
         return self._pool[layer]
 
-    def row_numbers(
-        self, seqs: Sequence[int], slots: Sequence[int], filled: Sequence[int], *, batch: int, pages: int
-    ) -> list[int]:
-        """The numbers of `PageRows` for sequences of which each fills one slot; spare rows fill the batch up."""
-        spare = batch - len(seqs)
-        tables = [self._tables[seq] for seq in seqs]
-        written = [table[slot // PAGE] for table, slot in zip(tables, slots, strict=True)]
-        numbers = [*written, *[SPARE] * spare, *(slot % PAGE for slot in slots), *[0] * spare, *filled, *[1] * spare]
+    def row_numbers(self, seqs: Sequence[int], slots: Sequence[int], filled: Sequence[int]) -> list[int]:
+        """The numbers of `PageRows` for sequences of which each fills one slot, with the pages of the longest."""
+        tables, pages = [self._tables[seq] for seq in seqs], -(-max(filled) // PAGE)
+        numbers = [table[slot // PAGE] for table, slot in zip(tables, slots, strict=True)]
+        numbers += [*(slot % PAGE for slot in slots), *filled]
         for table in tables:
             numbers += table[:pages]
             numbers += [SPARE] * (pages - len(table))
-        return numbers + [SPARE] * (spare * pages)
+        return numbers
 
     def write_rows(self, layer: int, rows: PageRows, planes_BGd: Planes) -> None:
         """Fills one slot of each sequence."""
+        if can_keep(planes_BGd, self.code.lanes, self.code.kind):
+            keep_rows(planes_BGd, self._pool[layer], rows.numbers_N, self.code.kind)
+            return
         for plane, new_BGd in enumerate(planes_BGd):
             self._pool[layer, :, plane][rows.places] = self.code.encode(new_BGd)
 

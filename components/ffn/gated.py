@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.components import fused
+from zoo.components import few, fused
 from zoo.components.ffn.spec import Activation, GatedSpec
 from zoo.components.linear import Linear
 from zoo.components.native import small
@@ -31,11 +31,18 @@ class Gated(nn.Module):
 
     def forward(self, x_TD: Tensor, added_T2F: Tensor | None = None) -> Tensor:
         """(T, D) to (T, D). added: what is added to gate and up, by one that shares the weights with others."""
-        gate_up_T2F = self.gate_up(x_TD)
-        if added_T2F is not None:
-            gate_up_T2F = gate_up_T2F + added_T2F
-        down: Tensor = self.down(gate(gate_up_T2F, self.spec.activation))
+        down: Tensor = self.down(self._gated(x_TD, added_T2F))
         return down
+
+    def _gated(self, x_TD: Tensor, added_T2F: Tensor | None) -> Tensor:
+        """Gate and up in one product, and the gate applied to it: by one kernel where there is one and nothing is added
+        in between."""
+        weight = self.gate_up.matrix("weight")
+        plain = added_T2F is None and not self.gate_up._forward_hooks and self.spec.activation == "silu"
+        if plain and isinstance(weight, Tensor) and few.runs(x_TD, weight):
+            return few.product(x_TD, weight, gated=True)
+        gate_up_T2F = self.gate_up(x_TD)
+        return gate(gate_up_T2F if added_T2F is None else gate_up_T2F + added_T2F, self.spec.activation)
 
     @staticmethod
     def between(spec: GatedSpec, gate_up_T2F: Tensor) -> Tensor:

@@ -36,6 +36,14 @@ class RMS(nn.Module):
             return small.rms(x_TD, self.weight, self.spec.eps)
         return F.rms_norm(x_TD, (self.spec.dim,), None, self.spec.eps).mul_(self.weight)
 
+    def added(self, x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y of (T, D) rows, and its norm: what stands between two parts of a block."""
+        alike = self.across is None and y_TD.dtype is x_TD.dtype and self.spec.dim <= fused.WIDEST
+        if alike and y_TD.stride(-1) == 1 and fused.runs(x_TD, "norm"):
+            return fused.add_rms(x_TD, y_TD, self.weight, self.spec.eps)
+        total_TD = x_TD + y_TD
+        return total_TD, self(total_TD)
+
 
 def rms_reference(
     x_TD: Tensor, weight_D: Tensor, eps: float, across: Callable[[Tensor], Tensor] = lambda mean_T1: mean_T1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
+from zoo.components.cache.code import RowCode
 from zoo.components.cache.kv import KVStore, _spans
+from zoo.components.cache.pages import PAGE, HeldPages, Pages
 from zoo.components.cache.spec import FullCacheSpec, WindowCacheSpec
 from zoo.components.cache.store import make_store
 from zoo.registry.errors import CapacityError
@@ -271,3 +274,39 @@ def test_where_a_sequence_can_be_gone_on_from() -> None:
     assert [n for n in range(1, 8) if ring.serves(7, n)] == [*range(1, 8)]
     # The slot that token 12 took had token 5's numbers, which none after it sees.
     assert [n for n in range(1, 14) if ring.serves(13, n)] == [12, 13]
+
+
+def test_held_places_follow_every_change_of_tables() -> None:
+    """Random growth, sharing, trimming and ends: what is written anew is what a step from nothing would get."""
+    draw, batch, count = random.Random(1), 4, 5
+    pages = Pages((1, 2, 1), RowCode(None, (4,), torch.float32), torch.device("cpu"), None, None)
+    held, seen = HeldPages(pages, batch, count), set()
+    slots: dict[int, int] = {}
+    for number in range(300):
+        seq = draw.choice([*slots, number])
+        change = draw.randrange(4) if seq in slots else 0
+        if change == 0 and slots.get(seq, 0) < count * PAGE:
+            slots[seq] = slots.get(seq, 0) + 1 + draw.randrange(min(30, count * PAGE - slots.get(seq, 0)))
+            pages.grow(seq, slots[seq])
+        elif change == 1:
+            slots[seq] = 1 + draw.randrange(slots[seq])
+            pages.trim(seq, slots[seq])
+        elif change == 2:
+            slots[1000 + number] = 1 + draw.randrange(slots[seq])
+            pages.adopt(seq, 1000 + number, slots[1000 + number], slots[1000 + number], move=False)
+        elif change == 3:
+            pages.free(seq)
+            del slots[seq]
+        seqs = draw.sample([*slots], min(len(slots), draw.randrange(batch + 1)))
+        last, filled = [slots[seq] - 1 for seq in seqs], [slots[seq] for seq in seqs]
+        held.fill(seqs, last, filled)
+        tables = [pages.table(seq) for seq in seqs]
+        spare = [0] * (batch - len(seqs))
+        assert held.rows.places[0].tolist() == [t[at // PAGE] for t, at in zip(tables, last, strict=True)] + spare
+        assert held.rows.places[1].tolist() == [at % PAGE for at in last] + spare
+        assert held.rows.filled_B.tolist() == [*filled, *[1] * len(spare)]
+        assert held.rows.tables_BP.tolist() == [
+            (table + [0] * count)[:count] for table in [*tables, *[[] for _ in spare]]
+        ]
+        seen.add((change, len(seqs)))
+    assert len(seen) > 12, "every change must have been met with every batch"

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
-from zoo.components import fused, quantised, quantised_gpu
+from zoo.components import few, fused, quantised, quantised_gpu
+from zoo.components.attention import paged
 from zoo.components.attention.kernels import attention_rows
-from zoo.components.attention.paged import attention_pages
+from zoo.components.attention.paged import attention_pages, keep_rows
 from zoo.components.cache.code import RowCode
 from zoo.components.cache.spec import CacheDtype
 from zoo.components.ffn.gated import gate
@@ -154,6 +156,17 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_a_sum(dtype: torch.dtype) -> None:
+    x_TD, y_TD = draw(3, 50).to(dtype)[:, :40], draw(3, 43).to(dtype)[:, 1:41]
+    weight_D = 1 + draw(40).to(dtype) / 4
+    total_TD, normed_TD = fused.add_rms(x_TD.to(DEVICE), y_TD.to(DEVICE), weight_D.to(DEVICE), 1e-5)
+    allowed = 1e-6 if dtype is torch.float32 else NARROW
+    assert relative_error(total_TD.cpu().float(), (x_TD + y_TD).float()) < allowed
+    assert relative_error(normed_TD.cpu().float(), rms_reference(x_TD + y_TD, weight_D, 1e-5).float()) < allowed
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_convolution_in_place(bias: bool, dtype: torch.dtype) -> None:
     """Of rows that are a part of wider ones, at places in any order."""
@@ -186,6 +199,44 @@ def test_state_in_place(heads: int, width: int, groups: int, size: int) -> None:
     assert relative_error(kept.cpu()[places_B], left) < 1e-6
     others = [0, 1, 3, 4, 5]
     assert torch.equal(kept.cpu()[others], pool[others])
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 38, 1100), (2, 7, 24), (5, 64, 700), (8, 130, 512)])
+def test_products_of_few_rows(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """Of rows and weights that are a part of wider ones; with the gate of a feed-forward."""
+    x_TI, weight_OI = draw(rows, inputs + 8).to(dtype)[:, :inputs], draw(2 * outputs, inputs + 16).to(dtype)[:, :inputs]
+    bias_O, allowed = draw(2 * outputs).to(dtype), 1e-5 if dtype is torch.float32 else NARROW
+    x, weight = x_TI.to(DEVICE), weight_OI.to(DEVICE)
+    for bias in (None, bias_O):
+        expected = F.linear(x_TI.float(), weight_OI.float(), None if bias is None else bias.float())
+        found = few.product(x, weight, None if bias is None else bias.to(DEVICE))
+        assert relative_error(found.cpu().float(), expected) < allowed
+    gated_TO = gate(F.linear(x_TI.float(), weight_OI.float()).to(dtype), "silu").float()
+    assert relative_error(few.product(x, weight, gated=True).cpu().float(), gated_TO) < allowed
+
+
+@each_kernel
+@pytest.mark.parametrize("coded", [None, "int8", "fp8"])
+@pytest.mark.parametrize(("batch", "groups", "width"), [(1, 2, 16), (3, 1, 9), (5, 8, 80)])
+def test_new_rows_to_pages(batch: int, groups: int, width: int, coded: CacheDtype | None) -> None:
+    """The very bytes of the formula, what is no number included, and no others."""
+    code = RowCode(coded, (width,), torch.float32)
+    k_BGd, v_BGd = (draw(batch, groups + 3, width + 1)[:, i : i + groups, :width] for i in (0, 2))
+    k_BGd[0, 0] *= torch.logspace(-9, 9, width)
+    v_BGd[0, 0], v_BGd[-1, -1, 3], k_BGd[-1, 0, 2] = 0.0, float("nan"), float("inf")
+    pool = torch.ones(batch + 3, 2, PAGE, groups, code.width).to(code.stored)
+    pages_B, offsets_B = torch.randperm(batch + 3)[:batch], torch.randint(PAGE, (batch,))
+    found = pool.to(DEVICE)
+    keep_rows([k_BGd.to(DEVICE), v_BGd.to(DEVICE)], found, torch.cat((pages_B, offsets_B)).to(DEVICE), coded)
+    for plane, new_BGd in enumerate((k_BGd, v_BGd)):
+        row = code.encode(new_BGd)
+        row[..., code.start + width :] = 1 if coded else row[..., code.start + width :]
+        pool[:, plane][pages_B, offsets_B] = row
+    read, expected = code.decode(found.cpu()), code.decode(pool)
+    assert torch.equal(read.isfinite(), expected.isfinite())
+    assert torch.equal(read.nan_to_num(0, 0, 0), expected.nan_to_num(0, 0, 0))
 
 
 FULL = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
@@ -325,6 +376,65 @@ def test_models_by_kernels(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
     for one, other in zip(found, expected, strict=True):
         assert one.tokens == other.tokens
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+class Launches(TorchDispatchMode):
+    """Names what a GPU would be told to run: PyTorch's kernels, and Triton's, which are functions of these modules."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+        for module in (few, fused, paged):
+            programs = module._kernels()
+            for name in ("add", "add_rms", "gate", "keep", "multiply", "rms", "rotate", "split"):
+                if hasattr(programs, name):
+                    monkeypatch.setattr(programs, name, Counted(name, getattr(programs, name), self))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, made = func.overloadpacket.__name__, func._schema.returns
+        views = any(value.alias_info is not None and not value.alias_info.is_write for value in made)
+        if not views and not name.startswith("empty") and name != "_unsafe_view":
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Counted:
+    """A Triton program that tells of its launches, and not of what its interpreter does."""
+
+    def __init__(self, name: str, program: Any, launches: Launches) -> None:
+        self.name, self.program, self.launches = name, program, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            before = [*self.launches.names]
+            self.program[grid](*args, **options)
+            self.launches.names = [*before, self.name]
+
+        return launch
+
+
+@each_kernel
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what is interpreted")
+@pytest.mark.parametrize("coded", ["none", "int8"])
+def test_launches_of_a_layer(coded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dense layer launches in a recorded step of three sequences."""
+    monkeypatch.setattr(fused, "runs", lambda x, kernel: True)
+    with loaded(monkeypatch, cache_dtype=coded) as model:
+        launches, layer = Launches(monkeypatch), model.module.layers[2]
+        forward, names = layer.forward, launches.names
+
+        def counted(x_TD: torch.Tensor, *rest: Any) -> torch.Tensor:
+            nonlocal names
+            launches.names = []
+            with launches:
+                out_TD: torch.Tensor = forward(x_TD, *rest)
+            names = launches.names
+            return out_TD
+
+        monkeypatch.setattr(layer, "forward", counted)
+        model.generate([[1, 2], [3], [5, 9]], max_tokens=2, ignore_eos=True)
+    attention = ["rms", "multiply", "rotate", "keep", "split", "add", "multiply"]
+    assert names == [*attention, "add_rms", "multiply", "multiply", "add"]
 
 
 @each_kernel

@@ -7,6 +7,8 @@ tests/gpu has the replays.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pytest
@@ -148,3 +150,30 @@ def test_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_CAPTURE", "of")
     with pytest.raises(ZooError, match=r"ZOO_CAPTURE.*'of'.*'off'"):
         captures(torch.device("cpu"))
+
+
+def test_steps_run_with_the_models_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton starts kernels on the thread's current GPU, and graphs are recorded there."""
+    entered: list[torch.device] = []
+    seen: list[int] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr("zoo.engine.runner.on", on)
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    with load("full", monkeypatch, "pages") as model:
+        hidden = model.module.hidden
+
+        def watched(*rest: Any) -> torch.Tensor:
+            seen.append(len(entered))
+            return hidden(*rest)
+
+        monkeypatch.setattr(model.module, "hidden", watched)
+        model.generate([[1, 2, 3]], max_tokens=3, ignore_eos=True)
+        model.logits([1, 2])
+    assert len(seen) >= 4
+    assert all(seen)

@@ -82,6 +82,7 @@ class Captured:
         self._steps: OrderedDict[Key, Recorded] = OrderedDict()
         self._pool: Any = None
         self._arena = Arena()
+        self._logits: dict[int, Tensor] = {}
         self._possible = True
         parts = [*decoder.modules()]
         self._hooks = [h for part in parts for h in (part._forward_pre_hooks, part._forward_hooks)]
@@ -89,6 +90,7 @@ class Captured:
     def clear(self) -> None:
         """Forgets every record: the weights have moved or changed their kernels."""
         self._steps.clear()
+        self._logits.clear()
 
     def run(self, batch: Batch) -> Tensor | None:
         """Logits (R, V) float32 of a batch of single rows, or None where it cannot be run this way.
@@ -159,6 +161,10 @@ class Captured:
         step.run = replay
         return logits_RV
 
+    def _kept(self, logits_RV: Tensor) -> Tensor:
+        """Where logits of so many rows are left by every record that has them, so that each need not hold its own."""
+        return self._logits.setdefault(len(logits_RV), torch.empty_like(logits_RV))
+
     def _record(self, step: Recorded) -> bool:
         """Turns what runs the step into a replay; False, said once, for a model whose steps cannot be recorded."""
         # With nothing but spare rows: no sequence's state moves.
@@ -170,11 +176,11 @@ class Captured:
         try:
             # Once by itself: what is made on first use must not be made inside of the record.
             with torch.cuda.stream(stream):
-                forward()
+                kept_RV = self._kept(forward())
             torch.cuda.current_stream(self.device).wait_stream(stream)
             gc.collect()
             with torch.cuda.graph(graph, pool=self._pool):
-                logits_RV = forward()
+                kept_RV.copy_(forward())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -184,7 +190,7 @@ class Captured:
 
         def replay() -> Tensor:
             graph.replay()
-            return logits_RV
+            return kept_RV
 
         step.run = replay
         return True

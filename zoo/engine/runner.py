@@ -11,6 +11,7 @@ from torch import Tensor
 from zoo.allocator import keep_freed_memory
 from zoo.components.cache.store import fresh_step
 from zoo.components.decoder.model import Decoder
+from zoo.components.fused import on
 from zoo.components.matrix import weight_bytes
 from zoo.components.step import Rows, Step
 from zoo.engine.adapters import Adapters
@@ -39,11 +40,16 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits (R, V) float32 of the batch's wanted rows; its tokens are in the cache afterwards."""
-        return self.compute(batch, self._media(batch))
+        with on(self.device):
+            return self.compute(batch, self._media(batch))
 
     @torch.inference_mode()
     def compute(self, batch: Batch, media: Rows | None) -> Tensor:
         """As `run`, with what encoders made of the batch's images and sounds."""
+        with on(self.device):
+            return self._compute(batch, media)
+
+    def _compute(self, batch: Batch, media: Rows | None) -> Tensor:
         if self.captured is not None and media is None and not any(map(self.adapters.resolve, batch.adapters)):
             replayed_RV = self.captured.run(batch)
             if replayed_RV is not None:
@@ -74,12 +80,13 @@ class Runner:
     def whole(self, tokens: Sequence[int], media: Rows | None, adapter: str | None, *, head: bool) -> Tensor:
         """The last hidden states of one whole sequence, or with `head` its logits."""
         step = replace(fresh_step(self.decoder.spec, [len(tokens)], self.device), media=media)
-        with self.adapters.applied([adapter], [len(tokens)], self.device):
+        with on(self.device), self.adapters.applied([adapter], [len(tokens)], self.device):
             hidden_TD = self.decoder.hidden(torch.tensor(tokens, device=self.device), step)
-        return self.decoder.logits(hidden_TD) if head else self.decoder.brought(hidden_TD)
+            return self.decoder.logits(hidden_TD) if head else self.decoder.brought(hidden_TD)
 
     def _rows(self, tokens: Sequence[int], media: Sequence[Placed]) -> Rows | None:
-        return rows_of_media(self.decoder, [(media, 0, len(tokens))], self.device) if media else None
+        with on(self.device):
+            return rows_of_media(self.decoder, [(media, 0, len(tokens))], self.device) if media else None
 
 
 def memory_is_full(error: BaseException) -> bool:
