@@ -115,7 +115,7 @@ def load(
     from zoo.device import choose
     from zoo.devices import running
     from zoo.drafts import draft_named
-    from zoo.loading.fill import filled, storing
+    from zoo.loading.fill import filled
 
     spread = _spread(plan, devices)
     placement = choose(device if spread is None else spread.device(device), dtype, found.card.source.dtype)
@@ -124,11 +124,9 @@ def load(
         spread = spread.cut(plan, _load(placement, quantize, context), str(placement.device))
         spread.refuse(plan, draft)
         prefix_cache = prefix_cache and spread.uniform(plan)
-    local = plan if spread is None else spread.part(plan).local
     follows = spread is not None and spread.rank > 0
     other = None if follows else draft_named(draft, plan)
-    storing(local, placement.device, quantize)
-    memory = _memory_plan(local, placement, context, quantize, other)
+    memory = _memory_plan(plan, spread, placement, context, quantize, other)
     paths = _checked_adapters(adapters, plan, placement)
     notes = [placement.note]
     source = _source(found, weights, progress, notes.append)
@@ -272,18 +270,28 @@ def _kind_name(quantize: str | None) -> str | None:
 
 
 def _memory_plan(
-    plan: Plan, placement: "Placement", context: int, quantize: str | None, other: Literal["lookup"] | Plan | None
+    plan: Plan,
+    spread: "Spread | None",
+    placement: "Placement",
+    context: int,
+    quantize: str | None,
+    other: Literal["lookup"] | Plan | None,
 ) -> MemoryPlan:
     """What one sequence of `context` tokens needs beside what the device has free. other: what guesses.
 
-    Raises CapacityError, before anything is read, for weights and a short sequence that do not fit.
+    Raises, before anything is read, CapacityError for weights and a short sequence that do not fit, and RequestError
+    for matrices that the device cannot store so.
     """
-    from zoo.device import memory_free
+    from zoo.devices.advice import elsewhere, free_for_each
+    from zoo.loading.fill import storing
 
-    here, work = placement.device, Work(plan, placement.dtype_name, quantize)
+    here, local = placement.device, plan if spread is None else spread.part(plan).local
+    storing(local, here, quantize)
+    work, free = Work(local, placement.dtype_name, quantize), free_for_each(spread, here)
     running = max(0, PROCESS_BYTES - resident_memory()) if here.type == "cpu" else 0
     guesser = Work(other, placement.dtype_name, quantize) if isinstance(other, Plan) else None
-    found = MemoryPlan(work, context, memory_free(here), 1, here.type, running, guesser)
+    more = elsewhere(plan, spread, here)
+    found = MemoryPlan(work, context, free, 1, here.type, running, guesser, more)
     if not replace(found, context=min(context, SHORT)).fits:
         raise found.refusal(str(here), min(context, SHORT))
     return found

@@ -1,6 +1,6 @@
 """What a model costs, from its card alone: parameters, bytes, cache, operations. Imports no torch, reads no weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from zoo.components.decoder.spec import DecoderSpec
 from zoo.costs.memory import MemoryPlan
 from zoo.costs.work import BYTES as BYTES
 from zoo.costs.work import Work
-from zoo.machine import free_memory, total_memory
+from zoo.machine import free_memory, gpus_free, total_memory
 from zoo.registry.card import Card
 from zoo.registry.errors import ZooError
 from zoo.registry.plan import phrase
@@ -94,7 +94,18 @@ class Inspection:
 
     def memory_plan(self, context: int) -> MemoryPlan:
         """What a sequence of `context` tokens needs, beside what this machine's main memory has free now."""
-        return MemoryPlan(Work(self.plan, self.dtype, self.quantize), context, free_memory())
+        work = Work(self.plan, self.dtype, self.quantize)
+        return MemoryPlan(work, context, free_memory(), elsewhere=self._on_gpus)
+
+    def _on_gpus(self, short: MemoryPlan) -> list[str]:
+        """What a run that has no room in main memory needs of this machine's GPUs."""
+        frees = gpus_free()
+        if not frees:
+            return []
+        from zoo.devices.advice import fewest
+
+        there = replace(short, device="cuda", process=0)
+        return fewest(there, plan=self.plan, frees=frees, counts=range(1, len(frees) + 1))
 
     def memory(self, context: int) -> int:
         """Bytes needed to run one sequence of `context` tokens: weights, cache and working space."""

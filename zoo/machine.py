@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 
@@ -40,6 +42,19 @@ def free_memory() -> int:
 def total_memory() -> int:
     """Bytes of main memory in the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpus_free() -> list[int]:
+    """Bytes free on each GPU, as NVIDIA's driver tells them; none where it is not installed or does not answer."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    asked = [command, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+        return [int(line) << 20 for line in told.splitlines()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
 
 
 def resident_memory() -> int:

@@ -95,7 +95,7 @@ def test_an_override_is_honoured(zoo_command: Command) -> None:
         (("--cache-dtype", "int4"), ["unknown cache_dtype", "'int4'", "int8"]),
         (("--quantize", "int3"), ["quantize", "'int3'", "int8, int4"]),
         (("--devices", "two"), ["not a number of devices", "'two'", "tp=2,pp=2"]),
-        (("--devices", "7"), ["among 7 ranks", "Numbers of devices that would do, as zoo shares out: 2"]),
+        (("--devices", "7"), ["among 7 ranks", "Devices that would do: 2 (tp=2), 3 (pp=3), 4 (tp=2,pp=2)"]),
         (("--adapter", "a.safetensors"), ["no such folder or file", "a.safetensors"]),
         (("--image", "a.png"), ["does not read images"]),
         (("--raw", "--system", "x"), ["--system", "--raw"]),

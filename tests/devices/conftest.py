@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.devices.likes import EVERYTHING, VISION, make_card
+from tests.devices.likes import AUDIO, EVERYTHING, VISION, make_card
 
 
 @pytest.fixture(scope="package")
 def everything() -> dict[str, Any]:
-    """A card with every mixer, mixtures and an encoder."""
-    return make_card("everything", EVERYTHING, vision=VISION)
+    """A card with every mixer, mixtures and both encoders."""
+    return make_card("everything", EVERYTHING, vision=VISION, audio=AUDIO)
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -43,6 +43,18 @@ VISION = {
     "norm": NORM,
     "projector": {"bias": True},
 }
+AUDIO = {
+    "kind": "whisper",
+    "token": 11,
+    "dim": 12,
+    "num_layers": 2,
+    "num_heads": 3,
+    "hidden_dim": 20,
+    "num_mel_bins": 5,
+    "positions": 4,
+    "stack": 4,
+    "norm": {"kind": "layer", "eps": 1e-5},
+}
 EVERYTHING: list[dict[str, Any]] = [
     {"mixer": ATTENTION, "ffn": GATED},
     {"mixer": MAMBA1, "ffn": MIXTURE},

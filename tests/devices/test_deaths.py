@@ -223,7 +223,7 @@ def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
         (
             "tp=3",
             r"mixer.num_kv_heads: .* among 3 ranks; found 2, which 3 does not divide. "
-            r"Numbers of devices that would do, as zoo shares out: 2",
+            r"Devices that would do: 2 \(tp=2\), 3 \(pp=3\), 4",
         ),
         ([], "not a number of devices"),
     ],

@@ -83,6 +83,27 @@ def test_images_are_those_of_one_process(alone: Model, spread: Model) -> None:
     assert answers[0] == answers[1]
 
 
+def test_sounds_are_those_of_one_process(alone: Model, spread: Model) -> None:
+    sound = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    tokens = [5, 11, 31, 32]
+    answers = [
+        [c.tokens for c in model.generate([tokens], audio=[sound], max_tokens=6, temperature=0.0, ignore_eos=True)]
+        for model in (spread, alone)
+    ]
+    assert answers[0] == answers[1]
+    found, expected = spread.logits(tokens, audio=[sound]), alone.logits(tokens, audio=[sound])
+    assert relative_error(found, expected) < TOLERANCE
+    assert relative_error(found, alone.logits(tokens, audio=[-sound])) > TOLERANCE
+
+
+def test_hidden_states_and_scored_texts_are_those_of_one_process(alone: Model, spread: Model) -> None:
+    assert relative_error(spread.engine.hidden(PROMPTS[0]), alone.engine.hidden(PROMPTS[0])) < TOLERANCE
+    assert spread.score(PROMPTS[2]) == pytest.approx(alone.score(PROMPTS[2]), abs=1e-3)
+    with pytest.raises(RequestError, match="67"):
+        spread.score([5, 67])
+    assert len(spread.generate([PROMPTS[1]], max_tokens=2)) == 1
+
+
 def test_scores_are_those_of_one_process(alone: Model, spread: Model) -> None:
     asked = {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": True}
     for found, expected in zip(generated(spread, **asked), generated(alone, **asked), strict=True):

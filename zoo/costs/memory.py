@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +24,8 @@ class MemoryPlan:
     """Bytes of a run on a device with `free` bytes: sequences of `context` tokens, `batch` at a time.
 
     process: Python and torch, where they are not running yet. working: of the largest step. guesser: the work of a
-    model beside it that guesses its tokens.
+    model beside it that guesses its tokens. elsewhere: names the devices over which a plan would fit; None where there
+    are no more than this one.
     """
 
     work: Work
@@ -33,6 +35,7 @@ class MemoryPlan:
     device: str = "cpu"
     process: int = PROCESS_BYTES
     guesser: Work | None = None
+    elsewhere: Callable[[MemoryPlan], list[str]] | None = field(default=None, compare=False)
 
     @cached_property
     def weights(self) -> int:
@@ -136,7 +139,7 @@ class MemoryPlan:
             # In what is quantised already there is nothing to win but by fewer bits.
             if self.work.quantize not in ("int4", kind):
                 found += one.changed(f"--quantize {kind}", quantize=kind)
-        return found
+        return found if self.elsewhere is None else [*found, *self.elsewhere(one)]
 
     def changed(self, name: str, **changes: Any) -> list[str]:
         """The option, if the run fits with it or a shorter one does; nothing if none does."""

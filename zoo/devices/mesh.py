@@ -52,6 +52,11 @@ class Mesh:
         first = self.stage(rank) * self.tp
         return [*range(first, first + self.tp)]
 
+    @property
+    def brief(self) -> str:
+        """As `devices` takes it, without what is 1."""
+        return ",".join(f"{name}={size}" for name in SIZES if (size := getattr(self, name)) > 1)
+
     def __str__(self) -> str:
         return f"tp={self.tp},pp={self.pp},ep={self.ep}"
 
@@ -169,12 +174,9 @@ def _fault(model: Spec, mesh: Mesh) -> IndivisibleError | None:
 
 def _refused(model: Spec, mesh: Mesh, fault: IndivisibleError) -> RequestError:
     ranks = mesh.size
-    would = [n for n in range(2, 2 * ranks + 1) if any(not _fault(model, other) for other in _layouts(n, n))]
-    hint = (
-        f"numbers of devices that would do, as zoo shares out: {', '.join(map(str, would))}"
-        if would
-        else "run it on one device"
-    )
+    found = [next((m for m in _layouts(n, n) if not _fault(model, m)), None) for n in range(2, 2 * ranks + 1)]
+    would = [f"{other.size} ({other.brief})" for other in found if other is not None]
+    hint = f"devices that would do: {', '.join(would)}" if would else "run it on one device"
     return RequestError(
         f"the model cannot be shared out among {ranks} ranks" + ("" if mesh.pp == 1 else f" as {mesh}"),
         where=fault.where,
