@@ -43,8 +43,12 @@ def choose(device: str, dtype: str, card_dtype: str) -> Placement:
 
 
 def memory_free(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device, before the operating system would have to swap."""
+    """Bytes that can still be allocated on the device, before the operating system would have to swap.
+
+    On a GPU what torch keeps of freed memory is given back first: another size may need it.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return free_memory()
 

@@ -76,7 +76,12 @@ class HeldPages:
                 start = 3 * batch + row * self._count
                 first = table[: self._count]
                 numbers[start : start + self._count] = first + [SPARE] * (self._count - len(first))
-        self.rows.numbers_N.copy_(self._numbers_N, non_blocking=True)
+        self.rows.numbers_N.copy_(to_send(self._numbers_N, self._pages.device), non_blocking=True)
+
+
+def to_send(numbers: Tensor, device: torch.device) -> Tensor:
+    """A copy on the host that a GPU reads when it comes to it, while the host goes on; elsewhere the numbers."""
+    return numbers.pin_memory() if device.type == "cuda" else numbers
 
 
 _NOTHING: list[int] = []

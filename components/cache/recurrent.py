@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.components import fused
+from zoo.components.cache.pages import to_send
 from zoo.components.cache.spec import RecurrentCacheSpec
 from zoo.components.native.recurrent import Places
 from zoo.components.step import Advance, InPlace, Movable
@@ -261,7 +262,8 @@ class HeldStates:
         """The step's next run is one row of each of these sequences, at most `batch`, after `past` cached tokens."""
         places = self._store.places(seqs, past)
         spare = len(self._places_B) - len(places)
-        self._places_B.copy_(torch.tensor(places + [0] * spare), non_blocking=True)
+        numbers = to_send(torch.tensor(places + [0] * spare), self._store.device)
+        self._places_B.copy_(numbers, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,12 @@ def test_advice_names_what_would_fit() -> None:
     assert plan("mistral-7b-v0.3", 4096, 1 << 30).advice() == []
 
 
+def test_advice_names_no_kind_that_the_device_refuses() -> None:
+    for device, kinds in (("cpu", True), ("cuda", True), ("mps", False)):
+        words = " ".join(plan("mistral-7b-v0.3", 4096, 10 << 30, device=device, process=0).advice())
+        assert ("--quantize int4" in words) == kinds, device
+
+
 def test_load_and_inspect_agree_and_say_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("zoo.device.free_memory", "zoo.inspection.free_memory"):
         monkeypatch.setattr(place, lambda: 12 << 30)

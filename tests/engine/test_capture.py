@@ -15,7 +15,11 @@ import pytest
 import torch
 
 import zoo
+from zoo.engine.ahead import Begun, Steps
 from zoo.engine.capture import Captured, Recorded, captures, row_bucket, token_bucket
+from zoo.engine.engine import Engine
+from zoo.engine.request import Request, SamplingParams
+from zoo.engine.runner import Runner
 from zoo.registry.errors import ZooError
 
 VOCABULARY, CONTEXT = 67, 600
@@ -163,7 +167,8 @@ def test_steps_run_with_the_models_device_as_the_current_one(monkeypatch: pytest
         yield
         entered.pop()
 
-    monkeypatch.setattr("zoo.engine.runner.on", on)
+    for module in ("runner", "ahead"):
+        monkeypatch.setattr(f"zoo.engine.{module}.on", on)
     monkeypatch.setenv("ZOO_CAPTURE", "on")
     with load("full", monkeypatch, "pages") as model:
         hidden = model.module.hidden
@@ -177,3 +182,70 @@ def test_steps_run_with_the_models_device_as_the_current_one(monkeypatch: pytest
         model.logits([1, 2])
     assert len(seen) >= 4
     assert all(seen)
+
+
+@pytest.mark.parametrize("kind", ["full", "latent"])
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_steps_begun_ahead_give_the_same_tokens(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of all lengths, some of which end by a token, in crowded batches: nearly every step was begun before the
+    tokens of the last one were known."""
+    begun: list[bool] = []
+    with load(kind, monkeypatch, "slab") as plain:
+        end = plain.generate([prompts()[3]], max_tokens=20, ignore_eos=True)[0].tokens[7]
+        ask: dict[str, Any] = {"stop_ids": (end,), "ignore_eos": True}
+        limits = [ask | {"max_tokens": length} for length in (1, 2, 3, 17, 30, 30)]
+        expected = [plain.generate([p], **limit)[0] for p, limit in zip(prompts(), limits, strict=True)]
+    assert {c.finish_reason for c in expected} == {"length", "stop"}
+    monkeypatch.undo()
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    following = Steps._next
+
+    def counted(self: Steps, runner: Runner, step: Begun) -> Begun | None:
+        found = following(self, runner, step)
+        begun.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Steps, "_next", counted)
+    with load(kind, monkeypatch, "pages", max_batch_size=batch) as model:
+        requests = [Request(p, SamplingParams(**limit)) for p, limit in zip(prompts(), limits, strict=True)]
+        found = model.engine.generate(requests)
+    assert [c.tokens for c in found] == [c.tokens for c in expected]
+    assert sum(begun) > len(begun) // 2
+
+
+@pytest.mark.parametrize("kind", ["window", "mamba2"])
+def test_models_that_would_not_forgive_do_not_go_ahead(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    with load(kind, monkeypatch, "pages") as model:
+        assert not model.engine._steps.ahead
+
+
+def test_what_was_begun_is_forgotten_with_the_weights_and_after_an_interruption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ask: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    with load("full", monkeypatch, "pages") as model:
+        expected = model.generate(prompts(), **ask)
+        engine = model.engine
+        ids = [engine.submit(Request(p, SamplingParams(max_tokens=12, ignore_eos=True))) for p in prompts()]
+        tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
+        apply = Engine._apply
+        for number in range(40):
+            if number == 4:
+                with engine.between_steps():
+                    pass
+                assert engine._steps._begun is None
+            if number == 6:
+                monkeypatch.setattr(Engine, "_apply", _interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.step()
+                monkeypatch.setattr(Engine, "_apply", apply)
+                assert engine._steps._begun is None
+            for chunk in engine.step():
+                tokens[chunk.request_id] += chunk.tokens
+    assert [*tokens.values()] == [c.tokens for c in expected]
+
+
+def _interrupted(self: Engine, *rest: Any) -> None:
+    raise KeyboardInterrupt

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import zoo
+from zoo.components.fused import KERNELS, wanted, works
 from zoo.testing import relative_error
 
 pytestmark = [
@@ -186,3 +187,70 @@ def test_kernels_agree(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_ATTENTION", kernel)
     with load("window", "cuda") as device:
         assert relative_error(device.logits(prompts()[-1]).cpu(), expected_TV) < TOLERANCE
+
+
+WIDE: dict[str, Any] = {"kind": "gated", "hidden_dim": 160}
+CODED: dict[str, list[dict[str, Any]]] = {
+    "dense": [{"repeat": 2, "mixer": ATTENTION, "ffn": WIDE}],
+    "mixture": [{"mixer": ATTENTION, "ffn": MOE | {"expert": WIDE}}],
+    "mamba2": [{"repeat": 2, "mixer": MAMBA2 | {"norm_eps": 1e-5}, "ffn": WIDE}],
+}
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("fused", ["auto", "off"])
+def test_quantised_weights_are_the_cpus(kind: str, quantize: str, fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that are longer and shorter than the kernels' rows; the CPU's by the formula, without rounding rows.
+
+    In four bits two scales of a group may leave the same error up to rounding, so that devices choose differently.
+    """
+    monkeypatch.setenv("ZOO_FUSED", fused)
+    wanted.cache_clear()
+    monkeypatch.setattr("zoo.components.quantised.is_native", lambda: False)
+    monkeypatch.setitem(LAYERS, kind, CODED[kind])
+    for tokens in (prompts()[-1], prompts()[-2], prompts()[1]):
+        with load(kind, "cpu", quantize=quantize) as host, load(kind, "cuda", quantize=quantize) as device:
+            found_TV, expected_TV = device.logits(tokens).cpu(), host.logits(tokens)
+        assert relative_error(found_TV, expected_TV) < (TOLERANCE if quantize == "int8" else 1e-2)
+    wanted.cache_clear()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("kind", CODED)
+def test_steps_with_quantised_weights_are_replayed(kind: str, quantize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYERS, kind, CODED[kind])
+    with load(kind, "cuda", quantize=quantize) as device:
+        together = device.generate(prompts(), **ASK)
+        captured = device.engine._runner.captured  # type: ignore[union-attr]
+        assert captured is not None
+        assert captured._steps, "decode steps must have been replayed"
+    monkeypatch.setenv("ZOO_CAPTURE", "off")
+    with load(kind, "cuda", quantize=quantize) as device:
+        assert [c.tokens for c in device.generate(prompts(), **ASK)] == [c.tokens for c in together]
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["dense", "window", "softcap", "sinks", "latent"])
+def test_caches_of_codes_are_the_cpus(kind: str, cache_dtype: str) -> None:
+    """Log-probabilities of what is decoded. A number near a border may get another code, and a token that nearly ties
+    another place: so of the first tokens."""
+    ask = ASK | {"max_tokens": 4}
+    with load(kind, "cpu", cache_dtype=cache_dtype) as host, load(kind, "cuda", cache_dtype=cache_dtype) as device:
+        expected, found = host.generate(prompts(), **ask), device.generate(prompts(), **ask)
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens[0] == other.tokens[0]
+        if one.tokens == other.tokens:
+            assert one.logprobs == pytest.approx(other.logprobs, abs=0.05)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_passes_its_check(kernel: str) -> None:
+    assert works(torch.device("cuda"), kernel)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu_than_the_first() -> None:
+    with load("hybrid", "cuda:0") as first, load("hybrid", "cuda:1") as second:
+        expected, found = (model.generate(prompts(), **ASK) for model in (first, second))
+    assert [c.tokens for c in found] == [c.tokens for c in expected]

@@ -135,7 +135,7 @@ class MemoryPlan:
             found.append(f"--max-context {length}")
         if BYTES[self.work.dtype] > BYTES["bfloat16"]:
             found += one.changed("--dtype bfloat16", dtype="bfloat16")
-        for kind in KINDS:
+        for kind in KINDS if self.device in ("cpu", "cuda") else ():
             # In what is quantised already there is nothing to win but by fewer bits.
             if self.work.quantize not in ("int4", kind):
                 found += one.changed(f"--quantize {kind}", quantize=kind)

@@ -21,6 +21,7 @@ from zoo.components.decoder.spec import DecoderSpec
 from zoo.costs.work import chunk_tokens as usual_chunk
 from zoo.engine.adapters import Adapters
 from zoo.engine.admission import Admission, Sizes
+from zoo.engine.ahead import Steps, goes_ahead
 from zoo.engine.capture import Captured, captures
 from zoo.engine.draft_model import DraftModel
 from zoo.engine.drafting import Drafting, Source
@@ -28,8 +29,7 @@ from zoo.engine.leading import Leading, Others
 from zoo.engine.lookup import Lookup
 from zoo.engine.media import Placed, place
 from zoo.engine.memory import Memory, shares
-from zoo.engine.outcome import Outcome, read
-from zoo.engine.pack import pack
+from zoo.engine.outcome import Outcome
 from zoo.engine.prefixes import Prefixes
 from zoo.engine.request import Chunk, Completion, Media, Request, token_ids
 from zoo.engine.runner import Runner, memory_is_full
@@ -120,6 +120,8 @@ class Engine:
         self._others = others
         plain = runner(decoder, self._memory, others is not None or follows)
         self._runner: Runner | None = plain if others is None else Leading(others, plain)
+        alone = others is None and drafting is None
+        self._steps = Steps(prefixes, ahead=alone and goes_ahead(plain, self._memory))
         self._lock = threading.Lock()
         self._numbers = count()
         self._live: dict[str, Running] = {}
@@ -215,6 +217,7 @@ class Engine:
         """A block in which no step runs: the adapters, and what each unfinished request chose of them."""
         with self._locked():
             runner = self._open()
+            self._steps.clear()
             yield runner.adapters, [seq.params.adapter for seq in self._live.values()]
             self._scheduler.prefixes.retain(runner.adapters.keys)
             if runner.captured is not None:
@@ -223,6 +226,7 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forgets what is kept for later requests. For callers who change weights by hand, or who measure."""
         with self._locked():
+            self._steps.clear()
             self._scheduler.prefixes.clear()
 
     @property
@@ -350,13 +354,13 @@ class Engine:
             if not work:
                 return
             self._start(work)
-            batch = pack(work, runner.device)
-            outcomes = read(batch, runner.run(batch))
+            outcomes = self._steps.run(runner, work)
             self._scheduler.ran(work)
             for item, outcome in zip(work, outcomes, strict=True):
                 self._apply(item, outcome)
         except BaseException as error:
             # Interrupted anywhere, also by Ctrl-C: what the step writes may be half written, tokens are not.
+            self._steps.clear()
             self._scheduler.restart(self._live.values(), forget=memory_is_full(error))
             if memory_is_full(error):
                 raise _no_memory(runner.device, error) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from zoo.components.cache.pages import to_send
 from zoo.engine.media import Placed
 from zoo.engine.scheduler import Work
 
@@ -51,7 +52,7 @@ def pack(work: Sequence[Work], device: torch.device) -> Batch:
         packing.add(item, want, start, stop)
     total = len(packing.tokens)
     numbers = packing.tokens + packing.positions + packing.picks
-    packed = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+    packed = to_send(torch.tensor(numbers, dtype=torch.int64), device).to(device, non_blocking=True)
     return Batch(
         tokens_T=packed[:total],
         positions_T=packed[total : 2 * total],
