@@ -20,7 +20,7 @@
 #define INLINE VNNI static inline __attribute__((always_inline))
 #define EACH _Pragma("GCC unroll 16") for
 
-enum { GROUP = 32, LANES = 16, SPAN = 4, MOST = 6, AHEAD = 1024 };
+enum { GROUP = 32, LANES = 16, SPAN = 4, MOST = 6, AHEAD = 1024, TILES = 16 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 /* codes: (blocks, groups, bits, 64). scales: float32 (blocks, 16) of eight bits, bfloat16 (blocks, groups, 16) of four. */
@@ -66,20 +66,21 @@ INLINE __m512 loaded(const void *from, int type, long at, __mmask16 mask) {
     return widened(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at));
 }
 
-/* Groups `first` to `last` of one row. A group with what is not a finite number gets a scale that is none. */
-VNNI static void quantise_row(const void *x, int type, long inputs, long first, long last, int offset, int8_t *codes,
-                              float *scales, int32_t *starts) {
+/* Groups `first` to `last` of one row, whose codes are `step` apart and scales `next`. A group with what is not a finite
+ * number gets a scale that is none. */
+VNNI static void quantise_row(const void *x, int type, long inputs, long first, long last, int offset, int8_t *codes, long step,
+                              float *scales, int32_t *starts, long next) {
     for (long g = first; g < last; g++) {
         __m512 a = loaded(x, type, g * GROUP, lanes(inputs - g * GROUP));
         __m512 b = loaded(x, type, g * GROUP + 16, lanes(inputs - g * GROUP - 16));
         float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
         __m512 by = _mm512_set1_ps(127.0f / (most > 1e-30f ? most : 1e-30f));
         __m512i p = _mm512_cvtps_epi32(_mm512_mul_ps(a, by)), q = _mm512_cvtps_epi32(_mm512_mul_ps(b, by));
-        _mm_storeu_si128((__m128i *)(codes + g * GROUP), _mm512_cvtepi32_epi8(p));
-        _mm_storeu_si128((__m128i *)(codes + g * GROUP + 16), _mm512_cvtepi32_epi8(q));
+        _mm_storeu_si128((__m128i *)(codes + g * step), _mm512_cvtepi32_epi8(p));
+        _mm_storeu_si128((__m128i *)(codes + g * step + 16), _mm512_cvtepi32_epi8(q));
         int none = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
-        scales[g] = none ? __builtin_nanf("") : most / 127.0f;
-        starts[g] = -offset * _mm512_reduce_add_epi32(_mm512_add_epi32(p, q));
+        scales[g * next] = none ? __builtin_nanf("") : most / 127.0f;
+        starts[g * next] = -offset * _mm512_reduce_add_epi32(_mm512_add_epi32(p, q));
     }
 }
 
@@ -189,24 +190,67 @@ static void span(const matrix *w, long block, long count, long rows, rows8 x, co
     }
 }
 
-/* y (rows, outputs) = x w^T + bias, all three of `type`; rows of x are x_next apart. scratch: rows * groups * 40 bytes. */
-void zoo_quantised_product(int bits, long rows, long inputs, long outputs, const void *x, long x_next, void *codes,
+/* tiles.c */
+void zoo_tiles_begin(int rows, int bytes);
+void zoo_tiles_end(void);
+void zoo_tiles_of_codes(int bits, long groups, long blocks, const uint8_t *codes, const void *scales, long tiles, long each,
+                        const int8_t *x, const float *by, float *y, long y_next);
+
+/* Of rows in tiles of sixteen: how many there are, and how many rows each has. 0 where rows lie one after the other. */
+typedef struct {
+    long count, each;
+} tiling;
+
+/* All rows with a few blocks by tiles. */
+static void tiled_span(const matrix *w, long block, long count, long rows, rows8 x, tiling of, const void *bias, void *y, int type) {
+    static _Thread_local float out[TILES * 16 * SPAN * LANES];
+    long output = block * LANES, width = count * LANES, step = w->groups * LANES;
+    if (width > w->outputs - output) width = w->outputs - output;
+    const uint8_t *codes = w->codes + block * w->groups * w->bits * 64;
+    const char *scales = (const char *)w->scales + (w->bits == 4 ? block * w->groups * LANES * 2 : block * LANES * 4);
+    for (long t = 0; t < of.count; t += TILES) {
+        long here = of.count - t < TILES ? of.count - t : TILES, row = t * of.each;
+        zoo_tiles_of_codes(w->bits, w->groups, count, codes, scales, here, of.each, x.codes + t * step * GROUP, x.scales + t * step, out,
+                           SPAN * LANES);
+        for (long r = row; r < rows && r < row + here * of.each; r++)
+            finish(out + (r - row) * SPAN * LANES, bias, y, type, r * w->outputs + output, output, width);
+    }
+}
+
+/* Some groups of some rows in eight bits, of all that there are from `first` to `end`. */
+static void quantise_rows(const void *x, int type, long x_next, const matrix *w, long first, long end, rows8 own, tiling of) {
+    long size = type == FLOAT32 ? 4 : 2, groups = w->groups;
+    for (long i = first, next; i < end; i = next) {
+        long row = i / groups, g = i % groups, last = groups < end - row * groups ? groups : end - row * groups;
+        long tile = of.count ? row / of.each * groups * 16 + row % of.each : row * groups;
+        quantise_row((const char *)x + row * x_next * size, type, w->inputs, g, last, 1 << (w->bits - 1), own.codes + tile * GROUP,
+                     of.count ? 16 * GROUP : GROUP, own.scales + tile, own.starts + tile, of.count ? 16 : 1);
+        next = row * groups + last;
+    }
+}
+
+/* y (rows, outputs) = x w^T + bias, all three of `type`; rows of x are x_next apart. tiled: by tiles, which give the same.
+ * scratch: rows * groups * 40 bytes, for tiles of rows filled up to sixteens. */
+void zoo_quantised_product(int tiled, int bits, long rows, long inputs, long outputs, const void *x, long x_next, void *codes,
                            void *scales, const void *bias, void *y, int type, void *scratch, int threads) {
     matrix w = matrix_of(bits, outputs, inputs, codes, scales);
-    long spans = (w.blocks + SPAN - 1) / SPAN, total = rows * w.groups, size = type == FLOAT32 ? 4 : 2;
-    rows8 own = {scratch, (float *)((char *)scratch + total * GROUP), (int32_t *)scratch + total * (GROUP / 4 + 1)};
+    tiling of = {tiled ? (rows + 15) / 16 : 0, tiled && rows ? (rows + (rows + 15) / 16 - 1) / ((rows + 15) / 16) : 0};
+    long spans = (w.blocks + SPAN - 1) / SPAN, total = rows * w.groups, room = tiled ? of.count * 16 * w.groups : total;
+    rows8 own = {scratch, (float *)((char *)scratch + room * GROUP), (int32_t *)scratch + room * (GROUP / 4 + 1)};
 #pragma omp parallel num_threads(threads)
     {
         long all = omp_get_num_threads(), me = omp_get_thread_num();
-        for (long i = total * me / all, end = total * (me + 1) / all, next; i < end; i = next) {
-            long row = i / w.groups, g = i % w.groups, last = w.groups < end - row * w.groups ? w.groups : end - row * w.groups;
-            quantise_row((const char *)x + row * x_next * size, type, inputs, g, last, 1 << (bits - 1),
-                         own.codes + row * w.groups * GROUP, own.scales + row * w.groups, own.starts + row * w.groups);
-            next = row * w.groups + last;
-        }
+        quantise_rows(x, type, x_next, &w, total * me / all, total * (me + 1) / all, own, of);
 #pragma omp barrier
-        for (long s = spans * me / all; s < spans * (me + 1) / all; s++)
-            span(&w, s * SPAN, w.blocks - s * SPAN < SPAN ? w.blocks - s * SPAN : SPAN, rows, own, bias, y, type);
+        if (tiled) zoo_tiles_begin((int)of.each, GROUP);
+        for (long s = spans * me / all; s < spans * (me + 1) / all; s++) {
+            long count = w.blocks - s * SPAN < SPAN ? w.blocks - s * SPAN : SPAN;
+            if (tiled)
+                tiled_span(&w, s * SPAN, count, rows, own, of, bias, y, type);
+            else
+                span(&w, s * SPAN, count, rows, own, bias, y, type);
+        }
+        if (tiled) zoo_tiles_end();
     }
 }
 

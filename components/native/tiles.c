@@ -49,10 +49,6 @@ int zoo_tiles(void) {
     return (d >> 22 & 1 ? BFLOAT16 : 0) | (d >> 25 & 1 ? INT8 : 0);
 }
 
-#elif !defined(HAS_TILES)
-
-int zoo_tiles(void) { return 0; }
-
 #endif
 
 /* Numbers below the normal ones are zero until `restored`, as tile operations have it. */
@@ -163,8 +159,9 @@ void zoo_panels_by_multiply_adds(long rows, long inputs, long outputs, const bf1
 
 #if defined(HAS_TILES)
 
-/* Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 a panel's lines; `bytes` are those of a row of x in a tile. */
-TILES static void configured(int rows, int bytes) {
+/* Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 lines of w; `bytes` are those of a row of x in a tile. A thread that
+ * calls this calls zoo_tiles_end. */
+TILES void zoo_tiles_begin(int rows, int bytes) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
@@ -177,6 +174,8 @@ TILES static void configured(int rows, int bytes) {
     __asm__ volatile("" : : "r"(&layout) : "memory");
     _tile_loadconfig(&layout);
 }
+
+TILES void zoo_tiles_end(void) { _tile_release(); }
 
 /* What comes next from memory, fetched a few lines at each step. */
 typedef struct {
@@ -297,7 +296,7 @@ TILES void zoo_panels_by_tiles(long rows, long inputs, long outputs, const bf16 
 #pragma omp for schedule(static)
         for (long piece = 0; piece < tiles * own.steps; piece++)
             pack(own, rows, inputs, x, x_next, piece / own.steps, piece % own.steps);
-        configured((int)own.each, 64);
+        zoo_tiles_begin((int)own.each, 64);
         for (long p = first_of(panels, me, all); p < last; p += MANY_PANELS) {
             long end = (p + MANY_PANELS < last ? p + MANY_PANELS : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
             for (long t = 0; t < tiles; t += most) {
@@ -307,9 +306,125 @@ TILES void zoo_panels_by_tiles(long rows, long inputs, long outputs, const bf16 
                            bias ? bias + p * 16 : NULL, y + r * y_next + p * 16, y_next);
             }
         }
-        _tile_release();
+        zoo_tiles_end();
         restored(old);
     }
+}
+
+/* Matrices in eight and four bits (quantised.c). A group's 32 inputs are half of what a tile can take, as groups' sums have
+ * scales of their own. */
+
+enum { GROUPS = 64, BLOCKS = 4, GROUP = 512 };
+
+/* The codes of `count` groups of a block as signed numbers of eight bits, eight lines each. */
+AVX512 static void signed_codes(int bits, long count, const uint8_t *codes, int8_t *to) {
+    const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), half = _mm512_set1_epi8(-128);
+    for (long g = 0; g < count; g++, to += GROUP)
+        for (int j = 0; j < bits; j++, codes += 64) {
+            __m512i v = _mm512_loadu_si512(codes);
+            if (bits == 8) {
+                _mm512_storeu_si512(to + 64 * j, _mm512_xor_si512(v, half));
+            } else {
+                __m512i above = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+                _mm512_storeu_si512(to + 64 * j, _mm512_sub_epi8(_mm512_and_si512(v, low), eight));
+                _mm512_storeu_si512(to + 64 * (j + 4), _mm512_sub_epi8(above, eight));
+            }
+        }
+}
+
+/* The whole sums of up to four groups, (4, 16, 16). */
+TILES INLINE void four_groups(long count, const int8_t *x, const int8_t *codes, int32_t *to) {
+    _tile_zero(0);
+    _tile_loadd(4, x, 32);
+    _tile_loadd(6, codes, 64);
+    _tile_dpbssd(0, 4, 6);
+    if (count > 1) {
+        _tile_zero(1);
+        _tile_loadd(5, x + GROUP, 32);
+        _tile_loadd(7, codes + GROUP, 64);
+        _tile_dpbssd(1, 5, 7);
+    }
+    if (count > 2) {
+        _tile_zero(2);
+        _tile_loadd(4, x + 2 * GROUP, 32);
+        _tile_loadd(6, codes + 2 * GROUP, 64);
+        _tile_dpbssd(2, 4, 6);
+    }
+    if (count > 3) {
+        _tile_zero(3);
+        _tile_loadd(5, x + 3 * GROUP, 32);
+        _tile_loadd(7, codes + 3 * GROUP, 64);
+        _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, to, 64);
+    if (count > 1) _tile_stored(1, to + 256, 64);
+    if (count > 2) _tile_stored(2, to + 512, 64);
+    if (count > 3) _tile_stored(3, to + 768, 64);
+}
+
+/* Adds the sums of up to four groups, times the rows' scales and the outputs', to the totals of sixteen rows. */
+AVX512 INLINE void scaled(int bits, long count, const int32_t *found, const float *by, const bf16 *scales, __m512 *total) {
+    for (long g = 0; g < count; g++) {
+        __m512 own = bits == 4 ? load16(scales + g * 16, 0xffff) : _mm512_setzero_ps();
+        UNROLLED(int r = 0; r < 16; r++) {
+            __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(found + g * 256 + r * 16));
+            total[r] = _mm512_fmadd_ps(bits == 4 ? _mm512_mul_ps(sum, own) : sum, _mm512_set1_ps(by[g * 16 + r]), total[r]);
+        }
+    }
+}
+
+/* `count` groups of sixteen outputs with a tile of rows, of which `each` are there. While four groups are multiplied, those
+ * before them are scaled. */
+TILES INLINE void tile_of_groups(const int bits, long count, const int8_t *x, const float *by, const int8_t *codes,
+                                 const bf16 *scales, float *y, long y_next, long each, int first) {
+    static _Thread_local int32_t found[2][4 * 256] __attribute__((aligned(64)));
+    __m512 total[16];
+    UNROLLED(int r = 0; r < 16; r++) total[r] = first || r >= each ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * y_next);
+    for (long g = 0; g < count + 4; g += 4) {
+        if (g < count) four_groups(count - g, x + g * GROUP, codes + g * GROUP, found[g / 4 % 2]);
+        if (g) scaled(bits, g <= count ? 4 : count - g + 4, found[(g / 4 + 1) % 2], by + (g - 4) * 16, scales + (g - 4) * 16, total);
+    }
+    UNROLLED(int r = 0; r < 16; r++)
+        if (r < each) _mm512_storeu_ps(y + r * y_next, total[r]);
+}
+
+/* Some blocks of sixteen outputs, up to BLOCKS, with tiles of rows in eight bits: x (tiles, groups, 16, 32), by (tiles,
+ * groups, 16). Of a tile `each` rows are there, whose outputs are y_next apart. */
+TILES void zoo_tiles_of_codes(int bits, long groups, long blocks, const uint8_t *codes, const void *scales, long tiles, long each,
+                              const int8_t *x, const float *by, float *y, long y_next) {
+    static _Thread_local int8_t own[BLOCKS * GROUPS * GROUP] __attribute__((aligned(64)));
+    for (long g = 0, here; g < groups; g += here) {
+        here = groups - g < GROUPS ? groups - g : GROUPS;
+        for (long b = 0; b < blocks; b++) signed_codes(bits, here, codes + (b * groups + g) * bits * 64, own + b * GROUPS * GROUP);
+        __asm__ volatile("" : : "r"(own) : "memory");
+        for (long t = 0; t < tiles; t++)
+            for (long b = 0; b < blocks; b++) {
+                const int8_t *rows = x + (t * groups + g) * GROUP, *lines = own + b * GROUPS * GROUP;
+                const float *times = by + (t * groups + g) * 16;
+                float *to = y + t * each * y_next + b * 16;
+                if (bits == 4)
+                    tile_of_groups(4, here, rows, times, lines, (const bf16 *)scales + (b * groups + g) * 16, to, y_next, each, g == 0);
+                else
+                    tile_of_groups(8, here, rows, times, lines, NULL, to, y_next, each, g == 0);
+            }
+    }
+    if (bits == 8)
+        for (long b = 0; b < blocks; b++) {
+            __m512 scale = _mm512_loadu_ps((const float *)scales + b * 16);
+            for (long r = 0; r < tiles * each; r++)
+                _mm512_storeu_ps(y + r * y_next + b * 16, _mm512_mul_ps(_mm512_loadu_ps(y + r * y_next + b * 16), scale));
+        }
+}
+
+#else
+
+/* The compiler knows no tiles: nobody calls these. */
+int zoo_tiles(void) { return 0; }
+void zoo_tiles_begin(int rows, int bytes) { (void)rows, (void)bytes; }
+void zoo_tiles_end(void) {}
+void zoo_tiles_of_codes(int bits, long groups, long blocks, const uint8_t *codes, const void *scales, long tiles, long each,
+                        const int8_t *x, const float *by, float *y, long y_next) {
+    (void)bits, (void)groups, (void)blocks, (void)codes, (void)scales, (void)tiles, (void)each, (void)x, (void)by, (void)y, (void)y_next;
 }
 
 #endif

@@ -100,7 +100,7 @@ static void tile_dpbf16ps(int c, int a, int b) {
     _mm_setcsr(old);
 }
 
-__attribute__((unused)) static void tile_dpbssd(int c, int a, int b) {
+static void tile_dpbssd(int c, int a, int b) {
     tile_fits(c, a, b);
     for (int m = 0; m < tile_state.rows[c]; m++)
         for (int n = 0; n < tile_state.bytes[c] / 4; n++) {

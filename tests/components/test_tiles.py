@@ -17,13 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoo.cli import system
 from zoo.components import native
-from zoo.components.native import check
+from zoo.components.kinds import INT4, KINDS, Kind
+from zoo.components.native import check, measure, quantised
 from zoo.components.native.panels import Panels
+from zoo.components.quantised import Quantised
 from zoo.registry.errors import ZooError
 
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+needs_eight_bits = pytest.mark.skipif(not quantised.there(), reason="a processor without AVX-512 VNNI")
 pytestmark = [needs_kernels, needs_compiler]
 
 SOURCES = Path(native.__file__).parent
@@ -128,7 +132,7 @@ def test_a_row_is_the_same_by_tiles_and_by_multiply_adds(
 
 
 def test_threads_share_panels(tiles: native.Kernels, multiply_adds: native.Kernels) -> None:
-    x, weight, bias = operands(300, 640, 528)
+    x, weight, bias = operands(40, 640, 528)
     words, threads = Panels.of(weight).words, torch.get_num_threads()
     found = []
     try:
@@ -192,3 +196,72 @@ def test_levels_are_chosen(multiply_adds: native.Kernels, monkeypatch: pytest.Mo
         monkeypatch.undo()
         native.missing.cache_clear()
         assert native.missing() is None
+
+
+@pytest.fixture
+def coded(tiles: native.Kernels, monkeypatch: pytest.MonkeyPatch) -> native.Kernels:
+    """Products of quantised weights are those of the emulation."""
+    monkeypatch.setattr(native, "library", lambda: tiles)
+    library = quantised._library.__wrapped__()
+    monkeypatch.setattr(quantised, "_library", lambda: library)
+    monkeypatch.setattr(quantised, "by_tiles", lambda: True)
+    return tiles
+
+
+@needs_eight_bits
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 7), (40, 33), (96, 48), (300, 130), (2100, 80)])
+def test_codes_give_the_same_by_tiles(kind: Kind, inputs: int, outputs: int, coded: native.Kernels) -> None:
+    made = Quantised.of(kind, torch.randn(outputs, inputs))
+    for rows in (*range(9, 71), 300) if inputs < 50 else (9, 16, 33, 64, 270):
+        x, _, bias = operands(rows, inputs, outputs)
+        x[rows // 2, inputs // 2] = torch.nan
+        for dtype in (torch.bfloat16, torch.float32):
+            given = (kind, made.codes, made.scales, made.shape, x.to(dtype), bias.to(dtype))
+            plain, tiled = (quantised._product(*given, tiled) for tiled in (False, True))
+            assert plain[-1].isfinite().all() and plain[rows // 2].isnan().all()
+            assert torch.equal(tiled.nan_to_num(), plain.nan_to_num()), rows
+
+
+@needs_eight_bits
+def test_many_rows_of_codes_use_tiles(coded: native.Kernels) -> None:
+    made, used = Quantised.of(INT4, torch.randn(20, 40)), []
+    for rows in (0, 1, 8, 9):
+        before = coded.handle.zoo_emulated(PRODUCTS)
+        quantised.product(made.kind, made.codes, made.scales, made.shape, torch.randn(rows, 40), None)
+        used.append(coded.handle.zoo_emulated(PRODUCTS) > before)
+    assert used == [False, False, False, True]
+
+
+@needs_eight_bits
+def test_tiles_of_codes_are_checked_where_they_are_first_used(
+    tiles: native.Kernels, coded: native.Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "library", lambda: tiles)
+    library, real = quantised._library.__wrapped__(), quantised._product
+    monkeypatch.setattr(quantised, "_library", lambda: library)
+    assert quantised.by_tiles.__wrapped__()
+    monkeypatch.setattr(quantised, "_product", lambda *given: real(*given) * (1 + 1e-6 * given[-1]))
+    with caplog.at_level(logging.WARNING):
+        assert not quantised.by_tiles.__wrapped__()
+    assert "int8 weights by tiles are wrong on this processor and are left out" in caplog.text
+    tiles.level = native.MULTIPLY_ADD
+    assert not quantised.by_tiles.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("level", "single", "way"),
+    [
+        (native.MULTIPLY_ADD, 4, "by multiply-adds of AVX-512: one"),
+        (native.TILES, 4, "by AMX tiles, up to 4 rows by multiply-adds: one"),
+        (native.TILES, 0, "by AMX tiles: one"),
+    ],
+)
+def test_doctor_names_the_way(
+    level: int, single: int, way: str, multiply_adds: native.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiply_adds.level, multiply_adds.single = level, single
+    monkeypatch.setattr(native, "library", lambda: multiply_adds)
+    monkeypatch.setattr(measure, "product_rates", lambda: {"native": 5e9, "torch": 4e9})
+    assert system._native().startswith(way)

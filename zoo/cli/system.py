@@ -70,7 +70,7 @@ def _torch() -> list[list[str]]:
     ]
 
 
-_WAYS = {1: "multiply-adds of AVX-512", 2: "AVX512-BF16", 3: "AMX tiles, and multiply-adds of AVX-512 for few rows"}
+_WAYS = {1: "multiply-adds of AVX-512", 2: "AVX512-BF16", 3: "AMX tiles"}
 
 
 def _native() -> str:
@@ -81,17 +81,19 @@ def _native() -> str:
     rates = {name: f"{rate / 1e9:.0f}" for name, rate in product_rates().items()}
     reason = native.missing()
     if reason is None:
-        way = f"by {_WAYS[native.library().level]}"
+        few = native.library().single if native.library().level == native.TILES else 0
+        way = f"by {_WAYS[native.library().level]}" + (f", up to {few} rows by multiply-adds" if few else "")
         return f"{way}: one token reads weights at {rates['native']} GB/s, by torch's kernels at {rates['torch']}"
     limit = f"{plain_read_rate() / 1e9:.0f}"
     return f"{reason}: one token reads weights at {rates['torch']} GB/s, where memory gives {limit} or more"
 
 
 def _quantised() -> str:
+    from zoo.components.native.quantised import by_tiles
     from zoo.components.quantised import is_native
 
     if is_native():
-        return "products in eight bits by AVX-512 VNNI"
+        return "products in eight bits by AVX-512 VNNI" + (", of prompts by AMX tiles" if by_tiles() else "")
     return "no native kernels, or no AVX-512 VNNI: quantised weights save memory, but are slower than bfloat16"
 
 
