@@ -15,7 +15,9 @@ from zoo.components.adapter import LowRank
 from zoo.components.cache import slab
 from zoo.components.decoder.model import Decoder
 from zoo.components.linear import Linear
+from zoo.engine.drafting import MOST, Pace
 from zoo.engine.engine import Engine
+from zoo.engine.ledger import Ledger
 from zoo.engine.request import Completion, Request, SamplingParams
 from zoo.loading.adapters.read import Adapter
 from zoo.registry.card import Card
@@ -129,14 +131,22 @@ def crowd(engine: Engine, coming: list[Guest]) -> dict[str, Completion]:
 
 
 @pytest.mark.parametrize("name", [*LAYERS, "windowed and full in int8"])
-@pytest.mark.parametrize(("storage", "capture"), [("slab", "off"), ("pages", "off"), ("pages", "on")])
+@pytest.mark.parametrize(
+    ("storage", "capture", "draft"), [("slab", "off", None), ("pages", "off", "lookup"), ("pages", "on", None)]
+)
 def test_everyone_gets_what_they_get_alone(
-    name: str, storage: Literal["slab", "pages"], capture: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    storage: Literal["slab", "pages"],
+    capture: str,
+    draft: Literal["lookup"] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ZOO_CAPTURE", capture)
+    monkeypatch.setattr(Pace, "ask", lambda self, ledger: MOST)
+    monkeypatch.setattr(Ledger, "knows", lambda self, rows: True)
     # Slabs grow as often as with a context sixteen times as long.
     monkeypatch.setattr(slab, "STEP", 16)
-    engine = make_engine(name, contexts=3, storage=storage, chunk_tokens=24, max_batch_size=9)
+    engine = make_engine(name, contexts=3, storage=storage, chunk_tokens=24, max_batch_size=9, draft=draft)
     ended, reasons = crowd(engine, guests(1)), []
     assert len(ended) == COUNT
     for number, expected in enumerate(alone(name, 1)):
@@ -152,3 +162,4 @@ def test_everyone_gets_what_they_get_alone(
     assert (engine._scheduler.preemptions > 10) == (storage == "slab" or name.startswith("windowed"))
     assert min(reasons.count("stop"), reasons.count("cancelled")) >= 10
     assert engine.memory["cache_used"] == 0
+    assert (sum(done.usage.accepted_tokens for done in ended.values()) > 20) == (draft is not None)
