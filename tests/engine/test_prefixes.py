@@ -412,6 +412,9 @@ def test_nobody_notices(name: str, storage: Layout, contexts: float | None, chun
 def test_an_interrupted_step_loses_what_it_touched(name: str, storage: Layout, steps: int) -> None:
     """Ctrl-C after the last layer wrote: nothing that was half written is used, what stood before it is."""
     engine = make(name, storage=storage, chunk_tokens=16)
+    engine._steps.ahead = (
+        False  # each step is one run, which can be interrupted; tests/engine/test_capture.py has those
+    )
     [before] = engine.generate([ask(ids(30))])
     requests = [ask([*ids(30), *before.tokens, *ids(20, 1)]), ask(ids(25, 2)), ask([*ids(30), *ids(7, 3)])]
     order = [engine.submit(request) for request in requests]
