@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zoo.components.kinds import kind_named
 from zoo.costs.memory import PROCESS_BYTES, MemoryPlan
 from zoo.costs.work import Work
+from zoo.devices import reported
 from zoo.inspection import BYTES, Inspection
 from zoo.locating import Located, Ref, locate
 from zoo.machine import resident_memory
@@ -21,7 +22,6 @@ from zoo.registry.resolve import Plan, resolve
 if TYPE_CHECKING:
     from zoo.components.decoder.model import Decoder
     from zoo.device import Placement
-    from zoo.devices.cut import Load
     from zoo.devices.mesh import Wanted
     from zoo.devices.run import Run, Spread
     from zoo.loading.files import WeightSet
@@ -69,6 +69,7 @@ def inspect(
     )
 
 
+@reported
 def load(
     ref: Ref,
     *,
@@ -121,9 +122,8 @@ def load(
     placement = choose(device if spread is None else spread.device(device), dtype, found.card.source.dtype)
     context = _context(found.card, max_context)
     if spread is not None:
-        spread = spread.cut(plan, _load(placement, quantize, context), str(placement.device))
+        spread = spread.laid(plan, placement, quantize, context)
         spread.refuse(plan, draft)
-        prefix_cache = prefix_cache and spread.uniform(plan)
     follows = spread is not None and spread.rank > 0
     other = None if follows else draft_named(draft, plan)
     memory = _memory_plan(plan, spread, placement, context, quantize, other)
@@ -134,7 +134,7 @@ def load(
     tokenizer = _tokenizer(plan, folder)
     guessing = _guessing(draft, other, plan, tokenizer, placement, weights, quantize, notes)
     batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
-    with running(spread, plan, placement, source, quantize) as run:
+    with running(spread, plan, placement, source, quantize, context) as run:
         part = None if run is None else run.part
         module, files, more = filled(plan, placement, source, quantize=quantize, progress=progress, part=part)
         notes += [*more, memory.note]
@@ -147,6 +147,7 @@ def load(
     return model
 
 
+@reported
 def layout(
     ref: Ref,
     *,
@@ -172,15 +173,8 @@ def layout(
     from zoo.device import choose
 
     placement = choose(spread.device(device), dtype, found.card.source.dtype)
-    load = _load(placement, _kind_name(quantize), _context(found.card, max_context))
-    return spread.cut(plan, load, str(placement.device)).describe(plan, load)
-
-
-def _load(placement: "Placement", quantize: str | None, context: int) -> "Load":
-    """What is reckoned as the load of a device."""
-    from zoo.devices.cut import Load
-
-    return Load(placement.dtype_name, quantize, context)
+    load = (placement, _kind_name(quantize), _context(found.card, max_context))
+    return spread.laid(plan, *load).describe(plan, *load)
 
 
 def _spread(plan: Plan, devices: "Wanted") -> "Spread | None":
@@ -359,6 +353,9 @@ def _model(
     from zoo.model import Model
 
     if run is not None:
+        # The stages may have been cut anew when the ranks had met.
+        run.spread.refuse(plan, guessing)
+        prefix_cache = prefix_cache and run.spread.uniform(plan)
         run.loaded(module)
     notes = [*notes, *(coding_notes(module, placement.dtype, placement.device) if run is None else [str(run)])]
     notes = [*notes, *(["no tokenizer: token ids only"] if isinstance(tokenizer, TextError) else tokenizer.notes)]

@@ -56,6 +56,10 @@ class Decoder(nn.Module):
             step.memo[EMBEDDINGS] = x_TD
         return x_TD
 
+    def pieces(self, rows: int) -> int:
+        """Into how many pieces a step of so many rows is best cut, which are computed one after the other."""
+        return 1
+
     def brought(self, x_TD: Tensor) -> Tensor:
         """What `hidden` gave, where it is asked for: here."""
         return x_TD

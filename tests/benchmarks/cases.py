@@ -15,7 +15,7 @@ import torch
 
 from tests.benchmarks import guessing, traffic
 from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of
-from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Timed, Transformers, Zoo
+from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Threads, Timed, Transformers, Zoo
 from zoo.bench import (
     Arrival,
     arrivals,
@@ -318,6 +318,24 @@ top, seconds = peak(), time.perf_counter() - start
 print(before, top, seconds, sum(p.nbytes for p in model.parameters()))
 """,
 }
+
+
+@case
+def devices(bench: Bench) -> dict[str, Any]:
+    """Two ranks of one thread, as stages and sharing out layers, beside one process with one thread and with two."""
+    alone = {"1 process, 2 threads": 2, "1 process, 1 thread": 1}
+    batch, length = (bench.batches or (16,))[0], bench.prompt or 1024
+    sides: list[Side] = [Threads(bench.folder, name, threads, max_batch_size=batch) for name, threads in alone.items()]
+    sides += [Threads(bench.folder, f"{kind}=2", 1, max_batch_size=batch, devices=f"{kind}=2") for kind in ("tp", "pp")]
+    try:
+        decoded = _turns(bench, sides, bench.prompts(batch, 16), bench.steps)
+        read = _turns(bench, sides, bench.prompts(1, length), 0)
+    finally:
+        for side in reversed(sides):
+            side.close()
+    rates = {name: batch / median(s for run in runs for s in run.steps) for name, runs in decoded.items()}
+    prompts = {name: length / median(run.prefill for run in runs) for name, runs in read.items()}
+    return {"batch": batch, "prompt": length, "decode_tokens_per_second": rates, "prefill_tokens_per_second": prompts}
 
 
 def _turns(bench: Bench, sides: Sequence[Side], prompts: Prompts, steps: int) -> dict[str, list[Timed]]:

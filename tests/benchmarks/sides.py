@@ -76,6 +76,20 @@ class Zoo:
         self.model.close()
 
 
+class Threads(Zoo):
+    """zoo's engine in this process with so many threads, whatever other ranks have."""
+
+    def __init__(self, ref: Any, name: str, threads: int, **options: Any) -> None:
+        self.threads = threads
+        # Ranks share this process's threads out among them.
+        torch.set_num_threads(2)
+        super().__init__(ref, name, **options)
+
+    def run(self, prompts: Prompts, steps: int) -> Timed:
+        torch.set_num_threads(self.threads)
+        return super().run(prompts, steps)
+
+
 class Transformers:
     """transformers' `generate` with a static batch of equal prompts, its best case."""
 

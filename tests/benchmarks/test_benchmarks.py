@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.benchmarks import gates, traffic
 from tests.benchmarks.cases import CASES, Bench
@@ -43,6 +44,15 @@ def test_sides_agree_about_the_next_token(bench: Bench) -> None:
         difference = ours.logits(tokens) - theirs.logits(tokens)
         assert difference.norm() < 0.02 * theirs.logits(tokens).norm()
         assert [len(side.run(bench.prompts(3, 9), 4).steps) for side in (ours, theirs)] == [4, 4]
+
+
+def test_ranks_are_measured(bench: Bench) -> None:
+    before = torch.get_num_threads()
+    found = CASES["devices"](replace(bench, batches=(2,)))
+    torch.set_num_threads(before)
+    names = {"1 process, 1 thread", "1 process, 2 threads", "tp=2", "pp=2"}
+    for rates in ("decode_tokens_per_second", "prefill_tokens_per_second"):
+        assert {name for name, rate in found[rates].items() if rate > 0} == names
 
 
 def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:

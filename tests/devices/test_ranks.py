@@ -125,6 +125,25 @@ def test_what_needs_the_whole_model_is_refused(spread: Model, tmp_path: Path) ->
         spread.save(tmp_path / "saved")
 
 
+def test_quantised_weights_are_those_of_one_process() -> None:
+    """By stages number by number; of parts along inputs, as far as scales of their own go."""
+    mixer = {**ATTENTION, "num_heads": 4, "head_dim": 32}
+    card = make_card(
+        "wide", [{"repeat": 2, "mixer": mixer, "ffn": {**GATED, "hidden_dim": 256}}], vocab_size=256, dim=128
+    )
+    options: dict[str, Any] = {"weights": "random", "device": "cpu", "dtype": "float32", "quantize": "int8", **LARGE}
+    found = {}
+    for devices in (None, "pp=2", "tp=2"):
+        with zoo.load(card, devices=devices, **options) as model:
+            found[devices] = model.logits([5, 66, 0, 31, 9])
+    with zoo.load(card, **options | {"quantize": None}) as model:
+        plain = model.logits([5, 66, 0, 31, 9])
+    assert relative_error(found["pp=2"], found[None]) < TOLERANCE
+    error = relative_error(found[None], plain)
+    assert relative_error(found["tp=2"], found[None]) < error
+    assert error > TOLERANCE
+
+
 BROKEN_PICKLE = """
 import pickle
 

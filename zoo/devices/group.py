@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
 from typing import Protocol
@@ -61,8 +62,8 @@ class Group(Protocol):
         """The first rank's tensor, on every rank: the others pass one of its shape and type."""
         ...
 
-    def send(self, x: Tensor, rank: int) -> None:
-        """A tensor to another rank, which receives it."""
+    def send(self, x: Tensor, rank: int) -> Callable[[], None]:
+        """A tensor to another rank, which receives it. What comes back waits until the tensor may change; call it."""
         ...
 
     def receive(self, x: Tensor, rank: int) -> Tensor:

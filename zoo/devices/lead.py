@@ -164,7 +164,7 @@ class Ranks:
                     hint="ZOO_DEADLINE=SECONDS waits longer",
                 ) from None
             if "error" in message:
-                raise _error(peer.rank, message["error"])
+                raise error_of(peer.rank, message["error"])
             if word in message:
                 return message[word]
 
@@ -193,7 +193,7 @@ class Ranks:
             try:
                 while "error" not in (message := peer.receive(0.5)):
                     pass
-                return _error(peer.rank, message["error"])
+                return error_of(peer.rank, message["error"])
             except (ClosedError, TimeoutError):
                 continue
         return None
@@ -228,7 +228,14 @@ class Ranks:
             call()
 
 
-def _error(rank: int, fields: Mapping[str, Any]) -> ZooError:
+def fields_of(error: ZooError) -> dict[str, str | None]:
+    """An error in plain data, for another rank."""
+    details = {name: getattr(error, name) for name in ("message", "where", "found", "expected", "hint")}
+    plain = {name: None if value is None else str(value) for name, value in details.items()}
+    return {"kind": type(error).__name__, **plain}
+
+
+def error_of(rank: int, fields: Mapping[str, Any]) -> ZooError:
     """Another rank's error, as its own kind."""
     kind = getattr(errors, str(fields.get("kind")), ZooError)
     details = {name: fields.get(name) for name in ("found", "expected", "hint")}

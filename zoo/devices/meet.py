@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from time import monotonic
@@ -18,8 +19,8 @@ from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from zoo.devices.channel import Channel, Door, knock
-from zoo.devices.group import Waits
-from zoo.devices.lead import Ranks
+from zoo.devices.group import LostError, Waits
+from zoo.devices.lead import Ranks, error_of, fields_of
 from zoo.devices.mesh import Mesh
 from zoo.devices.peer import MEETING
 from zoo.devices.process_group import ProcessGroup
@@ -31,6 +32,8 @@ DEADLINE = 30.0
 
 LOCAL = "127.0.0.1"
 KEY = "zoo"
+_MET: list[Store] = []
+"""Where this process has met those that torchrun has started beside it."""
 
 
 def deadline() -> float:
@@ -163,18 +166,47 @@ def started() -> tuple[int, int] | None:
     return rank, size
 
 
+def report(error: ZooError) -> None:
+    """Tells the processes that torchrun has started beside this one of an error before they have met, so that they do
+    not wait for it until the deadline: the first one tells the others, each other one the first."""
+    with suppress(ZooError, RuntimeError, LostError, TimeoutError):
+        rank, size = started() or (0, 1)
+        if size == 1 or _MET:
+            return
+        if rank:
+            _, first = join_started(rank, size)
+            assert isinstance(first, Channel)
+            first.send({"error": fields_of(error)})
+            first.wait_at_most(MEETING * deadline())
+            # What is closed with bytes unread may take those with it that the other side has not read.
+            while True:
+                first.receive()
+        else:
+            store, _ = _started_store(rank, size)
+            store.set(KEY, json.dumps({"error": fields_of(error)}))
+
+
+def _started_store(rank: int, size: int) -> tuple[Store, str]:
+    """Where the processes that torchrun has started find each other, and the first one's address."""
+    host = os.environ.get("MASTER_ADDR", LOCAL)
+    with _named(f"{host}:{os.environ.get('MASTER_PORT', '')}"):
+        store, *_ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=MEETING * deadline())))
+    _MET.append(store)
+    return store, host
+
+
 def join_started(rank: int, size: int) -> tuple[Meeting, Ranks | Channel]:
     """Meets the ranks that torchrun has started: the first one gets the others, these a channel to it."""
     limit = MEETING * deadline()
-    host = os.environ.get("MASTER_ADDR", LOCAL)
-    with _named(f"{host}:{os.environ.get('MASTER_PORT', '')}"):
-        store, rank, size = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=limit)))
+    store, host = _started_store(rank, size)
     meeting = Meeting(store, host, rank, size)
     if rank:
         with _named(host):
-            port, token = store.get(KEY).decode().split(":")
-        return meeting, knock(host, int(port), rank, token, limit)
+            said = json.loads(store.get(KEY).decode())
+        if "error" in said:
+            raise error_of(0, said["error"])
+        return meeting, knock(host, said["port"], rank, said["token"], limit)
     token = secrets.token_hex(16)
     door = Door(host if host in (LOCAL, "localhost") else "", token)
-    store.set(KEY, f"{door.port}:{token}")
+    store.set(KEY, json.dumps({"port": door.port, "token": token}))
     return meeting, Ranks(_admitted(door, size, {}, limit), {}, deadline(), meeting.waits)

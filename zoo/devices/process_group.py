@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -71,10 +71,17 @@ class ProcessGroup:
             self._group.broadcast([x], options).wait()
         return x
 
-    def send(self, x: Tensor, rank: int) -> None:
-        """Returns when the tensor may change."""
-        with _lost(), self.waits:
-            self._group.send([x.contiguous()], rank, 0).wait()
+    def send(self, x: Tensor, rank: int) -> Callable[[], None]:
+        """Returns at once; the other one may come later."""
+        x = x.contiguous()
+        with _lost():
+            work = self._group.send([x], rank, 0)
+
+        def wait(sent: Tensor = x) -> None:
+            with _lost(), self.waits:
+                work.wait()
+
+        return wait
 
     def receive(self, x: Tensor, rank: int) -> Tensor:
         """In place."""

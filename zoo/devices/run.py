@@ -19,6 +19,7 @@ from zoo.device import Placement, memory_free
 from zoo.devices.channel import Channel
 from zoo.devices.cut import Load, cut
 from zoo.devices.lead import Ranks
+from zoo.devices.likeness import traits
 from zoo.devices.meet import join_started, start, started
 from zoo.devices.mesh import Mesh, Wanted, Wish, lay_out, wish
 from zoo.devices.setup import Setup
@@ -82,6 +83,10 @@ class Spread:
                 hint="leave draft out, or use tensor parallelism alone",
             )
 
+    def laid(self, plan: Plan, placement: Placement, quantize: str | None, context: int) -> Self:
+        """With the stages cut for what their devices hold, and have free where that is known."""
+        return self.cut(plan, load_of(placement, quantize, context), str(placement.device))
+
     def cut(self, plan: Plan, load: Load, device: str, frees: Sequence[int] | None = None) -> Self:
         """With the stages cut for what their devices hold, and have free where that is known.
 
@@ -99,8 +104,9 @@ class Spread:
         assert isinstance(model, DecoderSpec)
         return replace(self, mesh=replace(mesh, borders=cut(model, mesh.pp, load, room)))
 
-    def describe(self, plan: Plan, load: Load) -> str:
+    def describe(self, plan: Plan, placement: Placement, quantize: str | None, context: int) -> str:
         """The layout, and what each rank holds, in words."""
+        load = load_of(placement, quantize, context)
         needs = [_need(Part.of(plan, self.mesh, rank), load) for rank in self._all]
         whole = f"{self.mesh.size} devices ({self.mesh})"
         if self.mesh.pp == 1:
@@ -119,6 +125,11 @@ class Spread:
     def near(self) -> int:
         """Ranks on this machine."""
         return self.mesh.size if self.own else int(os.environ.get("LOCAL_WORLD_SIZE", self.mesh.size))
+
+
+def load_of(placement: Placement, quantize: str | None, context: int) -> Load:
+    """What is reckoned as a device's load."""
+    return Load(placement.dtype_name, quantize, context)
 
 
 def _need(part: Part, load: Load) -> tuple[int, int, int]:
@@ -205,23 +216,26 @@ class Run:
         return f"{self.spread.mesh.size} devices ({self.spread.mesh})"
 
 
-def open_run(spread: Spread, plan: Plan, placement: Placement, weights: str | Path, quantize: str | None) -> Run:
+def open_run(
+    spread: Spread, plan: Plan, placement: Placement, weights: str | Path, quantize: str | None, context: int
+) -> Run:
     """Starts the other ranks, or meets those that torchrun has started, and tells them what to build.
 
     In a process that torchrun has started as another rank, follows the first one to its end and raises SystemExit.
     """
     size = spread.mesh.size
     threads = max(1, torch.get_num_threads() // spread.near)
+    has = {} if spread.own else traits(plan, placement.dtype_name, quantize, weights)
     met: Ranks | Channel
     meeting, met = start(size, threads) if spread.own else join_started(spread.rank, size)
     if isinstance(met, Channel):
         from zoo.devices.worker import serve
 
-        sys.exit(serve(meeting, met, weights))
+        sys.exit(serve(meeting, met, weights, has))
     if placement.device.type == "cpu":
         met.at_end.append(partial(torch.set_num_threads, torch.get_num_threads()))
         torch.set_num_threads(threads)
-    mesh = (spread.mesh.tp, spread.mesh.pp, spread.mesh.ep, spread.mesh.borders)
+    mesh = (spread.mesh.tp, spread.mesh.pp, spread.mesh.ep)
     setup = Setup(
         plan.card.to_dict(),
         mesh,
@@ -231,8 +245,13 @@ def open_run(spread: Spread, plan: Plan, placement: Placement, weights: str | Pa
         quantize,
         threads,
         [*spread.wish.names],
+        has,
     )
     met.tell(asdict(setup))
-    met.hear("ready")
+    frees = [memory_free(placement.device), *met.hear("ready")]
+    if not spread.own:
+        frees = [free // spread.near for free in frees] if placement.device.type == "cpu" else frees
+        spread = spread.cut(plan, load_of(placement, quantize, context), str(placement.device), frees)
+    met.tell({"borders": [*spread.mesh.borders]})
     met.groups = meeting.groups(spread.mesh, placement.device)
     return Run(spread, spread.part(plan), met, placement)

@@ -6,7 +6,7 @@ Components say how their parameters are split (`Split`, `Param.shard`, `Spec.sum
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -160,8 +160,10 @@ def _join_stages(module: Decoder, part: Part, world: Group, dtype: torch.dtype) 
     assert isinstance(module, Stage)
     stages, last, own = part.mesh.tp, part.mesh.near(part.mesh.size - 1), module.logits
     module.link = Chain(world, part.rank, stages, part.model.dim, dtype)
+    module.stages = part.mesh.pp
 
     def logits(x_RD: Tensor) -> Tensor:
+        module.link.settle()
         if part.rank in last:
             _sent(own(x_RD), world)
             return x_RD
@@ -172,6 +174,7 @@ def _join_stages(module: Decoder, part: Part, world: Group, dtype: torch.dtype) 
         return torch.cat([_received(torch.empty(shape, w, device=device), rank, world) for rank, w in places], dim=1)
 
     def brought(x_TD: Tensor) -> Tensor:
+        module.link.settle()
         if part.rank == last[0]:
             _sent(x_TD, world)
         return _received(torch.empty_like(x_TD), last[0], world) if part.rank == 0 else x_TD
@@ -188,6 +191,7 @@ class Chain:
     step: int
     dim: int
     dtype: torch.dtype
+    under_way: list[Callable[[], None]] = field(default_factory=list)
 
     def take(self, rows: int, widths: Sequence[int], device: torch.device) -> list[Tensor]:
         """The stream (T, D) of the stage before, and what comes with it."""
@@ -196,13 +200,17 @@ class Chain:
 
     def give(self, x_TD: Tensor, others: Sequence[Tensor]) -> None:
         """The stream to the stage behind, and what goes with it."""
-        for x in (x_TD, *others):
-            self.world.send(x, self.rank + self.step)
+        self.under_way.extend(self.world.send(x, self.rank + self.step) for x in (x_TD, *others))
+
+    def settle(self) -> None:
+        """Waits until all that was given has gone."""
+        while self.under_way:
+            self.under_way.pop()()
 
 
 def _sent(x: Tensor, world: Group) -> None:
     if x.numel():
-        world.send(x, 0)
+        world.send(x, 0)()
 
 
 def _received(x: Tensor, rank: int, world: Group) -> Tensor:

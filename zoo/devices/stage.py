@@ -25,6 +25,9 @@ from zoo.components.rope.spec import RopeSpec
 from zoo.components.step import EMBEDDINGS, Cached, LatentState, Step
 from zoo.registry.spec import Borrowed, Param, Spec, StateSpec
 
+PIECE = 128
+"""Rows of a piece of a step at least."""
+
 ENTERED = -1
 """Stands for what entered the first layer, among the numbers of layers of which something travels."""
 
@@ -138,7 +141,11 @@ class Link(Protocol):
         ...
 
     def give(self, x_TD: Tensor, others: Sequence[Tensor]) -> None:
-        """The stream to the stage behind, and what goes with it."""
+        """The stream to the stage behind, and what goes with it; these tensors must not change until `settle`."""
+        ...
+
+    def settle(self) -> None:
+        """Waits until all that was given has gone."""
         ...
 
 
@@ -146,6 +153,7 @@ class Stage(Decoder):
     """What a stage has of a decoder: `hidden` gives the last stage's output only there."""
 
     link: Link
+    stages: int
 
     def __init__(self, spec: StageSpec) -> None:
         nn.Module.__init__(self)
@@ -161,6 +169,11 @@ class Stage(Decoder):
         for name, encoder in spec.encoders().items():
             self.add_module(name, make(encoder))
         self.head = None if spec.tied_embeddings or not spec.ends else Linear(spec.dim, spec.vocab_size)
+
+    def pieces(self, rows: int) -> int:
+        """Of prompts, so that all stages work: a stage computes one piece while the next one computes the one before.
+        Few rows are not cut, since each piece reads all weights again."""
+        return max(1, min(2 * self.stages, rows // PIECE))
 
     def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
         """The stream behind this stage's layers, (T, D); of the last stage normalised."""

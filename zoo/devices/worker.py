@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from zoo.device import memory_free
 from zoo.devices.channel import Channel
 from zoo.devices.group import Group, LostError
+from zoo.devices.lead import fields_of
+from zoo.devices.likeness import compare
 from zoo.devices.meet import Meeting, come, deadline
 from zoo.devices.processes import LOST
 from zoo.devices.pulse import Pulse
@@ -30,16 +32,20 @@ from zoo.loading.fill import adapter_of, filled
 from zoo.registry.errors import ZooError
 
 
-def serve(meeting: Meeting, channel: Channel, weights: str | Path | None = None) -> int:
-    """Follows the first rank; returns the exit code. weights: this machine's, where they are not the first's."""
+def serve(
+    meeting: Meeting, channel: Channel, weights: str | Path | None = None, traits: Mapping[str, str] | None = None
+) -> int:
+    """Follows the first rank; returns the exit code.
+
+    weights: this machine's, where they are not the first's. traits: what this rank has, where it was started apart.
+    """
     pulse = Pulse(channel, deadline() / 10)
     try:
-        _serve(meeting, channel, pulse, weights)
+        _serve(meeting, channel, pulse, weights, traits or {})
     except LostError:
         return LOST
     except ZooError as error:
-        details = {name: _plain(getattr(error, name)) for name in ("message", "where", "found", "expected", "hint")}
-        channel.send({"error": {"kind": type(error).__name__, **details}})
+        channel.send({"error": fields_of(error)})
         sys.stderr.write(f"zoo: {error}\n")
         return 1
     finally:
@@ -47,22 +53,33 @@ def serve(meeting: Meeting, channel: Channel, weights: str | Path | None = None)
     return 0
 
 
-def _serve(meeting: Meeting, channel: Channel, pulse: Pulse, weights: str | Path | None) -> None:
+def _serve(
+    meeting: Meeting, channel: Channel, pulse: Pulse, weights: str | Path | None, traits: Mapping[str, str]
+) -> None:
     setup = Setup(**channel.receive())
+    compare(traits, setup.traits)
     plan, placement = setup.plan(), setup.placement(meeting.rank)
-    part = setup.part(plan, meeting.rank)
     if placement.device.type == "cpu":
         torch.set_num_threads(setup.threads)
-    channel.send({"ready": True})
+    channel.send({"ready": memory_free(placement.device)})
+    part = setup.part(plan, meeting.rank, _told(channel)["borders"])
     world, near = meeting.groups(part.mesh, placement.device)
     weights = setup.weights if weights is None else weights
     module, *_ = filled(plan, placement, weights, quantize=setup.quantize, progress=_telling(channel), part=part)
     pulse.names(module)
     join(module, part, world, near, placement.dtype)
     channel.send({"loaded": memory_free(placement.device)})
-    sizes = {"device": placement.device, "dtype": placement.dtype, **channel.receive()}
+    sizes = {"device": placement.device, "dtype": placement.dtype, **_told(channel)}
     with Engine(module, part.local, follows=True, **sizes) as engine:
         follow_to_the_end(channel, engine, world, partial(adapter_of, plan=plan, module=module, part=part))
+
+
+def _told(channel: Channel) -> dict[str, Any]:
+    """What the first rank says before there is an engine. Raises LostError where it ends the run instead."""
+    said = channel.receive()
+    if not isinstance(said, dict):
+        raise LostError("the first rank has ended the run")
+    return said
 
 
 def follow_to_the_end(channel: Channel, engine: Engine, world: Group, reads: Reads) -> None:
@@ -82,10 +99,6 @@ def _telling(channel: Channel) -> Callable[[int, int], None]:
         channel.send({"progress": [done, total]})
 
     return tell
-
-
-def _plain(value: object) -> str | None:
-    return None if value is None else str(value)
 
 
 def _end_with_parent() -> None:

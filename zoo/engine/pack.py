@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -63,6 +64,33 @@ def pack(work: Sequence[Work], device: torch.device) -> Batch:
         wanted=wanted,
         adapters=[item.sequence.params.adapter for item in packing.items],
         media=[item.sequence.media for item in packing.items],
+    )
+
+
+def split(batch: Batch, count: int) -> list[Batch]:
+    """The batch in `count` pieces of about as many rows, to be computed one after the other. A chunk may be cut; which
+    rows are wanted, the whole batch says."""
+    if count == 1:
+        return [batch]
+    total = len(batch.tokens_T)
+    return [_cut(batch, total * i // count, total * (i + 1) // count) for i in range(count)]
+
+
+def _cut(batch: Batch, first: int, last: int) -> Batch:
+    """Rows `first` to `last` - 1 of the stream."""
+    ends = [*accumulate(batch.rows)]
+    spans = [(max(first, end - rows), min(last, end)) for rows, end in zip(batch.rows, ends, strict=True)]
+    kept = [i for i, (start, stop) in enumerate(spans) if start < stop]
+    return Batch(
+        tokens_T=batch.tokens_T[first:last],
+        positions_T=batch.positions_T[first:last],
+        rows_R=None,
+        seqs=[batch.seqs[i] for i in kept],
+        rows=[spans[i][1] - spans[i][0] for i in kept],
+        past=[batch.past[i] + spans[i][0] - (ends[i] - batch.rows[i]) for i in kept],
+        wanted=[],
+        adapters=[batch.adapters[i] for i in kept],
+        media=[batch.media[i] for i in kept],
     )
 
 

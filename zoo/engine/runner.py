@@ -18,7 +18,7 @@ from zoo.engine.adapters import Adapters
 from zoo.engine.capture import Captured
 from zoo.engine.media import Placed, rows_of_media
 from zoo.engine.memory import Memory
-from zoo.engine.pack import Batch
+from zoo.engine.pack import Batch, split
 
 
 class Runner:
@@ -54,11 +54,16 @@ class Runner:
             replayed_RV = self.captured.run(batch)
             if replayed_RV is not None:
                 return replayed_RV
+        pieces = split(batch, 1 if media is not None else self.decoder.pieces(len(batch.tokens_T)))
+        hidden = [self._hidden(piece, media) for piece in pieces]
+        hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        return self.decoder.logits(hidden_TD if batch.rows_R is None else hidden_TD[batch.rows_R])
+
+    def _hidden(self, batch: Batch, media: Rows | None) -> Tensor:
         states = self.memory.states(batch.seqs, batch.rows, batch.past)
         step = Step(batch.positions_T, batch.rows, batch.past, states, media)
         with self.adapters.applied(batch.adapters, batch.rows, self.device):
-            logits_RV: Tensor = self.decoder(batch.tokens_T, step, batch.rows_R)
-        return logits_RV
+            return self.decoder.hidden(batch.tokens_T, step)
 
     def _media(self, batch: Batch) -> Rows | None:
         if not any(batch.media):
