@@ -44,7 +44,7 @@ _ROWS: list[Any] = [_ADDRESS, _SIZE]
 _STEP: list[Any] = [_COUNT, _SIZE, _ADDRESS, _SIZE]
 _ARGUMENTS = {
     "zoo_product": [_COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
-    "zoo_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
+    "zoo_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
     "zoo_panels_by_multiply_adds": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
     "zoo_tiles": [],
     "zoo_rms": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, ctypes.c_double, _ADDRESS, _COUNT],
@@ -183,7 +183,8 @@ class Kernels:
         places = (words.data_ptr(), None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr(), outputs)
         threads = torch.get_num_threads()
         if self.level == DOT:
-            self.handle.zoo_panels(*sizes, *places, threads)
+            beside = torch.empty(0 if rows <= FEW else rows * inputs, dtype=x_TI.dtype)
+            self.handle.zoo_panels(*sizes, *places, beside.data_ptr(), threads)
         elif self.level == TILES and rows > self.single:
             packed = torch.empty(-(-rows // 16) * -(-inputs // 32) * 512, dtype=x_TI.dtype)
             self.handle.zoo_panels_by_tiles(*sizes, *places, packed.data_ptr(), threads)

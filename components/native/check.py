@@ -28,6 +28,8 @@ def differences() -> Iterator[tuple[str, float]]:
         expected = native.product_reference(x_TI, weight_OI, bias_O)
         yield "product", _error(native.product(x_TI, weight_OI, bias_O), expected)
         yield "panels", _error(Panels.of(weight_OI).product(x_TI, bias_O), expected)
+        many_TI = x_TI.repeat(5, 1)
+        yield "panels of many rows", _error(Panels.of(weight_OI).product(many_TI, bias_O), expected.repeat(5, 1))
         yield "rms", _error(small.rms(x_TI, weight_OI[0], 1e-5), rms_reference(x_TI, weight_OI[0], 1e-5))
         gated = ACTIVATIONS["silu"](x_TI[:, :37]) * x_TI[:, 37:]
         yield "gate", _error(small.gate(x_TI), gated)

@@ -245,73 +245,138 @@ AVX512 void zoo_rotate(long rows, long heads, long width, long lanes, const bf16
 /* Panels: w stored as (outputs / 16, inputs / 2, 16, 2), so that a line of memory has two inputs of sixteen outputs. Tiles of
  * R rows of x by N panels; every output has a lane of its own, which adds up its inputs in their order whatever R and N are. */
 
-typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, long next, int first);
+typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, long next, int first,
+                           const bf16 *ahead, long every);
 
-#define PANEL_TILE(R, N)                                                                                                 \
-    AVX512_BF16 static void panels_##R##_##N(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, \
-                                             long next, int first) {                                                     \
+/* A tile's rows lie x_next apart, or their pairs side by side. */
+#define APART(R, r) (x + r * x_next + i * 2)
+#define BESIDE(R, r) (x + (i * R + r) * 2)
+
+/* After `every` pairs a line of each of N panels is fetched from `ahead` on: what the core will need next. */
+#define FETCH(N) EACH(int n = 0; n < N; n++) _mm_prefetch((const char *)(ahead + n * w_next + i / every * 32), _MM_HINT_T1);
+#define LEAVE(N)
+
+#define PANEL_TILE(NAME, PLACE, FETCH, R, N)                                                                             \
+    AVX512_BF16 static void NAME##_##R##_##N(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, \
+                                             long next, int first, const bf16 *ahead, long every) {                      \
         __m512 sum[R][N];                                                                                                \
         EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++)                                                          \
             sum[r][n] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * next + n * 16);                         \
-        for (long i = 0; i < pairs; i++) {                                                                               \
-            __m512bh u[N];                                                                                               \
-            EACH(int n = 0; n < N; n++) u[n] = (__m512bh)_mm512_loadu_si512(w + n * w_next + i * 32);                    \
-            EACH(int r = 0; r < R; r++) {                                                                                \
-                int pair;                                                                                                \
-                memcpy(&pair, x + r * x_next + i * 2, 4);                                                                \
-                EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], u[n], (__m512bh)_mm512_set1_epi32(pair)); \
+        for (long i = 0, end; i < pairs;) {                                                                              \
+            FETCH(N)                                                                                                     \
+            end = pairs - i < every ? pairs : i + every;                                                                 \
+            for (; i < end; i++) {                                                                                       \
+                __m512bh u[N];                                                                                           \
+                EACH(int n = 0; n < N; n++) u[n] = (__m512bh)_mm512_loadu_si512(w + n * w_next + i * 32);                \
+                EACH(int r = 0; r < R; r++) {                                                                            \
+                    int pair;                                                                                            \
+                    memcpy(&pair, PLACE(R, r), 4);                                                                       \
+                    EACH(int n = 0; n < N; n++)                                                                          \
+                        sum[r][n] = _mm512_dpbf16_ps(sum[r][n], u[n], (__m512bh)_mm512_set1_epi32(pair));                \
+                }                                                                                                        \
             }                                                                                                            \
         }                                                                                                                \
         EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) _mm512_storeu_ps(sums + r * next + n * 16, sum[r][n]);   \
     }
 
-PANEL_TILE(1, 1) PANEL_TILE(2, 1) PANEL_TILE(3, 1) PANEL_TILE(4, 1) PANEL_TILE(5, 1) PANEL_TILE(6, 1) PANEL_TILE(7, 1)
-PANEL_TILE(8, 1) PANEL_TILE(1, 8) PANEL_TILE(2, 8) PANEL_TILE(3, 8) PANEL_TILE(4, 6) PANEL_TILE(5, 4) PANEL_TILE(6, 4)
-PANEL_TILE(7, 3) PANEL_TILE(8, 3)
-static const panel_tile panel_tiles[2][MOST + 1] = {
-    {NULL, panels_1_1, panels_2_1, panels_3_1, panels_4_1, panels_5_1, panels_6_1, panels_7_1, panels_8_1},
-    {NULL, panels_1_8, panels_2_8, panels_3_8, panels_4_6, panels_5_4, panels_6_4, panels_7_3, panels_8_3}};
+#define PANEL_TILES(NAME, PLACE, FETCH)                                                                                  \
+    PANEL_TILE(NAME, PLACE, FETCH, 1, 1) PANEL_TILE(NAME, PLACE, FETCH, 2, 1) PANEL_TILE(NAME, PLACE, FETCH, 3, 1)       \
+    PANEL_TILE(NAME, PLACE, FETCH, 4, 1) PANEL_TILE(NAME, PLACE, FETCH, 5, 1) PANEL_TILE(NAME, PLACE, FETCH, 6, 1)       \
+    PANEL_TILE(NAME, PLACE, FETCH, 7, 1) PANEL_TILE(NAME, PLACE, FETCH, 8, 1) PANEL_TILE(NAME, PLACE, FETCH, 1, 8)       \
+    PANEL_TILE(NAME, PLACE, FETCH, 2, 8) PANEL_TILE(NAME, PLACE, FETCH, 3, 8) PANEL_TILE(NAME, PLACE, FETCH, 4, 6)       \
+    PANEL_TILE(NAME, PLACE, FETCH, 5, 4) PANEL_TILE(NAME, PLACE, FETCH, 6, 4) PANEL_TILE(NAME, PLACE, FETCH, 7, 3)       \
+    PANEL_TILE(NAME, PLACE, FETCH, 8, 3)                                                                                 \
+    static const panel_tile NAME##_tiles[2][MOST + 1] = {                                                                \
+        {NULL, NAME##_1_1, NAME##_2_1, NAME##_3_1, NAME##_4_1, NAME##_5_1, NAME##_6_1, NAME##_7_1, NAME##_8_1},          \
+        {NULL, NAME##_1_8, NAME##_2_8, NAME##_3_8, NAME##_4_6, NAME##_5_4, NAME##_6_4, NAME##_7_3, NAME##_8_3}};
 
-enum { PANELS = 24, MANY_PANELS = 6, MANY_ROWS = 256, CHUNK = 1024 };
+PANEL_TILES(apart, APART, LEAVE)
+PANEL_TILES(beside, BESIDE, FETCH)
 
-/* A block of the product: at most MANY_ROWS rows and MANY_PANELS panels, or MOST rows and PANELS panels. Of many rows,
- * inputs are taken in chunks whose piece of w stays in the second cache for all rows. */
-AVX512_BF16 static void panel_block(long rows, long pairs, long outputs, const bf16 *x, long x_next, const bf16 *w,
-                                    const bf16 *bias, bf16 *y, long y_next) {
-    static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16];
-    long groups = (rows + MOST - 1) / MOST, chunk = groups == 1 ? pairs : CHUNK, panels = (outputs + 15) / 16, next = panels * 16;
-    for (long i = 0; i < pairs; i += chunk)
-        for (long g = 0; g < groups; g++) {
-            long r = rows * g / groups, count = rows * (g + 1) / groups - r;
-            for (long n = 0, wide; n < panels; n += wide ? WIDTH[count] : 1) {
-                wide = n + WIDTH[count] <= panels;
-                panel_tiles[wide][count](pairs - i < chunk ? pairs - i : chunk, x + r * x_next + i * 2, x_next,
-                                         w + (n * pairs + i) * 32, pairs * 32, sums + r * next + n * 16, next, i == 0);
-            }
-        }
+enum { PANELS = 24, MANY_PANELS = 3, MANY_ROWS = 512, CHUNK = 1024 };
+
+/* Sums to results: with the bias, rounded. */
+AVX512_BF16 static void rounded_sums(long rows, long outputs, const float *sums, long next, const bf16 *bias, bf16 *y, long y_next) {
     for (long n = 0; n < outputs; n += 16) {
-        __mmask16 part = outputs - n < 16 ? (1u << (outputs - n)) - 1 : 0xffff;
-        __m512 added = _mm512_setzero_ps();
-        if (bias) added = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, bias + n)), 16));
+        __mmask16 part = part_of(outputs - n);
+        __m512 added = bias ? load16(bias + n, part) : _mm512_setzero_ps();
         for (long r = 0; r < rows; r++)
             _mm256_mask_storeu_epi16(y + r * y_next + n, part,
                                      (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_loadu_ps(sums + r * next + n), added)));
     }
 }
 
-/* As zoo_product, of w in panels. inputs are even; x's rows may lie at any distance. */
+/* At most MOST rows with at most PANELS panels. */
+static void few_rows(long rows, long pairs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
+                     long y_next) {
+    static _Thread_local float sums[MOST * PANELS * 16];
+    long panels = (outputs + 15) / 16, next = panels * 16;
+    for (long n = 0, wide; n < panels; n += wide ? WIDTH[rows] : 1) {
+        wide = n + WIDTH[rows] <= panels;
+        apart_tiles[wide][rows](pairs, x, x_next, w + n * pairs * 32, pairs * 32, sums + n * 16, next, 1, NULL, pairs);
+    }
+    rounded_sums(rows, outputs, sums, next, bias, y, y_next);
+}
+
+/* Where group g begins, of `groups` of at most MOST rows. */
+static inline long row_of(long rows, long groups, long g) { return rows * g / groups; }
+
+/* A group of rows, its pairs side by side. */
+static void lay_beside(long rows, long pairs, const bf16 *x, long x_next, bf16 *to) {
+    for (long i = 0; i < pairs; i++)
+        for (long r = 0; r < rows; r++) memcpy(to + (i * rows + r) * 2, x + r * x_next + i * 2, 4);
+}
+
+/* Groups g to `end` with at most MANY_PANELS panels. Inputs are taken in chunks, so that a piece of w stays in the second cache
+ * for all rows; meanwhile the next piece is fetched. x: all rows, the pairs of a group side by side. */
+static void many_rows(long rows, long groups, long g, long end, long pairs, long outputs, const bf16 *x, const bf16 *w,
+                      const bf16 *bias, bf16 *y, long y_next) {
+    static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16];
+    long panels = (outputs + 15) / 16, next = panels * 16, start = row_of(rows, groups, g), all = end - g;
+    for (long i = 0; i < pairs; i += CHUNK) {
+        long here = pairs - i < CHUNK ? pairs - i : CHUNK;
+        const bf16 *then = w + (i + CHUNK < pairs ? i + CHUNK : panels * pairs) * 32;
+        for (long h = g; h < end; h++) {
+            long r = row_of(rows, groups, h), count = row_of(rows, groups, h + 1) - r;
+            const bf16 *ahead = then + (h - g) * (here / all) * 32;
+            for (long n = 0, wide; n < panels; n += wide ? WIDTH[count] : 1) {
+                wide = n + WIDTH[count] <= panels;
+                beside_tiles[wide][count](here, x + (r * pairs + i * count) * 2, 0, w + (n * pairs + i) * 32, pairs * 32,
+                                          sums + (r - start) * next + n * 16, next, i == 0, ahead + n * pairs * 32, all);
+            }
+        }
+    }
+    rounded_sums(row_of(rows, groups, end) - start, outputs, sums, next, bias, y + start * y_next, y_next);
+}
+
+/* As zoo_product, of w in panels. inputs are even; x's rows may lie at any distance. room: of more than MOST rows for x. */
 void zoo_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
-                long y_next, int threads) {
+                long y_next, bf16 *room, int threads) {
     long panels = (outputs + 15) / 16, some = rows <= MOST ? PANELS : MANY_PANELS, worth = rows * inputs * outputs / SERIAL + 1;
+    long groups = (rows + MOST - 1) / MOST, most = MANY_ROWS / MOST, pairs = inputs / 2;
+    bf16 *beside = rows <= MOST ? NULL : room;
+    if (!rows) return;
     threads = threads < worth ? threads : worth;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long t = 0; t < threads; t++) {
-        long last = panels * (t + 1) / threads;
-        for (long p = panels * t / threads; p < last; p += some) {
-            long end = (p + some < last ? p + some : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
-            for (long r = 0; r < rows; r += MANY_ROWS)
-                panel_block(rows - r < MANY_ROWS ? rows - r : MANY_ROWS, inputs / 2, width, x + r * x_next, x_next,
-                            w + p * 16 * inputs, bias ? bias + p * 16 : NULL, y + r * y_next + p * 16, y_next);
+#pragma omp parallel num_threads(threads)
+    {
+        if (beside) {
+#pragma omp for schedule(static)
+            for (long g = 0; g < groups; g++) {
+                long r = row_of(rows, groups, g);
+                lay_beside(row_of(rows, groups, g + 1) - r, pairs, x + r * x_next, x_next, beside + r * inputs);
+            }
+        }
+#pragma omp for schedule(static)
+        for (long t = 0; t < threads; t++) {
+            long last = panels * (t + 1) / threads;
+            for (long p = panels * t / threads; p < last; p += some) {
+                long end = (p + some < last ? p + some : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
+                const bf16 *own = w + p * 16 * inputs, *added = bias ? bias + p * 16 : NULL;
+                if (!beside) few_rows(rows, pairs, width, x, x_next, own, added, y + p * 16, y_next);
+                for (long g = 0; beside && g < groups; g += most)
+                    many_rows(rows, groups, g, g + most < groups ? g + most : groups, pairs, width, beside, own, added, y + p * 16,
+                              y_next);
+            }
         }
     }
 }
@@ -384,8 +449,8 @@ AVX512_BF16 void zoo_prompts(long rows, long heads, long groups, long width, lon
             long start = first / 16 * 16, end = (past + here + 15) / 16 * 16, span = end - start;
             for (long p = start / 16, wide; p < end / 16; p += wide ? WIDTH[here] : 1) {
                 wide = p + WIDTH[here] <= end / 16;
-                panel_tiles[wide][here](width / 2, q + r * q_row + h * q_head, q_row, keys + (g * padded + p * 16) * width,
-                                        width * 16, own + p * 16 - start, span, 1);
+                apart_tiles[wide][here](width / 2, q + r * q_row + h * q_head, q_row, keys + (g * padded + p * 16) * width,
+                                        width * 16, own + p * 16 - start, span, 1, NULL, width);
             }
             for (long j = 0; j < here; j++) {
                 long seen = past + j + 1;
@@ -394,8 +459,8 @@ AVX512_BF16 void zoo_prompts(long rows, long heads, long groups, long width, lon
             }
             for (long p = 0, wide; p < width / 16; p += wide ? WIDTH[here] : 1) {
                 wide = p + WIDTH[here] <= width / 16;
-                panel_tiles[wide][here](span / 2, own_shares, span, values + (g * width + p * 16) * padded + start * 16,
-                                        padded * 16, found + p * 16, width, 1);
+                apart_tiles[wide][here](span / 2, own_shares, span, values + (g * width + p * 16) * padded + start * 16,
+                                        padded * 16, found + p * 16, width, 1, NULL, span);
             }
             for (long j = 0; j < here; j++)
                 for (long i = 0; i < width; i += 16)
