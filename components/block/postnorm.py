@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zoo.components.block.spec import PostnormSpec
 from zoo.components.build import make
+from zoo.components.norm.residual import added
 from zoo.components.step import Step
 
 
@@ -24,6 +25,5 @@ class Postnorm(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step, state: Any) -> Tensor:
         """(T, D) to (T, D); `state` is this layer's, as the mixer knows it."""
-        x_TD = x_TD + self.mixer_post_norm(self.mixer(x_TD, step, state))
-        mixed_TD: Tensor = x_TD + self.ffn_post_norm(self.ffn(x_TD))
-        return mixed_TD
+        x_TD = added(x_TD, self.mixer_post_norm(self.mixer(x_TD, step, state)))
+        return added(x_TD, self.ffn_post_norm(self.ffn(x_TD)))

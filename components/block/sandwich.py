@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zoo.components.block.spec import SandwichSpec
 from zoo.components.build import make
+from zoo.components.norm.residual import added, added_and_normed
 from zoo.components.step import Step
 
 
@@ -26,6 +27,6 @@ class Sandwich(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step, state: Any) -> Tensor:
         """(T, D) to (T, D); `state` is this layer's, as the mixer knows it."""
-        x_TD = x_TD + self.mixer_post_norm(self.mixer(self.mixer_norm(x_TD), step, state))
-        mixed_TD: Tensor = x_TD + self.ffn_post_norm(self.ffn(self.ffn_norm(x_TD)))
-        return mixed_TD
+        mixed_TD: Tensor = self.mixer_post_norm(self.mixer(self.mixer_norm(x_TD), step, state))
+        x_TD, normed_TD = added_and_normed(x_TD, mixed_TD, self.ffn_norm)
+        return added(x_TD, self.ffn_post_norm(self.ffn(normed_TD)))

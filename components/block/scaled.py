@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zoo.components.block.spec import ScaledSpec
 from zoo.components.build import make
+from zoo.components.norm.residual import added, added_and_normed
 from zoo.components.step import Step
 
 
@@ -25,6 +26,6 @@ class Scaled(nn.Module):
     def forward(self, x_TD: Tensor, step: Step, state: Any) -> Tensor:
         """(T, D) to (T, D); `state` is this layer's, as the mixer knows it."""
         scale = self.spec.residual_scale
-        x_TD = x_TD + self.mixer(self.mixer_norm(x_TD), step, state) * scale
-        mixed_TD: Tensor = x_TD + self.ffn(self.ffn_norm(x_TD)) * scale
-        return mixed_TD
+        mixed_TD: Tensor = self.mixer(self.mixer_norm(x_TD), step, state) * scale
+        x_TD, normed_TD = added_and_normed(x_TD, mixed_TD, self.ffn_norm)
+        return added(x_TD, self.ffn(normed_TD) * scale)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.components.build import make
 from zoo.components.decoder.spec import PrenormSpec
-from zoo.components.norm.rms import RMS
+from zoo.components.norm.residual import added, added_and_normed
 from zoo.components.step import Step
 
 
@@ -29,20 +29,9 @@ class Prenorm(nn.Module):
     def forward(self, x_TD: Tensor, step: Step, state: Any) -> Tensor:
         """(T, D) to (T, D); `state` is this layer's, as the mixer knows it."""
         if self.spec.mixer is None:
-            return self._fed(x_TD, self.ffn_norm(x_TD))
+            return added(x_TD, self.ffn(self.ffn_norm(x_TD)))
         mixed_TD: Tensor = self.mixer(self.mixer_norm(x_TD), step, state)
         if self.spec.ffn is None:
-            return x_TD + mixed_TD
-        return self._fed(*added(self.ffn_norm, x_TD, mixed_TD))
-
-    def _fed(self, x_TD: Tensor, normed_TD: Tensor) -> Tensor:
-        fed_TD: Tensor = self.ffn(normed_TD)
-        return x_TD + fed_TD
-
-
-def added(norm: nn.Module, x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """x + y, and its norm."""
-    if isinstance(norm, RMS):
-        return norm.added(x_TD, y_TD)
-    total_TD = x_TD + y_TD
-    return total_TD, norm(total_TD)
+            return added(x_TD, mixed_TD)
+        x_TD, normed_TD = added_and_normed(x_TD, mixed_TD, self.ffn_norm)
+        return added(x_TD, self.ffn(normed_TD))

@@ -200,22 +200,21 @@ static void keep(int kind, int wide, long width, const void *x, long start, char
 /* The splits of one query head, added up, with the share that a sink takes of them. */
 AVX512 static void add_up(long splits, long each, long width, const float *parts, const float *peaks, long next, const float *sink,
                           int wide, void *o, long start) {
-    float high = sink ? *sink : -INFINITY, total = 0;
+    float high = sink ? *sink : -INFINITY, total = 0, sums[256] = {0};
     for (long s = 0; s < splits; s++) high = peaks[s * each] > high || isnan(peaks[s * each]) ? peaks[s * each] : high;
-    for (long s = 0; s < splits; s++) total += peaks[s * each + next] * expf(peaks[s * each] - high);
+    for (long s = 0; s < splits; s++) {
+        float share = expf(peaks[s * each] - high);
+        total += peaks[s * each + next] * share;
+        for (long i = 0; i < width; i += 16)
+            _mm512_storeu_ps(sums + i, _mm512_fmadd_ps(_mm512_set1_ps(share), _mm512_loadu_ps(parts + s * each + i), _mm512_loadu_ps(sums + i)));
+    }
     if (sink) total += expf(*sink - high);
     for (long i = 0; i < width; i += 16) {
-        __m512 sum = _mm512_setzero_ps();
-        for (long s = 0; s < splits; s++)
-            sum = _mm512_fmadd_ps(_mm512_set1_ps(expf(peaks[s * each] - high)), _mm512_loadu_ps(parts + s * each + i), sum);
-        float values[16];
-        _mm512_storeu_ps(values, _mm512_div_ps(sum, _mm512_set1_ps(total)));
-        for (long l = 0; l < 16; l++) {
-            if (wide)
-                ((float *)o)[start + i + l] = values[l];
-            else
-                ((bf16 *)o)[start + i + l] = rounded(values[l]);
-        }
+        __m512 value = _mm512_div_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(total));
+        if (wide)
+            _mm512_storeu_ps((float *)o + start + i, value);
+        else
+            store16((bf16 *)o + start + i, 0xffff, value);
     }
 }
 

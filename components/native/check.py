@@ -31,6 +31,9 @@ def differences() -> Iterator[tuple[str, float]]:
         many_TI = x_TI.repeat(5, 1)
         yield "panels of many rows", _error(Panels.of(weight_OI).product(many_TI, bias_O), expected.repeat(5, 1))
         yield "rms", _error(small.rms(x_TI, weight_OI[0], 1e-5), rms_reference(x_TI, weight_OI[0], 1e-5))
+        both = torch.cat(small.add_rms(x_TI, x_TI.flip(0), weight_OI[0], 1e-5))
+        summed_TI = x_TI + x_TI.flip(0)
+        yield "add", _error(both, torch.cat((summed_TI, rms_reference(summed_TI, weight_OI[0], 1e-5))))
         gated = ACTIVATIONS["silu"](x_TI[:, :37]) * x_TI[:, 37:]
         yield "gate", _error(small.gate(x_TI), gated)
         q_THd, angles_T1r = _drawn(draw, 3, 6, 22), _drawn(draw, 3, 1, 20)

@@ -185,21 +185,36 @@ AVX512 static inline __m512 exp16(__m512 x) {
 }
 
 /* x / sqrt(mean(x^2) + eps), rounded, times the weight. */
-AVX512 void zoo_rms(long rows, long width, const bf16 *x, long x_next, const bf16 *weight, double eps, bf16 *y, int threads) {
+AVX512 static void rms_row(long width, const bf16 *x, const bf16 *weight, double eps, bf16 *y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (long i = 0; i < width; i += 16) {
+        __m512 v = load16(x + i, part_of(width - i));
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    __m512 scale = _mm512_set1_ps(1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + (float)eps));
+    for (long i = 0; i < width; i += 16) {
+        __mmask16 part = part_of(width - i);
+        __m512 v = round16(_mm512_mul_ps(load16(x + i, part), scale));
+        v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
+        store16(y + i, part, _mm512_mul_ps(v, load16(weight + i, part)));
+    }
+}
+
+void zoo_rms(long rows, long width, const bf16 *x, long x_next, const bf16 *weight, double eps, bf16 *y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
+    for (long r = 0; r < rows; r++) rms_row(width, x + r * x_next, weight, eps, y + r * width);
+}
+
+/* x + y, rounded, and that as zoo_rms makes it; weight NULL: only the former. */
+AVX512 void zoo_add(long rows, long width, const bf16 *x, long x_next, const bf16 *y, long y_next, const bf16 *weight, double eps,
+                    bf16 *sum, bf16 *normed, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
     for (long r = 0; r < rows; r++) {
-        __m512 squares = _mm512_setzero_ps();
-        for (long i = 0; i < width; i += 16) {
-            __m512 v = load16(x + r * x_next + i, part_of(width - i));
-            squares = _mm512_fmadd_ps(v, v, squares);
-        }
-        __m512 scale = _mm512_set1_ps(1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + (float)eps));
         for (long i = 0; i < width; i += 16) {
             __mmask16 part = part_of(width - i);
-            __m512 v = round16(_mm512_mul_ps(load16(x + r * x_next + i, part), scale));
-            v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
-            store16(y + r * width + i, part, _mm512_mul_ps(v, load16(weight + i, part)));
+            store16(sum + r * width + i, part, _mm512_add_ps(load16(x + r * x_next + i, part), load16(y + r * y_next + i, part)));
         }
+        if (weight) rms_row(width, sum + r * width, weight, eps, normed + r * width);
     }
 }
 

@@ -32,6 +32,27 @@ def rms(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return o_TD
 
 
+def add(x_TD: Tensor, y_TD: Tensor) -> Tensor:
+    """x + y of rows of equal sizes."""
+    o_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    _add(x_TD, y_TD, None, 0.0, o_TD, None)
+    return o_TD
+
+
+def add_rms(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and `rms` of that."""
+    sum_TD, normed_TD = (torch.empty(x_TD.shape, dtype=x_TD.dtype) for _ in range(2))
+    _add(x_TD, y_TD, weight_D, eps, sum_TD, normed_TD)
+    return sum_TD, normed_TD
+
+
+def _add(x: Tensor, y: Tensor, weight: Tensor | None, eps: float, total: Tensor, normed: Tensor | None) -> None:
+    rows, width = x.shape
+    given = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), None if weight is None else weight.data_ptr(), eps)
+    made = (total.data_ptr(), None if normed is None else normed.data_ptr())
+    native.library().handle.zoo_add(rows, width, *given, *made, torch.get_num_threads())
+
+
 def gate(gate_up_T2F: Tensor) -> Tensor:
     """silu(first half) * second half, (T, 2 F) to (T, F)."""
     rows, width = len(gate_up_T2F), gate_up_T2F.shape[1] // 2

@@ -26,6 +26,11 @@ class RMS(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.dim))
         self.across: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a call does nothing but norm rows that are whole: no hooks, no other ranks."""
+        return self.across is None and not self._forward_hooks and not self._forward_pre_hooks
+
     def forward(self, x_TD: Tensor) -> Tensor:
         """Normalises the last axis of (..., D)."""
         if self.across is not None:
@@ -38,9 +43,11 @@ class RMS(nn.Module):
 
     def added(self, x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
         """x + y of (T, D) rows, and its norm: what stands between two parts of a block."""
-        alike = self.across is None and y_TD.dtype is x_TD.dtype and self.spec.dim <= fused.WIDEST
-        if alike and y_TD.stride(-1) == 1 and fused.runs(x_TD, "norm"):
+        alike = self.is_plain and y_TD.dtype is x_TD.dtype and y_TD.shape == x_TD.shape and y_TD.stride(-1) == 1
+        if alike and fused.runs(x_TD, "norm") and self.spec.dim <= fused.WIDEST:
             return fused.add_rms(x_TD, y_TD, self.weight, self.spec.eps)
+        if alike and small.runs(x_TD) and self.weight.dtype is x_TD.dtype:
+            return small.add_rms(x_TD, y_TD, self.weight, self.spec.eps)
         total_TD = x_TD + y_TD
         return total_TD, self(total_TD)
 

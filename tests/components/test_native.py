@@ -19,7 +19,9 @@ from zoo.components.linear import Linear
 from zoo.components.native import measure, prompts, small
 from zoo.components.native.measure import plain_read_rate, product_rates, read_limit
 from zoo.components.native.panels import Panels
-from zoo.components.norm.rms import rms_reference
+from zoo.components.norm import residual
+from zoo.components.norm.rms import RMS, rms_reference
+from zoo.components.norm.spec import RMSSpec
 from zoo.components.rope.rotary import rotate
 from zoo.registry.errors import ZooError
 
@@ -118,6 +120,22 @@ def test_norms_equal_the_formula(width: int, close: Callable[..., None]) -> None
         close(small.rms(x, weight, 1e-5), rms_reference(x, weight, 1e-5), "bfloat16")
     alone = torch.cat([small.rms(row.unsqueeze(0), weight, 1e-5) for row in wide[:, 0, :width]])
     assert torch.equal(small.rms(wide[:, 0, :width], weight, 1e-5), alone)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [16, 37, 2050])
+@torch.no_grad()
+def test_sums_and_their_norms_equal_the_formula(width: int) -> None:
+    x, y = (torch.randn(5, 2 * width + 1).bfloat16()[:, at : at + width] for at in (0, width))
+    norm = RMS(RMSSpec(dim=width, eps=1e-5)).bfloat16()
+    norm.weight.copy_(torch.randn(width))
+    expected, normed = x + y, norm(x + y)
+    assert torch.equal(residual.added(x, y), expected)
+    for found in (small.add_rms(x, y, norm.weight, 1e-5), residual.added_and_normed(x, y, norm)):
+        assert torch.equal(found[0], expected)
+        assert torch.equal(found[1], normed)
+    norm.register_forward_hook(lambda *_: torch.zeros(1))
+    assert residual.added_and_normed(x, y, norm)[1].shape == (1,), "hooks of the norm are heeded"
 
 
 @needs_kernels
