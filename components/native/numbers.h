@@ -70,8 +70,11 @@ AVX512 static inline __m512 round16(__m512 value) {
 }
 
 AVX512 static inline void store16(bf16 *p, __mmask16 part, __m512 value) {
-    __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round16(value)), 16);
-    _mm256_mask_storeu_epi16(p, part, _mm512_cvtepi32_epi16(high));
+    __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(round16(value)), 16));
+    if (part == 0xffff)
+        _mm256_storeu_si256((__m256i *)p, high);
+    else
+        _mm256_mask_storeu_epi16(p, part, high);
 }
 
 static inline unsigned part_of(long left) { return left < 16 ? (1u << left) - 1 : 0xffff; }

@@ -29,21 +29,14 @@ typedef struct {
 INLINE float number(int wide, const void *x, long i) { return wide ? ((const float *)x)[i] : widened(((const bf16 *)x)[i]); }
 
 AVX512 INLINE __m512 numbers(int wide, const void *x, long i, __mmask16 part) {
-    if (wide) return _mm512_maskz_loadu_ps(part, (const float *)x + i);
-    __m256i bits = _mm256_maskz_loadu_epi16(part, (const bf16 *)x + i);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    return wide ? _mm512_maskz_loadu_ps(part, (const float *)x + i) : load16((const bf16 *)x + i, part);
 }
 
 AVX512 INLINE void keep(int wide, void *x, long i, __mmask16 part, __m512 value) {
-    if (wide) {
+    if (!wide)
+        store16((bf16 *)x + i, part, value);
+    else
         _mm512_mask_storeu_ps((float *)x + i, part, value);
-        return;
-    }
-    __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 is_number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-    near = _mm512_mask_blend_epi32(is_number, _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)), near);
-    _mm256_mask_storeu_epi16((bf16 *)x + i, part, _mm512_cvtepi32_epi16(_mm512_srli_epi32(near, 16)));
 }
 
 AVX512 INLINE __m512 silu(__m512 x) {
