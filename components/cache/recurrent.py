@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from zoo.components import fused
+from zoo.components import fused, native
 from zoo.components.cache.pages import to_send
 from zoo.components.cache.spec import RecurrentCacheSpec
 from zoo.components.native.recurrent import Places
@@ -111,6 +112,8 @@ class RecurrentStore:
         self._places = 1 + budget_bytes // self.bytes if pages and budget_bytes is not None else 0
         self._unused = [*range(1, self._places)]
         self._place: dict[int, int] = {}
+        self.moved: set[tuple[Piece, int]] = set()
+        """What has been moved on by kernels where it lies, of which layer: what can be prepared to be moved so."""
 
     @cached_property
     def pool(self) -> dict[Piece, Tensor]:
@@ -220,27 +223,50 @@ class RecurrentStore:
         """See `Reusable`."""
         return False
 
-    def hold(self, batch: int, tokens: int) -> HeldStates | None:
-        """A step of single rows that is run many times; None without a pool."""
-        return HeldStates(self, batch) if self._places else None
+    def hold(self, batch: int, tokens: int) -> HeldStates | HeldPlaces | None:
+        """A step of single rows that is run many times; None without a pool or kernels."""
+        if self._places:
+            return HeldStates(self, batch)
+        return HeldPlaces(self, batch) if self.device.type == "cpu" and native.missing() is None else None
 
     def places(self, seqs: Sequence[int], past: Sequence[int]) -> list[int]:
         """The places in the pool of the sequences of a step of single rows."""
-        for seq, before in zip(seqs, past, strict=True):
-            assert before == self._seen.get(seq, 0), "a state goes on where it stands"
-            self._seen[seq] = before + 1
+        self._go_on(seqs, [1] * len(seqs), past)
         return [self._place[seq] for seq in seqs]
 
-    def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[RecurrentView]:
-        """One state per layer for a step of `rows` new tokens after `past` cached ones each."""
+    def table(self, piece: Piece, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> Tensor:
+        """The numbers of `Places` for the first layer."""
+        states, starts = [self._held[seq][piece] for seq in seqs], accumulate(rows, initial=0)
+        numbers = [
+            (state.data_ptr(), start, count, before == 0)
+            for state, start, count, before in zip(states, starts, rows, past, strict=False)
+        ]
+        return torch.tensor(numbers, dtype=torch.int64)
+
+    def layer_bytes(self, piece: Piece) -> int:
+        """From a layer's states to the next one's."""
+        shape, dtype = self.kinds[piece]
+        return math.prod(shape[1:]) * dtype.itemsize * max(1, self._places)
+
+    def tables(self, seqs: Sequence[int], past: Sequence[int]) -> dict[Piece, Tensor]:
+        """The numbers of `Places` for the first layer, for a step of single rows."""
+        rows = [1] * len(seqs)
+        self._go_on(seqs, rows, past)
+        return {piece: self.table(piece, seqs, rows, past) for piece in self.kinds}
+
+    def _go_on(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> None:
         for seq, count, before in zip(seqs, rows, past, strict=True):
             assert before in (0, self._seen.get(seq, 0)), "a recurrent state goes on where it stands, or begins anew"
             self._seen[seq] = before + count
+
+    def views(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[RecurrentView]:
+        """One state per layer for a step of `rows` new tokens after `past` cached ones each."""
+        self._go_on(seqs, rows, past)
         held, batches = [self._held[seq] for seq in seqs], spans(seqs, rows, past)
         trails = [self._trails.get(seq) for seq in seqs]
         alone = self.device.type == "cpu" and len(set(seqs)) == len(seqs) and not self.marked(seqs)
-        tables = {piece: _table(held, piece, rows, past) for piece in self.kinds} if alone else {}
-        return [RecurrentView(layer, held, batches, trails, tables) for layer in range(self.num_layers)]
+        tables = {piece: self.table(piece, seqs, rows, past) for piece in self.kinds} if alone else {}
+        return [RecurrentView(layer, held, batches, trails, self, tables) for layer in range(self.num_layers)]
 
 
 class HeldStates:
@@ -284,25 +310,62 @@ class PooledView:
         return output.flatten(0, 1)
 
 
+class HeldPlaces:
+    """As `HeldStates`, of exactly `batch` sequences, each with its state in memory of its own."""
+
+    def __init__(self, store: RecurrentStore, batch: int) -> None:
+        self._store, self._batch = store, batch
+        self._tables = {piece: torch.zeros(batch, 4, dtype=torch.int64) for piece in store.kinds}
+
+    def views(self) -> list[PlacedView]:
+        """One state per layer for one run."""
+        return [PlacedView(layer, self._store, self._tables) for layer in range(self._store.num_layers)]
+
+    def fits(self, seqs: Sequence[int]) -> bool:
+        """Whether rows of these sequences can be run at once: by kernels that each layer has been seen to use."""
+        known = len(self._store.moved) == len(self._store.kinds) * self._store.num_layers
+        return known and len(set(seqs)) == len(seqs) == self._batch and not self._store.marked(seqs)
+
+    def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
+        """The step's next run is one row of each of these sequences after `past` cached tokens."""
+        for piece, numbers_B4 in self._store.tables(seqs, past).items():
+            self._tables[piece].copy_(numbers_B4)
+
+
+@dataclass(frozen=True)
+class PlacedView:
+    """One layer's states where `HeldPlaces` says, each for one row."""
+
+    layer: int
+    store: RecurrentStore
+    tables: dict[Piece, Tensor]
+
+    def advance(self, piece: Piece, function: Advance, *rows: Tensor) -> Tensor:
+        """Moves every sequence's state on by its row, by the kernel that did so before."""
+        assert _movable(function), "prepared for what has been moved on before"
+        return function.move(Places(self.tables[piece], self.layer * self.store.layer_bytes(piece)), *rows)
+
+
 @dataclass(frozen=True)
 class RecurrentView:
     """One layer's states in one step.
 
-    held: those of each sequence of the step, all layers; trails: of marked ones. places: where the first layer's lie,
-    and the bytes from one layer's to the next's, if no sequence is marked or stands twice in the step.
+    held: those of each sequence of the step, all layers; trails: of marked ones. tables: where the first layer's lie,
+    if no sequence is marked or stands twice in the step.
     """
 
     layer: int
     held: list[dict[Piece, Tensor]]
     spans: list[Span]
     trails: list[Trail | None]
-    places: dict[Piece, tuple[Tensor, int]]
+    store: RecurrentStore
+    tables: dict[Piece, Tensor]
 
     def advance(self, piece: Piece, function: Advance, *rows: Tensor) -> Tensor:
         """Runs `function` over every sequence's rows from what is kept, and keeps what it leaves."""
-        if self.places and _movable(function) and function.moves(*rows):
-            numbers_B4, layer_bytes = self.places[piece]
-            return function.move(Places(numbers_B4, self.layer * layer_bytes), *rows)
+        if self.tables and _movable(function) and function.moves(*rows):
+            self.store.moved.add((piece, self.layer))
+            return function.move(Places(self.tables[piece], self.layer * self.store.layer_bytes(piece)), *rows)
         parts = []
         for span in self.spans:
             members, cut = range(span.first, span.first + span.count), _cut(span, rows)
@@ -339,19 +402,6 @@ class FreshRecurrent:
 def _movable(function: Any) -> TypeGuard[Movable]:
     """As `isinstance`, which takes longer than a layer's convolution to compare a class with a protocol."""
     return hasattr(function, "move")
-
-
-def _table(
-    held: list[dict[Piece, Tensor]], piece: Piece, rows: Sequence[int], past: Sequence[int]
-) -> tuple[Tensor, int]:
-    """The numbers of `Places` for the first layer, and the bytes from one layer's states to the next's."""
-    states = [each[piece] for each in held]
-    starts = accumulate(rows, initial=0)
-    numbers = [
-        (state.data_ptr(), start, count, before == 0)
-        for state, start, count, before in zip(states, starts, rows, past, strict=False)
-    ]
-    return torch.tensor(numbers, dtype=torch.int64), states[0].stride(0) * states[0].itemsize
 
 
 def _batch(places: list[Tensor]) -> Tensor:

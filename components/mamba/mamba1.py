@@ -39,9 +39,7 @@ class Mamba1(nn.Module):
         x_TW, z_TW = self.in_proj(x_TD).chunk(2, dim=1)
         x_TW = state.advance("conv", self.conv, x_TW)
         dt_TI, b_Tn, c_Tn = self.x_proj(x_TW).split((spec.dt_rank, spec.state_size, spec.state_size), dim=1)
-        b_Tn, c_Tn, dt_TI = (
-            self._normed(name, value).contiguous() for name, value in (("b", b_Tn), ("c", c_Tn), ("dt", dt_TI))
-        )
+        b_Tn, c_Tn, dt_TI = (self._normed(name, value) for name, value in (("b", b_Tn), ("c", c_Tn), ("dt", dt_TI)))
         scan = Scan(self.a_log, self.d, self.dt_bias)
         y_TW = state.advance("ssm", scan, x_TW, self.dt_proj(dt_TI), b_Tn, c_Tn, z_TW)
         y_TD: Tensor = self.out_proj(y_TW)

@@ -17,6 +17,8 @@ ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim":
 GATED = {"kind": "gated", "hidden_dim": 48}
 MOE = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert": GATED}
 SSM = {"num_heads": 6, "head_dim": 4, "num_groups": 2, "state_size": 5, "conv_size": 4, "norm_eps": 1e-5}
+MAMBA1 = {"kind": "mamba1", "inner_dim": 32, "state_size": 6, "dt_rank": 3, "conv_size": 4}
+MAMBA1 |= {"bcdt_norm": {"eps": 1e-3, "weights": True}}
 NORMED = {"qk_norm": {"kind": "rms", "eps": 1e-5}}
 LAYERS: dict[str, list[dict[str, Any]]] = {
     "full": [{"mixer": ATTENTION, "ffn": GATED}] * 2,
@@ -25,9 +27,10 @@ LAYERS: dict[str, list[dict[str, Any]]] = {
     "sinks": [{"mixer": ATTENTION | {"sinks": True} | window, "ffn": GATED} for window in ({"window": 8}, {})],
     "postnorm": [{"kind": "postnorm", "mixer": ATTENTION, "ffn": GATED}],
     "mixture": [{"mixer": ATTENTION, "ffn": MOE}],
-    "recurrent": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": GATED}, {"mixer": ATTENTION, "ffn": None}],
+    "mamba2": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": GATED}, {"mixer": ATTENTION, "ffn": None}],
+    "mamba1": [{"mixer": MAMBA1, "ffn": None}, {"mixer": MAMBA1, "ffn": GATED}],
 }
-RECORDED = ("full", "window", "softcap", "sinks", "postnorm")
+RECORDED = ("full", "window", "softcap", "sinks", "postnorm", "mamba2", "mamba1")
 
 
 def card(kind: str, **changes: Any) -> dict[str, Any]:
