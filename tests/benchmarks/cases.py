@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks import guessing, traffic
-from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of
+from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of, recurrent_folder
 from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Threads, Timed, Transformers, Zoo
 from zoo.bench import (
     Arrival,
@@ -218,6 +218,23 @@ def mixture(bench: Bench) -> dict[str, Any]:
     for side in sides:
         side.close()
     return {"layers": shape.layers, "rows": rows}
+
+
+@case
+def recurrent(bench: Bench) -> dict[str, Any]:
+    """A state-space model beside transformers' own, both by what runs on a CPU: a prompt, and steps."""
+    folder, rows = recurrent_folder(bench.shape, bench.root), []
+    sides: list[Side] = [Zoo(folder, max_batch_size=256), Transformers(folder)]
+    for batch in bench.batches or (1, 8):
+        length = bench.prompt or (512 if batch == 1 else 64)
+        times = _turns(bench, sides, bench.prompts(batch, length), bench.steps)
+        rates = {name: batch / median(s for run in runs for s in run.steps) for name, runs in times.items()}
+        read = {name: batch * length / median(run.prefill for run in runs) for name, runs in times.items()}
+        row = {"batch": batch, "prompt": length, "tokens_per_second": rates, "prefill_tokens_per_second": read}
+        rows.append(row | {"ratios": _ratios(rates), "prefill_ratios": _ratios(read)})
+    for side in sides:
+        side.close()
+    return {"rows": rows}
 
 
 @case

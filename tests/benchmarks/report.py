@@ -124,6 +124,14 @@ def _mixture(result: Mapping[str, Any]) -> str:
     )
 
 
+def _recurrent(result: Mapping[str, Any]) -> str:
+    read, made = (_rates(result["rows"], "batch", rate) for rate in ("prefill_tokens_per_second", "tokens_per_second"))
+    return (
+        "A state-space model (Mamba 2) of this size, whose kernels transformers has for CUDA only; tokens of prompts "
+        f"per second:\n\n{read}\n\nnew tokens per second:\n\n{made}"
+    )
+
+
 def _overhead(result: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -170,6 +178,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "mixed-continuous": _mixed,
     "mixture": _mixture,
     "context": _context,
+    "recurrent": _recurrent,
     "overhead": _overhead,
     "drafts": _drafts,
     "load": _load,

@@ -187,3 +187,17 @@ def _quantise(source: Path, target: Path, number: int) -> None:
     if llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), params):
         raise RuntimeError(f"llama.cpp could not make {target.name}")
     part.rename(target)
+
+
+def recurrent_folder(shape: Shape, root: Path) -> Path:
+    """A random Mamba 2 of the shape's size and layers, as transformers saves it."""
+    import transformers
+
+    folder = root / f"mamba2-{shape.dim}-{shape.layers}-{shape.vocab}"
+    if not (folder / "config.json").exists():
+        heads = {"head_dim": 64, "num_heads": 2 * shape.dim // 64, "n_groups": 1, "state_size": 128}
+        sizes = {"hidden_size": shape.dim, "num_hidden_layers": shape.layers, "vocab_size": shape.vocab}
+        torch.manual_seed(0)
+        model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **heads, tie_word_embeddings=False))
+        model.bfloat16().save_pretrained(folder)
+    return folder

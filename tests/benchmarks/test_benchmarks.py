@@ -56,10 +56,11 @@ def test_ranks_are_measured(bench: Bench) -> None:
 
 
 def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:
-    names = ("decode", "prefill", "quantised", "mixture", "context", "drafts")
+    names = ("decode", "prefill", "quantised", "mixture", "context", "recurrent", "drafts")
     results = {name: ABOUT | CASES[name](bench) for name in names}
     assert [row["batch"] for row in results["decode"]["rows"]] == [3]
     assert set(results["decode"]["rows"][0]["total_ratios"]) == {"transformers"}
+    assert set(results["recurrent"]["rows"][0]["ratios"]) == {"transformers"}
     rows = {row["guesses"]: row for row in results["drafts"]["rows"]}
     assert rows["nothing"]["drafted_tokens"] == rows["a model, always wrong"]["accepted_tokens"] == 0
     right = rows["a model, always right"]
