@@ -8,14 +8,12 @@ are PyTorch's work. Which it is follows from the processor alone, so that it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.components import few, native
-from zoo.components.matrix import Holder, Matrix
+from zoo.components.matrix import Holder, Making, Matrix
 from zoo.components.native import panels
 
 
@@ -43,10 +41,10 @@ def product(x_TI: Tensor, weight_OI: Tensor | Matrix, bias_O: Tensor | None = No
     return F.linear(x_TI, weight_OI, bias_O)
 
 
-def fastest(weight: Tensor) -> Callable[[Tensor], Matrix] | None:
+def fastest(weight: Tensor) -> Making | None:
     """What stores a parameter's matrices in the layout that this CPU reads fastest; None for as they are.
 
     weight: the parameter, which may still be on the meta device. For inference only: gradients and `state_dict` need
     the plain layout (`zoo.components.matrix.values` gives it back).
     """
-    return panels.Panels.of if panels.pays(weight) else None
+    return Making(panels.Panels.of, panels.PanelsFilling, panels.LANES) if panels.pays(weight) else None

@@ -7,6 +7,7 @@ is a `Holder`; the parameter that a matrix replaces keeps its name, shape and dt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -44,6 +45,34 @@ class Matrix(Protocol):
     def renewed(self, weight_OI: Tensor) -> Self:
         """Other values, stored in the same way."""
         ...
+
+
+class Filling(Protocol):
+    """A matrix that is being made of its rows, which come in any order and from several threads at a time."""
+
+    def put(self, first: int, rows_RI: Tensor) -> None:
+        """Takes rows without gaps, from number `first` on."""
+        ...
+
+    def matrix(self) -> Matrix:
+        """The matrix, once all rows are there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Making:
+    """A way to store a matrix, in memory of its own.
+
+    of: from all its values. begin: from its shape and dtype, for rows as they come, in multiples of `lanes` but for the
+    last; None where it takes all at once.
+    """
+
+    of: Callable[[Tensor], Matrix]
+    begin: Callable[[torch.Size, torch.dtype], Filling] | None = None
+    lanes: int = 1
+
+    def __call__(self, weight_OI: Tensor) -> Matrix:
+        return self.of(weight_OI)
 
 
 class Holder(nn.Module):

@@ -30,6 +30,7 @@ from zoo.components.native import quantised as native
 
 log = logging.getLogger("zoo.components")
 
+CPU = torch.device("cpu")
 FOURS = GROUP // 4
 TRIED = torch.linspace(-9.5, -6.5, 8).tolist()
 """Codes, not rounded, that the largest weight of a group may get: the one with the least error is taken."""
@@ -63,12 +64,9 @@ class Quantised:
     @classmethod
     def of(cls, kind: Kind, weight_OI: Tensor) -> Quantised:
         """Quantises row-major values."""
-        codes, scales = _room(kind, weight_OI.shape, weight_OI.device)
-        if weight_OI.device.type == "cpu" and is_native():
-            lost, size = native.quantise(kind, weight_OI, codes, scales, torch.tensor(TRIED))
-        else:
-            lost, size = quantise_reference(kind, weight_OI, codes, scales)
-        return cls(kind, weight_OI.shape, weight_OI.dtype, codes, scales, lost, size)
+        filling = QuantisedFilling(kind, weight_OI.shape, weight_OI.dtype, weight_OI.device)
+        filling.put(0, weight_OI)
+        return filling.matrix()
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +110,27 @@ class Quantised:
         if self.kind.grouped:
             return values.mul_(scales.transpose(1, 2).unsqueeze(3)).flatten(2).flatten(0, 1)
         return values.mul_(scales[:, :, None, None]).flatten(2).flatten(0, 1)
+
+
+class QuantisedFilling:
+    """A matrix that is quantised in the order in which its rows come."""
+
+    def __init__(self, kind: Kind, shape: torch.Size, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self.kind, self.shape, self.dtype = kind, shape, dtype
+        self._codes, self._scales = _room(kind, shape, device)
+        self._sums: list[tuple[float, float]] = []
+
+    def put(self, first: int, rows_RI: Tensor) -> None:
+        block, blocks = first // LANES, -(-len(rows_RI) // LANES)
+        codes, scales = (t[block : block + blocks] for t in (self._codes, self._scales))
+        if rows_RI.device.type == "cpu" and is_native():
+            self._sums.append(native.quantise(self.kind, rows_RI, codes, scales, torch.tensor(TRIED)))
+        else:
+            self._sums.append(quantise_reference(self.kind, rows_RI, codes, scales))
+
+    def matrix(self) -> Quantised:
+        lost, size = (sum(sorted(sums)) for sums in zip(*self._sums, strict=True))
+        return Quantised(self.kind, self.shape, self.dtype, self._codes, self._scales, lost, size)
 
 
 def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:

@@ -60,6 +60,8 @@ _ARGUMENTS = {
     "zoo_ssd": [*_STEP, *[_SIZE] * 4, *_ROWS * 4, *[_ADDRESS] * 4, _COUNT],
     "zoo_selective": [*_STEP, *[_SIZE] * 2, *_ROWS * 5, *[_ADDRESS] * 4, _COUNT],
     "zoo_gated_norm": [_COUNT, *[_SIZE] * 3, _ADDRESS, *_ROWS, _ADDRESS, ctypes.c_float, _ADDRESS, _COUNT],
+    "zoo_alone": [],
+    "zoo_pack": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
 }
 _BY_TILES: list[Any] = [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _COUNT]
 

@@ -40,9 +40,10 @@ class Panels:
 
     @classmethod
     def of(cls, weight_OI: Tensor) -> Panels:
-        """The same values in panels."""
-        words = weight_OI.contiguous().view(torch.int32).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
-        return cls(words, weight_OI.shape)
+        """The same values in panels, as in `words_reference`."""
+        filling = PanelsFilling(weight_OI.shape, weight_OI.dtype)
+        filling.put(0, weight_OI.contiguous())
+        return filling.matrix()
 
     @property
     def nbytes(self) -> int:
@@ -60,3 +61,26 @@ class Panels:
 
     def renewed(self, weight_OI: Tensor) -> Panels:
         return Panels.of(weight_OI)
+
+
+class PanelsFilling:
+    """Panels that are made of rows as they come."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        assert dtype is torch.bfloat16, "panels hold pairs of sixteen bits"
+        outputs, inputs = shape
+        self._made = Panels(torch.empty(outputs // LANES, inputs // 2, LANES, dtype=torch.int32), shape)
+
+    def put(self, first: int, rows_RI: Tensor) -> None:
+        panels, words = self._made.words[first // LANES :], rows_RI.shape[1] // 2
+        pack, threads = native.library().handle.zoo_pack, torch.get_num_threads()
+        pack(len(rows_RI), words, rows_RI.data_ptr(), words, panels.data_ptr(), threads)
+
+    def matrix(self) -> Panels:
+        return self._made
+
+
+def words_reference(weight_OI: Tensor) -> Tensor:
+    """A matrix's words as panels have them, by PyTorch."""
+    words: Tensor = weight_OI.contiguous().view(torch.int32).unflatten(0, (-1, LANES))
+    return words.transpose(1, 2).contiguous()

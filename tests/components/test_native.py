@@ -18,7 +18,7 @@ from zoo.components.attention.kernels import attention, reference
 from zoo.components.linear import Linear
 from zoo.components.native import measure, prompts, small
 from zoo.components.native.measure import plain_read_rate, product_rates, read_limit
-from zoo.components.native.panels import Panels
+from zoo.components.native.panels import Panels, PanelsFilling, words_reference
 from zoo.components.norm import residual
 from zoo.components.norm.rms import RMS, rms_reference
 from zoo.components.norm.spec import RMSSpec
@@ -286,3 +286,16 @@ def test_rates_are_of_a_memorys_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sources_are_beside_the_loader() -> None:
     assert (Path(native.__file__).parent / "kernels.c").is_file()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 74), (16, 4), (160, 62), (32, 256)])
+def test_panels_are_made_of_rows_in_any_order(outputs: int, inputs: int) -> None:
+    _, weight_OI, _ = operands(1, inputs, outputs)
+    filling = PanelsFilling(weight_OI.shape, weight_OI.dtype)
+    for first in reversed(range(0, outputs, 16)):
+        filling.put(first, weight_OI[first : first + 16])
+    made = filling.matrix()
+    assert torch.equal(made.words, words_reference(weight_OI))
+    assert torch.equal(made.words, Panels.of(weight_OI).words)
+    assert torch.equal(made.plain(), weight_OI)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from zoo.assemble import assemble
 from zoo.components.decoder.model import Decoder
-from zoo.loading import load
+from zoo.loading import crew, load, reading
 from zoo.loading.files import locate
 from zoo.loading.layouts import read_layouts
 from zoo.loading.load import load_weights, random_weights
@@ -242,13 +242,14 @@ def test_loading_says_how_far_it_is_and_follows_the_files(
     # The library writes narrower types last, so that the order of the data is not that of the names.
     save_file({name: t.half() if "layers" in name else t for name, t in tensors.items()}, tmp_path / "w.safetensors")
     files, seen, places = locate(tmp_path), [], []
-    read = load._Reader.into
+    read = reading.Reader.into
 
-    def spy(self: load._Reader, place: torch.Tensor, info: object, offset: int) -> None:
+    def spy(self: reading.Reader, place: torch.Tensor, info: object, offset: int) -> None:
         places.append(offset)
         read(self, place, info, offset)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(load._Reader, "into", spy)
+    monkeypatch.setattr(reading.Reader, "into", spy)
+    monkeypatch.setattr(crew, "WORKERS", 1)
     load_weights(assemble(plan, torch.float32), plan, files, progress=lambda done, total: seen.append((done, total)))
     assert [total for _, total in seen] == [files.nbytes] * len(files.headers)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -424,6 +425,9 @@ def peaks(large: Path, small: Path, kind: str) -> list[tuple[int, int]]:
     return [(int(peak), int(weights)) for peak, weights in map(str.split, answer.stdout.splitlines())]
 
 
+SLACK = 10 << 20
+"""Bytes for what threads and the allocator take beside buffers: with one thread some three millions are seen."""
+
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's peak of resident memory")
 
 
@@ -436,16 +440,16 @@ def test_peak_memory_is_the_weights(large: Path, small: Path, coded: bool, tmp_p
     (kept, kept_weights), (converted, converted_weights) = peaks(large, small, "plain")
     assert converted_weights == 2 * kept_weights > 360_000_000
     assert 0.95 * kept_weights < kept < 1.1 * kept_weights
-    assert 0.95 * converted_weights < converted < 1.1 * converted_weights
+    assert 0.95 * converted_weights < converted < converted_weights + crew.WORKERS * load.BUFFER + SLACK
 
 
 @on_linux
 @pytest.mark.parametrize(("kind", "coded"), [("none", False), ("int8", False), ("int4", False), ("int4", True)])
 def test_peak_memory_of_stored_weights(large: Path, small: Path, kind: str, coded: bool, tmp_path: Path) -> None:
-    """The weights as they are stored, the buffer, and two matrices as they came."""
+    """The weights as they are stored, and of each thread a buffer for what it reads and one for what that becomes."""
     if coded:
         large = native_checkpoint(tmp_path, 1024, 4096, 8192, coded=True)
     for (peak, weights), size in zip(peaks(large, small, kind), (2, 4), strict=True):
-        matrix, embedding = size * 8192 * 1024, size * 8192 * 1024
+        embedding = size * 8192 * 1024
         assert weights < {"none": size / 2 + 0.05, "int8": 0.56, "int4": 0.36}[kind] * 2 * 91_000_000 + embedding
-        assert peak < weights + load.BUFFER + 2 * matrix
+        assert peak < weights + 2 * crew.WORKERS * load.BUFFER + SLACK

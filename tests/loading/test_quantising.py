@@ -106,21 +106,41 @@ def test_loaded_matrices_are_those_of_the_plain_weights(tmp_path: Path, ffn: dic
 
 
 def test_experts_come_and_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No stack is ever there as it came, and no second matrix of a layer is begun before the first is stored."""
+    """No stack is ever gathered, and no second matrix before the first is stored."""
     plan, most = plan_of(ffn=MOE), 0
     made = targets.Targets._make
 
     def counted(self: targets.Targets, unit: targets.Unit) -> torch.Tensor:
         nonlocal most
         value = made(self, unit)
-        most = max(most, len([other for other in self._open if self._making(other.param)]) + 1)
+        gathered = [other for other, state in self._states.items() if state.value is not None]
+        most = max(most, len([other for other in gathered if self._making(other.param)]) + 1)
         assert value.ndim < 3
         return value
 
     monkeypatch.setattr(targets.Targets, "_make", counted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     drawn(plan, INT8)
-    assert most <= 2  # an expert's down arrives between its gate and up
+    assert most == 1
+
+
+@kinds
+@pytest.mark.parametrize(("hidden", "gathered"), [(72, 2), (80, 0)])
+def test_matrices_whose_rows_come_in_lanes_are_not_gathered(
+    monkeypatch: pytest.MonkeyPatch, kind: Kind, hidden: int, gathered: int
+) -> None:
+    """72 rows of gate and of up do not begin at a multiple of sixteen; 80 do."""
+    found, made = [], targets.Targets._make
+
+    def counted(self: targets.Targets, unit: targets.Unit) -> torch.Tensor:
+        if self._making(unit.param):
+            found.append(unit.param)
+        return made(self, unit)
+
+    monkeypatch.setattr(targets.Targets, "_make", counted)
+    drawn(plan_of(ffn=GATED | {"hidden_dim": hidden}), kind)
+    assert len(found) == gathered
+    assert all(name.endswith("gate_up.weight") for name in found)
 
 
 @kinds

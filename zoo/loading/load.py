@@ -1,7 +1,8 @@
 """Weights into a module: every tensor straight to its final place, type and device, in the order of the files.
 
-Nothing is held but the parameters themselves, those that are stored otherwise for a moment, and one buffer: a tensor
-that arrives as it stays is read into its parameter's own memory, all others pass through the buffer in pieces.
+Nothing is held but the parameters themselves, those that are stored otherwise for a moment, and a buffer for each
+thread: a tensor that arrives as it stays is read into its parameter's own memory, all others pass through buffers. Both
+happens in pieces, which several threads read and convert at a time.
 """
 
 from __future__ import annotations
@@ -10,36 +11,46 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
-from math import prod
-from pathlib import Path
-from types import TracebackType
-from typing import Self
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from math import lcm, prod
+from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from zoo.loading.ahead import STEP, ReadAhead, Span
+from zoo.loading.crew import in_order
 from zoo.loading.decode import decoded
 from zoo.loading.files import WeightSet
 from zoo.loading.layouts import layout_named
 from zoo.loading.mapping import Placement, plan_mapping
-from zoo.loading.pickled import DTYPES, open_archive
+from zoo.loading.pickled import DTYPES
 from zoo.loading.pieces import Piece, narrowed, taken
-from zoo.loading.reader import Progress, TensorInfo
+from zoo.loading.reader import Progress
+from zoo.loading.reading import Reader, Readers
 from zoo.loading.targets import Storing, Targets
 from zoo.registry.errors import WeightsError
 from zoo.registry.plan import Plan
 from zoo.registry.spec import Rotary, Tensor
 
-BUFFER = 32 << 20
-"""Bytes that pass through the buffer at a time, unless one row of a tensor is larger."""
+BUFFER = 4 << 20
+"""Bytes that a thread reads at a time and keeps a buffer of, unless one row of a tensor is larger."""
 
 DECODED = 64
 """Bytes to allow for each quantised element: its code, index, float and scale, and as much again."""
 
 DRAW = 1 << 20
 """Elements that are drawn at a time; part of what a seed means."""
+
+
+class _Job(NamedTuple):
+    """Rows of a source, and the place of its tensor; None where they are put. last: the tensor is whole with it."""
+
+    placement: Placement
+    place: torch.Tensor | None
+    rows: tuple[int, int]
+    last: bool
 
 
 def load_weights(
@@ -56,8 +67,8 @@ def load_weights(
 
     pieces: what the module holds of each tensor of the plan, where it is one rank's share; only that is read.
     storing: what is stored otherwise, each matrix as soon as it is whole. Peak memory is the weights as they are
-    stored, one buffer, and the matrices of which a part is still to come. `progress` is called with the bytes read
-    and the bytes in all.
+    stored, the threads' buffers, and matrices that have to be gathered first. `progress` is called with the
+    bytes read and the bytes in all.
     Raises WeightsError unless the files hold exactly the plan's tensors; CapacityError when memory does not suffice.
     """
     assert sys.byteorder == "little", "the files' bytes are read as they are"
@@ -70,13 +81,14 @@ def load_weights(
     total, done = sum(placement.nbytes for placement in placements), 0
     targets = Targets(module, [*zeros, *(p.tensor for p in placements)], torch.device(device), storing)
     for tensor in zeros:
-        targets.place(tensor).zero_()
-        targets.filled(tensor)
-    with ReadAhead(map(_span, placements)) as ahead, _Reader(torch.device(device).type == "cuda", ahead) as reader:
-        for placement in placements:
-            _fill(targets.place(placement.tensor), placement, reader)
-            targets.filled(placement.tensor)
-            done += placement.nbytes
+        with _placed(targets, tensor) as place:
+            place.zero_()
+    with Readers(BUFFER, torch.device(device).type == "cuda") as readers:
+        for job in in_order(partial(_do, readers, targets, Lock()), _jobs(placements, targets)):
+            if not job.last:
+                continue
+            targets.filled(job.placement.tensor)
+            done += job.placement.nbytes
             if progress:
                 progress(done, total)
     targets.check()
@@ -84,17 +96,51 @@ def load_weights(
 
 def fill_places(places: Iterable[tuple[torch.Tensor, Placement]]) -> None:
     """Fills tensors of the caller's own, of any type, each from its source."""
-    with _Reader(pinned=False, ahead=ReadAhead()) as reader:
+    with Reader(BUFFER) as reader:
         for place, placement in places:
-            _fill(place, placement, reader)
+            _fill(place, placement, placement.rows, reader)
 
 
-def _span(placement: Placement) -> Span:
-    """The bytes that fill a tensor; none of an archive, which is mapped, nor of some columns alone."""
-    info, (first, last) = placement.source, placement.rows
-    if info.pickled or placement.columns:
-        return Span(info.file, 0, 0)
-    return Span(info.file, info.start + first * placement.row_bytes, info.start + last * placement.row_bytes)
+def _jobs(placements: Iterable[Placement], targets: Targets) -> Iterator[_Job]:
+    """The placements in pieces, in their order; in one piece where rows of the file are not those of the matrix."""
+    for placement in placements:
+        tensor = placement.tensor
+        place, (first, last) = targets.place(tensor), placement.rows
+        if place is None and (placement.transpose or last - first != tensor.shape[0]):
+            yield _Job(placement, None, placement.rows, last=True)
+            continue
+        lanes, item = (1, 0) if place is not None else (targets.lanes(tensor), targets.like(tensor).itemsize)
+        for rows in _pieces(placement, placement.rows, lanes, item):
+            yield _Job(placement, place, rows, rows[1] == last)
+
+
+def _do(readers: Readers, targets: Targets, large: Lock, job: _Job) -> None:
+    """One job. large: of rows that no buffer holds, so that there is one such job at a time."""
+    placement, (first, last) = job.placement, job.rows
+    passing = job.place is None or not _arrives_as_it_stays(job.place, placement)
+    alone = large if passing and (last - first) * placement.row_bytes > BUFFER else nullcontext()
+    start = first - placement.rows[0]
+    with alone, readers.one() as reader:
+        if job.place is not None:
+            place = job.place.transpose(-2, -1) if placement.transpose else job.place
+            part = place[start : start + last - first] if placement.tensor.shape else place
+            _fill(part.transpose(-2, -1) if placement.transpose else part, placement, job.rows, reader)
+            return
+        like = targets.like(placement.tensor)
+        values = reader.scratch(like if job.rows == placement.rows else like[: last - first])
+        _fill(values, placement, job.rows, reader)
+        targets.put(placement.tensor, start, values)
+
+
+@contextmanager
+def _placed(targets: Targets, tensor: Tensor) -> Iterator[torch.Tensor]:
+    """Memory for all of a tensor, which is in its place afterwards."""
+    place = targets.place(tensor)
+    values = torch.empty_like(targets.like(tensor), device="cpu") if place is None else place
+    yield values
+    if place is None:
+        targets.put(tensor, 0, values)
+    targets.filled(tensor)
 
 
 def random_weights(
@@ -120,12 +166,11 @@ def random_weights(
 
     def draw(tensor: Tensor) -> None:
         piece, init = kept[tensor.name], parameters[tensor.param].init
-        place = targets.place(piece.tensor)
-        if init == "normal" and not piece.zeros:
-            _draw(place, f"{seed}:{tensor.name}", tensor.shape, piece)
-        else:
-            place.fill_(1.0 if init == "ones" and not piece.zeros else 0.0)
-        targets.filled(piece.tensor)
+        with _placed(targets, piece.tensor) as place:
+            if init == "normal" and not piece.zeros:
+                _draw(place, f"{seed}:{tensor.name}", tensor.shape, piece)
+            else:
+                place.fill_(1.0 if init == "ones" and not piece.zeros else 0.0)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(draw, tensors):
@@ -146,109 +191,20 @@ def _draw(place: torch.Tensor, key: str, shape: tuple[int, ...], piece: Piece) -
         filled += len(values)
 
 
-class _Reader:
-    """Reads from one file at a time, and keeps the buffer."""
-
-    def __init__(self, pinned: bool, ahead: ReadAhead) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
-        self.pinned, self.ahead = pinned, ahead
-        self.path: Path | None = None
-        self.file: FileIO | None = None
-        self.archive: dict[str, torch.Tensor] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.file:
-            self.file.close()
-        self.path, self.file, self.archive = None, None, {}
-
-    def _turn_to(self, info: TensorInfo) -> None:
-        if self.path == info.file:
-            return
-        self._close()
-        try:
-            if info.pickled:
-                self.archive = open_archive(info.file)
-            else:
-                self.file = info.file.open("rb", buffering=0)
-        except OSError as error:
-            raise WeightsError("cannot read the weights", where=str(info.file), found=error.strerror) from None
-        self.path = info.file
-
-    def into(self, place: torch.Tensor, info: TensorInfo, offset: int) -> None:
-        """Fills contiguous memory on the CPU with the file's bytes from `offset` on."""
-        self._turn_to(info)
-        assert self.file is not None
-        view = place.flatten().view(torch.uint8).numpy().data
-        try:
-            self.file.seek(offset)
-            while view:
-                count = self.file.readinto(view[:STEP])
-                if not count:
-                    raise OSError(0, f"it ends {len(view)} bytes too early: it has changed since its header was read")
-                view = view[count:]
-                self.ahead.has_read(count)
-        except OSError as error:
-            found = error.strerror
-            raise WeightsError(f"cannot read tensor {info.name!r}", where=str(info.file), found=found) from None
-
-    def rows(self, placement: Placement, first: int, last: int) -> torch.Tensor:
-        """Those rows of a source, in its own type on the CPU, of a quantised one as bytes; good until the next call."""
-        info, shape = placement.source, (last - first, *placement.row_shape)
-        if info.pickled:
-            self._turn_to(info)
-            return self.archive[info.name].reshape(-1, *placement.row_shape)[first:last]
-        if placement.columns and not info.coding and len(shape) == 2:
-            return self._columns(placement, first, last, placement.columns)
-        piece = self._room((last - first) * placement.row_bytes, info)
-        self.into(piece, info, info.start + first * placement.row_bytes)
-        return piece if info.coding else piece.view(DTYPES[info.dtype]).view(shape)
-
-    def _columns(self, placement: Placement, first: int, last: int, columns: tuple[int, int]) -> torch.Tensor:
-        """Some columns of those rows, read row by row: other ranks read the others."""
-        info, width = placement.source, columns[1] - columns[0]
-        item = placement.row_bytes // placement.row_shape[0]
-        piece = self._room((last - first) * width * item, info).view(-1, width * item)
-        start = info.start + columns[0] * item
-        for row in range(first, last):
-            self.into(piece[row - first], info, start + row * placement.row_bytes)
-        return piece.view(DTYPES[info.dtype]).view(last - first, width)
-
-    def _room(self, size: int, info: TensorInfo) -> torch.Tensor:
-        """The buffer's first `size` bytes."""
-        if len(self.buffer) < size:
-            room = size if info.coding else max(size, min(BUFFER, info.nbytes))
-            self.buffer = torch.empty(room, dtype=torch.uint8, pin_memory=self.pinned)
-        return self.buffer[:size]
-
-    def raw(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        """Bytes of a small tensor, from `start` to `stop` within it."""
-        piece = torch.empty(stop - start, dtype=torch.uint8)
-        self.into(piece, info, info.start + start)
-        return piece
-
-
-def _fill(place: torch.Tensor, placement: Placement, reader: _Reader) -> None:
-    """Brings one tensor to its place."""
+def _fill(place: torch.Tensor, placement: Placement, rows: tuple[int, int], reader: Reader) -> None:
+    """Brings rows of a source to the place that is theirs."""
+    info, start = placement.source, rows[0]
     if placement.tensor.shape == ():
         place = place.view(1)
     if _arrives_as_it_stays(place, placement):
-        reader.into(place, placement.source, placement.source.start + placement.rows[0] * placement.row_bytes)
+        reader.into(place, info, info.start + start * placement.row_bytes)
         return
     view = place.transpose(-2, -1) if placement.transpose else place
-    start = placement.rows[0]
-    for first, last in _pieces(placement):
-        rows = reader.rows(placement, first, last)
-        if placement.source.coding:
-            rows = decoded(rows.to(place.device), placement, (first, last), reader.raw)
-        _put(view[first - start : last - start], rows, placement)
+    for first, last in _pieces(placement, rows):
+        values = reader.rows(placement, first, last)
+        if info.coding:
+            values = decoded(values.to(place.device), placement, (first, last), reader.raw)
+        _put(view[first - start : last - start], values, placement)
 
 
 def _arrives_as_it_stays(place: torch.Tensor, placement: Placement) -> bool:
@@ -257,13 +213,17 @@ def _arrives_as_it_stays(place: torch.Tensor, placement: Placement) -> bool:
     return not moved and place.device.type == "cpu" and place.dtype == DTYPES[info.dtype] and place.is_contiguous()
 
 
-def _pieces(placement: Placement) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that fit the buffer; whole heads where heads are permuted."""
-    unit = placement.interleaved.head_dim if placement.interleaved else 1
-    row_bytes = DECODED * prod(placement.row_shape) if placement.source.coding else placement.row_bytes
+def _pieces(placement: Placement, rows: tuple[int, int], lanes: int = 1, item: int = 0) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that fit the buffer, in multiples of `lanes`; whole heads where heads are permuted.
+
+    item: bytes of a number that becomes of each of the file's, where it passes a buffer too.
+    """
+    unit = lcm(placement.interleaved.head_dim if placement.interleaved else 1, lanes)
+    numbers = prod(placement.row_shape)
+    row_bytes = DECODED * numbers if placement.source.coding else max(placement.row_bytes, item * numbers)
     step = max(1, BUFFER // max(1, unit * row_bytes)) * unit
-    for first in range(*placement.rows, step):
-        yield first, min(first + step, placement.rows[1])
+    for first in range(*rows, step):
+        yield first, min(first + step, rows[1])
 
 
 def _put(view: torch.Tensor, rows: torch.Tensor, placement: Placement) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from zoo.components import fused
-from zoo.components.kinds import Kind, quantised
+from zoo.components.kinds import LANES, Kind, quantised
 from zoo.components.linear import fastest
-from zoo.components.matrix import Holder
-from zoo.components.quantised import Quantised, is_native
+from zoo.components.matrix import Holder, Making
+from zoo.components.quantised import Quantised, QuantisedFilling, is_native
 from zoo.loading.hub.types import human_bytes
-from zoo.loading.targets import Making, Storing
+from zoo.loading.targets import Storing
 from zoo.registry.errors import RequestError
 from zoo.registry.plan import Plan
 
@@ -37,7 +37,9 @@ def storing_of(plan: Plan, kind: Kind | None, device: torch.device) -> Storing:
 
     def storing(param: str, like: torch.Tensor) -> Making | None:
         if param in kinds:
-            return partial(Quantised.of, kinds[param])
+            own = kinds[param]
+            begin = partial(QuantisedFilling, own) if device.type == "cpu" else None
+            return Making(partial(Quantised.of, own), begin, LANES)
         return fastest(like) if device.type == "cpu" else None
 
     return storing
