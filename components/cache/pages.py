@@ -227,9 +227,14 @@ class Pages:
             self._pool[layer, :, plane][rows.places] = self.code.encode(new_BGd)
 
     def read_rows(self, layer: int, rows: PageRows) -> Planes:
-        """The planes of the slots of each sequence's pages, (B, G, S, d) each; beyond its own, other numbers."""
-        pools = self._pool[layer].unbind(1)
-        return tuple(self.code.decode(pool[rows.tables_BP].flatten(1, 2)).transpose(1, 2) for pool in pools)
+        """The planes of the slots of each sequence's pages, (B, G, S, d) each; beyond its own, zeros.
+
+        Others have left there what they had, and a mask does not silence what is not a number.
+        """
+        gathered = [pool[rows.tables_BP].flatten(1, 2) for pool in self._pool[layer].unbind(1)]
+        slots_S = torch.arange(gathered[0].shape[1], device=self.device)
+        empty_BS11 = (slots_S >= rows.filled_B.unsqueeze(1))[:, :, None, None]
+        return tuple(self.code.decode(kept.masked_fill_(empty_BS11, 0)).transpose(1, 2) for kept in gathered)
 
     def _places(self, seq: int, start: int, stop: int, memo: Memo) -> tuple[Tensor, Tensor]:
         """Page and offset of each slot of a range, made once per step."""

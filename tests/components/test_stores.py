@@ -310,3 +310,44 @@ def test_held_places_follow_every_change_of_tables() -> None:
         ]
         seen.add((change, len(seqs)))
     assert len(seen) > 12, "every change must have been met with every batch"
+
+
+def _answers(store: KVStore, seqs: list[int], past: list[int], rows: list[int], spec: Any) -> torch.Tensor:
+    """What the layers give for rows of known numbers."""
+    draw = torch.Generator().manual_seed(sum(past) + sum(rows))
+    heads, width, window = spec.num_kv_heads, spec.head_dim, getattr(spec, "window", None)
+    q_THd = torch.randn(sum(rows), 2 * heads, width, generator=draw).to(store.storage.code.dtype)
+    k_TGd, v_TGd = torch.randn(2, sum(rows), heads, width, generator=draw).to(q_THd)
+    found = [view.attend(q_THd, k_TGd, v_TGd, scale=0.4, window=window) for view in store.views(seqs, rows, past)]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("coded", [None, "int8", "fp8"])
+@pytest.mark.parametrize("window", [None, 7, 40])
+@pytest.mark.parametrize("storage", ["slab", "pages"])
+def test_what_was_no_number_reaches_no_other(
+    storage: str, window: int | None, coded: str | None, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of several lengths stand in memory whose every byte is 255: no number in any type, nor any scale."""
+    monkeypatch.setenv("ZOO_ATTENTION", kernel)
+    own: dict[str, Any] = {"num_kv_heads": 2, "head_dim": 32, "cache_dtype": coded}
+    spec = FullCacheSpec(**own) if window is None else WindowCacheSpec(**own, window=window)
+    found = []
+    for spoilt in (False, True):
+        store = make_store(spec, 3, torch.bfloat16, "cpu", storage, 1 << 20)
+        assert isinstance(store, KVStore)
+        for seq, tokens in ((1, 5), (2, 19)):
+            store.grow(seq, tokens + 3)
+        slots = store.storage
+        slabs = [] if isinstance(slots, Pages) else [*slots._slabs.values()]  # type: ignore[attr-defined]
+        pools = [slots.pool(layer) for layer in range(3)] if isinstance(slots, Pages) else []
+        memory = [*pools, *(piece for own_slabs in slabs for piece in own_slabs)]
+        for piece in memory:
+            piece.view(torch.uint8).fill_(255 if spoilt else 0)
+        for seq, tokens in ((1, 5), (2, 19)):
+            _answers(store, [seq], [0], [tokens], spec)
+        parts = [_answers(store, [1, 2], [5 + more, 19 + more], [1, 1], spec) for more in range(3)]
+        found.append(torch.stack(parts))
+    assert found[0].isfinite().all()
+    assert torch.equal(found[0], found[1])
