@@ -98,7 +98,16 @@ class FakeDecoder(nn.Module):
         self.logit_rows: list[int] = []
         self.fault: Callable[[Step], None] | None = None
 
+    def pieces(self, rows: int) -> int:
+        """As `Decoder.pieces`."""
+        return 1
+
     def forward(self, tokens_T: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
+        hidden_TV = self.hidden(tokens_T, step)
+        return self.logits(hidden_TV if rows is None else hidden_TV[rows])
+
+    def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
+        """The logits already."""
         tokens, start, found = tokens_T.tolist(), 0, []
         positions = step.positions_T.tolist()
         for place, (count, past) in enumerate(zip(step.rows, step.past, strict=True)):
@@ -110,10 +119,11 @@ class FakeDecoder(nn.Module):
         self.steps.append(list(step.rows))
         if self.fault is not None:
             self.fault(step)
-        logits_TV = torch.stack(found)
-        chosen = logits_TV if rows is None else logits_TV[rows]
-        self.logit_rows.append(len(chosen))
-        return chosen
+        return torch.stack(found)
+
+    def logits(self, hidden_RV: Tensor) -> Tensor:
+        self.logit_rows.append(len(hidden_RV))
+        return hidden_RV
 
     def _row(self, history: list[int]) -> Tensor:
         if self.script is not None:

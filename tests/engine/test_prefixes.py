@@ -255,7 +255,7 @@ def test_adapters_have_prefixes_of_their_own() -> None:
 def test_what_is_not_finite_is_not_kept() -> None:
     engine = make("full")
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(Decoder, "forward", lambda self, tokens, step, rows: torch.full((1, VOCABULARY), torch.nan))
+        changed.setattr(Decoder, "logits", lambda self, x_RD: torch.full((len(x_RD), VOCABULARY), torch.nan))
         with pytest.raises(ZooError, match="not finite"):
             engine.generate([ask(ids(30))])
     assert engine.memory["cache_kept"] == 0
