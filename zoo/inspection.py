@@ -122,17 +122,20 @@ class Inspection:
     def speed(self, prompt: int = 512, context: int = 1024) -> dict[str, Any]:
         """What this machine's stored measurements let expect: the first token of a prompt, and decode steps.
 
-        `why` says why there are no figures, `unmeasured` which parts were reckoned like others.
+        `why` says why there are no such figures; `rough` is then what a glance at memory's speed lets expect of the
+        CPU, or None. `unmeasured`: which parts were reckoned like others.
         """
         from zoo.costs.forecast import forecast
+        from zoo.costs.glance import glance
         from zoo.costs.profile import profile_file, stored
 
         device = "cuda" if profile_file("cuda").exists() else "cpu"
+        work = Work(self.plan, self.dtype, self.quantize)
         try:
             profile = stored(device)
-            known = forecast(profile, Work(self.plan, self.dtype, self.quantize), device)
+            known = forecast(profile, work, device)
         except ZooError as error:
-            return {"why": str(error)}
+            return {"why": str(error), "rough": glance(work, context)}
         first = known.prefill(prompt)
         steps = {batch: known.decode(batch, context) for batch in SPEED_BATCHES}
         return {

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import zoo
+from zoo.components import native
+from zoo.costs import glance as glances
 from zoo.costs.forecast import Curve, Forecast, forecast
 from zoo.costs.profile import Key, Limits, Pace, Product, Profile, Speed, store
 from zoo.costs.work import Step, Work
@@ -127,9 +129,33 @@ def test_inspect_tells_the_speed(measured: Profile) -> None:
     assert found["unmeasured"] == ["attention", "moe"]
 
 
-def test_inspect_without_measurements_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_without_measurements_tells_what_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zoo.cli import main
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "`zoo bench --machine`" in zoo.inspect("mixtral-8x7b").speed()["why"]
+    monkeypatch.setattr(glances, "read_rate", lambda: 1e12)
+    found = zoo.inspect("mixtral-8x7b")
+    told = found.speed(context=500)
+    read = Work(found.plan, "bfloat16").read_bytes(Step.decode(1, 500))
+    assert "`zoo bench --machine`" in told["why"]
+    assert told["rough"]["tokens_per_second"] == pytest.approx(0.8 * 1e12 / read)
+    text = _shown(main, capsys, "inspect", "mixtral-8x7b", "--context", "500")
+    assert "about 31 tokens/s for one sequence of 500 tokens on the CPU" in text
+    assert "memory was read at 1000 GB/s just now; " in text and "`zoo bench --machine`" in text
+    assert zoo.inspect("mixtral-8x7b", dtype="float32").speed()["rough"] is None
+
+
+def test_memory_is_read_in_a_glance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read_rate = glances.read_rate.__wrapped__
+    if native.missing() is None:
+        assert 1e8 < read_rate() < 1e13
+    monkeypatch.setattr(glances, "kernels_file", lambda: None)
+    assert read_rate() is None
+    monkeypatch.setattr(glances, "kernels_file", lambda: tmp_path / "absent.so")
+    assert read_rate() is None
 
 
 def test_the_command_shows_it(measured: Profile, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,14 @@ def _shares(memory: dict[str, Any]) -> str:
 def _speed(speed: dict[str, Any]) -> list[list[str]]:
     """What to expect of this machine, or why that is not known."""
     if "why" in speed:
-        return [["speed", f"not known: {speed['why']}"]]
+        rough = speed["rough"]
+        if rough is None:
+            return [["speed", f"not known: {speed['why']}"]]
+        many = (
+            f"about {rough['tokens_per_second']:.2g} tokens/s for one sequence of {rough['context']} tokens on the CPU"
+        )
+        read = f"roughly: memory was read at {rough['read_bytes_per_second'] / 1e9:.0f} GB/s just now"
+        return [["speed", f"{many} on the CPU"], ["", f"{read}; {speed['why']}"]]
     first, (one, *more) = speed["prefill"], speed["decode"]
     others = ", ".join(f"{row['tokens_per_second']:.3g} for {row['batch']}" for row in more)
     rest = f"; like others: {', '.join(speed['unmeasured'])}" if speed["unmeasured"] else ""

@@ -24,8 +24,8 @@ class _Data(BaseModel):
 class Key(_Data):
     """What the figures depend on. A profile whose key is not that of the running installation is refused.
 
-    threads: OMP_NUM_THREADS, where it is set. torch, zoo: versions. native: whether kernels in C are built and not left
-    out by ZOO_NATIVE. accelerator: a GPU's name, or None for the CPU.
+    threads: OMP_NUM_THREADS, where it is set. torch, zoo: versions. native: what ZOO_NATIVE asks of the
+    kernels in C, or "none" where they are not built or left out. accelerator: a GPU's name, or None for the CPU.
     """
 
     processor: str
@@ -33,7 +33,7 @@ class Key(_Data):
     threads: str | None
     torch: str
     zoo: str
-    native: bool
+    native: str
     accelerator: str | None = None
 
     @classmethod
@@ -45,7 +45,7 @@ class Key(_Data):
             threads=os.environ.get("OMP_NUM_THREADS"),
             torch=importlib.metadata.version("torch"),
             zoo=importlib.metadata.version("zoo-inference"),
-            native=_has_kernels(),
+            native=os.environ.get("ZOO_NATIVE", "auto") if kernels_file() else "none",
             accelerator=accelerator,
         )
 
@@ -175,9 +175,10 @@ def stored(device: str, accelerator: str | None = None) -> Profile:
     return profile
 
 
-def _has_kernels() -> bool:
-    """Whether zoo's kernels in C are there, found without importing them."""
+def kernels_file() -> Path | None:
+    """Zoo's kernels in C, found without importing them; None where they are not built or left out by ZOO_NATIVE."""
     found = find_spec("zoo.components.native")
-    folder = Path(found.origin).parent if found and found.origin else None
-    built = folder is not None and any((folder / f"kernels{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
-    return built and os.environ.get("ZOO_NATIVE") != "off"
+    if not found or not found.origin or os.environ.get("ZOO_NATIVE") == "off":
+        return None
+    files = (Path(found.origin).with_name(f"kernels{suffix}") for suffix in EXTENSION_SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
