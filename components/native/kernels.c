@@ -274,6 +274,7 @@ typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w
 #define PANEL_TILE(NAME, PLACE, FETCH, R, N)                                                                             \
     AVX512_BF16 static void NAME##_##R##_##N(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, \
                                              long next, int first, const bf16 *ahead, long every) {                      \
+        (void)x_next, (void)ahead; /* each is for one PLACE or FETCH */                                                  \
         __m512 sum[R][N];                                                                                                \
         EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++)                                                          \
             sum[r][n] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * next + n * 16);                         \

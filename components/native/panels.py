@@ -57,7 +57,9 @@ class Panels:
         return native.library().panels(x_TI, self.words, self.shape[0], bias_O)
 
     def plain(self, index: Index = ()) -> Tensor:
-        return self.words.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(torch.bfloat16).view(self.shape)[index]
+        # A copy in any case: of two inputs the words are in order already, but not next to each other by their strides.
+        rows = self.words.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return rows.view(torch.bfloat16).view(self.shape)[index]
 
     def renewed(self, weight_OI: Tensor) -> Panels:
         return Panels.of(weight_OI)
