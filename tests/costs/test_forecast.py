@@ -151,7 +151,7 @@ def test_memory_is_read_in_a_glance(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     read_rate = glances.read_rate.__wrapped__
     if native.missing() is None:
-        assert 1e8 < read_rate() < 1e13
+        assert 1e8 < (read_rate() or 0.0) < 1e13
     monkeypatch.setattr(glances, "kernels_file", lambda: None)
     assert read_rate() is None
     monkeypatch.setattr(glances, "kernels_file", lambda: tmp_path / "absent.so")
