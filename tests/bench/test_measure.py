@@ -141,6 +141,7 @@ def test_limits_of_this_machine() -> None:
     assert any("32 streams" in way for way in found.read)
 
 
+@pytest.mark.usefixtures("always_guess")
 def test_guessing_is_measured_where_a_model_guesses(model: Model) -> None:
     report, options = Report("tiny", "cpu", "bfloat16", LIMITS), Options(batches=(1,), prompt_tokens=24, new_tokens=3)
     fill(report, model, replace(options, requests=0, repeats=1), lambda _: None)

@@ -11,11 +11,11 @@ import pytest
 
 import zoo
 from zoo.drafts import check_tokenizers
-from zoo.engine.drafting import MOST, Pace
-from zoo.engine.ledger import Ledger
 from zoo.registry.card import Card
 from zoo.registry.errors import CardError, RequestError
 from zoo.registry.resolve import resolve
+
+pytestmark = pytest.mark.usefixtures("always_guess")
 
 CARD = "A card is a YAML file that describes one checkpoint: its sizes, parts, tokenizer and where its weights are."
 PROMPTS = [
@@ -24,13 +24,6 @@ PROMPTS = [
     "Which licence does Mistral 7B have?",
     "red green blue red green blue red green blue red",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guesses are made in every step, however fast this machine is."""
-    monkeypatch.setattr(Pace, "ask", lambda self, ledger: MOST)
-    monkeypatch.setattr(Ledger, "knows", lambda self, rows: True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

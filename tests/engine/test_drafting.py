@@ -15,15 +15,16 @@ from zoo.assemble import assemble
 from zoo.components import native
 from zoo.components.decoder.model import Decoder
 from zoo.engine.capture import Captured
-from zoo.engine.drafting import MOST, Asked, Pace
+from zoo.engine.drafting import Asked
 from zoo.engine.engine import DRAFT_ROWS, Engine
-from zoo.engine.ledger import Ledger
 from zoo.engine.lookup import LONGEST, Chains, Lookup
 from zoo.engine.request import Completion, Request, SamplingParams
 from zoo.registry.card import Card
 from zoo.registry.errors import RequestError
 from zoo.registry.plan import Plan
 from zoo.registry.resolve import resolve
+
+pytestmark = pytest.mark.usefixtures("always_guess")
 
 Make = Callable[..., Any]
 CONTEXT, VOCABULARY = 110, 67
@@ -97,13 +98,6 @@ def guessing(engine: Engine, answers: dict[tuple[int, ...], list[int]], wrong: f
     assert engine._scheduler.drafting is not None
     engine._scheduler.drafting.source = Oracle(answers, wrong)
     return engine
-
-
-@pytest.fixture(autouse=True)
-def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences are given drafts in every step, whatever came of the last ones."""
-    monkeypatch.setattr(Pace, "ask", lambda self, ledger: MOST)
-    monkeypatch.setattr(Ledger, "knows", lambda self, rows: True)
 
 
 SETTINGS = [

@@ -12,12 +12,13 @@ import zoo
 from zoo.components import native
 from zoo.components.adapter import LowRank
 from zoo.components.linear import Linear
-from zoo.engine.drafting import MOST, Asked, Pace
+from zoo.engine.drafting import Asked
 from zoo.engine.engine import Engine
-from zoo.engine.ledger import Ledger
 from zoo.engine.lookup import Lookup
 from zoo.engine.request import Completion, Request, SamplingParams
 from zoo.loading.adapters.read import Adapter
+
+pytestmark = pytest.mark.usefixtures("always_guess")
 
 VOCABULARY, CONTEXT = 96, 160
 ATTENTION: dict[str, Any] = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
@@ -59,13 +60,6 @@ class Known(Lookup):
             some = rest[: self.chance.randint(0, count)]
             found.append([t if self.chance.random() > 0.2 else self.chance.randrange(VOCABULARY) for t in some])
         return found
-
-
-@pytest.fixture(autouse=True)
-def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guesses are made in every step, however fast this machine is."""
-    monkeypatch.setattr(Pace, "ask", lambda self, ledger: MOST)
-    monkeypatch.setattr(Ledger, "knows", lambda self, rows: True)
 
 
 OPTIONS: list[dict[str, Any]] = [

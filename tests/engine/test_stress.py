@@ -15,9 +15,7 @@ from zoo.components.adapter import LowRank
 from zoo.components.cache import slab
 from zoo.components.decoder.model import Decoder
 from zoo.components.linear import Linear
-from zoo.engine.drafting import MOST, Pace
 from zoo.engine.engine import Engine
-from zoo.engine.ledger import Ledger
 from zoo.engine.request import Completion, Request, SamplingParams
 from zoo.loading.adapters.read import Adapter
 from zoo.registry.card import Card
@@ -140,10 +138,9 @@ def test_everyone_gets_what_they_get_alone(
     capture: str,
     draft: Literal["lookup"] | None,
     monkeypatch: pytest.MonkeyPatch,
+    always_guess: None,
 ) -> None:
     monkeypatch.setenv("ZOO_CAPTURE", capture)
-    monkeypatch.setattr(Pace, "ask", lambda self, ledger: MOST)
-    monkeypatch.setattr(Ledger, "knows", lambda self, rows: True)
     # Slabs grow as often as with a context sixteen times as long.
     monkeypatch.setattr(slab, "STEP", 16)
     engine = make_engine(name, contexts=3, storage=storage, chunk_tokens=24, max_batch_size=9, draft=draft)
