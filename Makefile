@@ -50,7 +50,7 @@ bench: $(VENV)/installed-tests
 	$(BIN)/python -m tests.benchmarks $(or $(ARGS),prefill decode)
 
 constraints: $(VENV)/installed-tests
-	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all --exclude pip --exclude triton --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:
@@ -71,8 +71,9 @@ $(VENV)/installed: pyproject.toml constraints.txt $(wildcard components/native/*
 	touch $@
 
 # mistral-inference is compared with in tests. Its xformers has no CPU kernels, and a tree of requirements of its
-# own, so both are installed bare; where xformers has no wheel, those tests say so and are skipped.
+# own, so both are installed bare; where xformers has no wheel, those tests say so and are skipped. Triton's interpreter
+# runs the kernels of GPUs; PyTorch's builds for CUDA have brought the one that they need, so no version is named.
 $(VENV)/installed-tests: $(VENV)/installed
 	$(PIP) install -c constraints.txt -e '.[test,lint]'
-	$(PIP) install -c constraints.txt --no-deps mistral-inference 'xformers; sys_platform == "linux" and platform_machine == "x86_64"'
+	$(PIP) install -c constraints.txt --no-deps mistral-inference $(foreach name,xformers triton,'$(name); sys_platform == "linux" and platform_machine == "x86_64"')
 	touch $@

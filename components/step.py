@@ -138,10 +138,12 @@ class Step:
     @property
     def embeddings_TD(self) -> Tensor:
         """What entered the first layer, as the decoder left it for those that come back to it."""
-        return self.memo[EMBEDDINGS]  # type: ignore[no-any-return]
+        x_TD: Tensor = self.memo[EMBEDDINGS]
+        return x_TD
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value made for `key` in this step, made on first use."""
         if key not in self.memo:
             self.memo[key] = make()
-        return self.memo[key]  # type: ignore[no-any-return]
+        value: Value = self.memo[key]
+        return value

@@ -5,11 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -250,15 +252,13 @@ def overhead(bench: Bench) -> dict[str, Any]:
         spent.append(time.perf_counter() - start)
         return logits_RV
 
-    runner.run = timed  # type: ignore[method-assign]
     rows = []
-    for waiting in (0, 4000):
-        for name, options in SAMPLING.items():
+    with closing(side), patch.object(runner, "run", timed):
+        for waiting, (name, options) in product((0, 4000), SAMPLING.items()):
             whole, inside = _steps_of_64(bench, side, options, waiting, spent)
             outside = median(w - i for w, i in zip(whole, inside, strict=True))
             row = {"waiting": waiting, "sampling": name, "step_seconds": median(whole), "outside_seconds": outside}
             rows.append(row | {"share": outside / median(whole)})
-    side.close()
     return {"batch": 64, "rows": rows}
 
 

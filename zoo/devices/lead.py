@@ -65,18 +65,11 @@ class Ranks:
         Ctrl-C waits for the end of the block, so that no rank is left in the middle of a step; a second one does not.
         """
         self.check()
-        with _uninterrupted():
-            try:
-                self._tell([*self._queue, (task, message)])
-                self._queue.clear()
-                self.waits.begin()
-                yield
-            except BaseException as error:
-                fault = self._explained(error)
-                self._end()
-                if fault is not None:
-                    raise fault from error
-                raise
+        with _uninterrupted(), self._guarded():
+            self._tell([*self._queue, (task, message)])
+            self._queue.clear()
+            self.waits.begin()
+            yield
 
     def spread(self, x: Tensor) -> Tensor:
         """As the group of all does."""

@@ -11,7 +11,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from math import lcm, prod
 from threading import Lock
@@ -83,7 +83,7 @@ def load_weights(
     for tensor in zeros:
         with _placed(targets, tensor) as place:
             place.zero_()
-    with Readers(BUFFER, torch.device(device).type == "cuda") as readers:
+    with closing(Readers(BUFFER, torch.device(device).type == "cuda")) as readers:
         for job in in_order(partial(_do, readers, targets, Lock()), _jobs(placements, targets)):
             if not job.last:
                 continue
@@ -96,7 +96,7 @@ def load_weights(
 
 def fill_places(places: Iterable[tuple[torch.Tensor, Placement]]) -> None:
     """Fills tensors of the caller's own, of any type, each from its source."""
-    with Reader(BUFFER) as reader:
+    with closing(Reader(BUFFER)) as reader:
         for place, placement in places:
             _fill(place, placement, placement.rows, reader)
 

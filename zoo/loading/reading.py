@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from queue import LifoQueue
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -28,14 +26,6 @@ class Reader:
         self.path: Path | None = None
         self.file: FileIO | None = None
         self.archive: dict[str, torch.Tensor] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -133,12 +123,8 @@ class Readers:
         self._all: list[Reader] = []
         self._idle: LifoQueue[Reader] = LifoQueue()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Lets go of every file."""
         for reader in self._all:
             reader.close()
 
