@@ -31,6 +31,7 @@ from zoo.components.mamba.scan import ssd
 from zoo.components.norm.rms import rms_reference
 from zoo.components.quantised import Quantised
 from zoo.components.rope.rotary import rotate
+from zoo.engine import runner
 from zoo.engine.engine import Engine
 from zoo.registry.errors import ZooError
 from zoo.testing import relative_error
@@ -322,6 +323,10 @@ def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_FUSED", "rope,norms")
     with pytest.raises(ZooError, match=r"ZOO_FUSED.*'norms'.*attention, .*'norm'"):
         fused.wanted.__wrapped__()
+    # Also where no GPU would ever ask for them.
+    monkeypatch.setattr(runner, "wanted", fused.wanted.__wrapped__)
+    with pytest.raises(ZooError, match=r"ZOO_FUSED.*'norms'"):
+        zoo.load("tiny", device="cpu")
 
 
 ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope": {"theta": 50.0}}

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.allocator import keep_freed_memory
 from zoo.components.cache.store import fresh_step
 from zoo.components.decoder.model import Decoder
-from zoo.components.fused import on
+from zoo.components.fused import on, wanted
 from zoo.components.matrix import weight_bytes
 from zoo.components.step import Rows, Step
 from zoo.engine.adapters import Adapters
@@ -27,6 +27,7 @@ class Runner:
     def __init__(
         self, decoder: Decoder, memory: Memory, device: torch.device, captured: Captured | None = None
     ) -> None:
+        wanted()  # A word that ZOO_FUSED must not have is refused where no GPU would ask for it, too.
         self.decoder, self.memory, self.device, self.captured = decoder, memory, device, captured
         if device.type == "cpu":
             keep_freed_memory()
