@@ -74,20 +74,6 @@ typedef void (*tile)(long inputs, const bf16 *x, long x_next, const bf16 *w, lon
         EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_fmadd_ps(odd[n], v_odd, sum[r][n]);                               \
     }
 
-/* The totals of sixteen sums: pairs of lanes that lie two apart, then neighbours, then quarters likewise. */
-AVX512 static inline __attribute__((always_inline)) __m512 totals(const __m512 *sums) {
-    __m512 a[8], b[4], c[2];
-    EACH(int i = 0; i < 8; i++)
-        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]), _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
-    EACH(int i = 0; i < 4; i++) {
-        __m512d p = _mm512_castps_pd(a[2 * i]), q = _mm512_castps_pd(a[2 * i + 1]);
-        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
-    }
-    EACH(int i = 0; i < 2; i++)
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
-}
-
 /* Goes on with `sums` unless these inputs are the `first`, and leaves them there, or after the last inputs the totals in y. */
 #define TILE(TARGET, STEP, NAME, R, N)                                                                                   \
     TARGET static void NAME##_##R##_##N(long inputs, const bf16 *x, long x_next, const bf16 *w, long w_next, __m512 *sums, \
@@ -107,7 +93,7 @@ AVX512 static inline __attribute__((always_inline)) __m512 totals(const __m512 *
         __m512 all[2][16];                                                                                               \
         float found[32];                                                                                                 \
         EACH(int s = 0; s < 32; s++) all[s / 16][s % 16] = s < R * N ? sum[s / N % R][s % N] : _mm512_setzero_ps();      \
-        EACH(int s = 0; s < R * N; s += 16) _mm512_storeu_ps(found + s, totals(all[s / 16]));                            \
+        EACH(int s = 0; s < R * N; s += 16) _mm512_storeu_ps(found + s, lane_sums(all[s / 16]));                         \
         EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) y[r * OUTPUTS + n] = found[r * N + n];                   \
     }
 

@@ -43,8 +43,8 @@ AVX512 INLINE __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-/* The sums of the lanes of sixteen vectors, in their order. */
-AVX512 INLINE __m512 lane_sums(__m512 *s) {
+/* The sums of the lanes of sixteen vectors, in their order: of lanes that lie two apart, then neighbours, then quarters. */
+AVX512 INLINE __m512 lane_sums(const __m512 *s) {
     __m512 pair[8], four[4], eight[2];
     UNROLLED(int i = 0; i < 8; i++)
         pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(s[2 * i], s[2 * i + 1]), _mm512_unpackhi_ps(s[2 * i], s[2 * i + 1]));
