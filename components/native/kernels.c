@@ -158,18 +158,6 @@ static inline int threads_for(long work, int threads) {
     return threads < worth ? threads : (int)worth;
 }
 
-/* e^x: 2^n times a polynomial of the rest of x log2(e), which is within half of one. */
-AVX512 static inline __m512 exp16(__m512 x) {
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(89)), _mm512_set1_ps(-104));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-    __m512 y = _mm512_set1_ps(1.f / 720);
-    const float factors[] = {1.f / 120, 1.f / 24, 1.f / 6, .5f, 1, 1};
-    EACH(int i = 0; i < 6; i++) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(factors[i]));
-    return _mm512_scalef_ps(y, n);
-}
-
 /* x / sqrt(mean(x^2) + eps), rounded, times the weight. */
 AVX512 static void rms_row(long width, const bf16 *x, const bf16 *weight, double eps, bf16 *y) {
     __m512 squares = _mm512_setzero_ps();
@@ -213,7 +201,7 @@ AVX512 void zoo_gate(long rows, long width, const bf16 *x, long x_next, bf16 *y,
         for (long i = first; i < end; i += 16) {
             __mmask16 part = part_of(end - i);
             __m512 g = load16(x + r * x_next + i, part), one = _mm512_set1_ps(1);
-            __m512 v = round16(_mm512_div_ps(g, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), g)))));
+            __m512 v = round16(_mm512_div_ps(g, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)))));
             v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
             store16(y + r * width + i, part, _mm512_mul_ps(v, load16(x + r * x_next + width + i, part)));
         }
@@ -421,7 +409,7 @@ AVX512 static float shares_of(float *scores, long start, long end, long first, l
     }
     __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     for (long s = start; s < end; s += 16) {
-        __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + s - start), top));
+        __m512 e = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + s - start), top));
         e = _mm512_maskz_mov_ps(between(s, first, last), e);
         total = _mm512_add_ps(total, e);
         store16(shares + s - start, 0xffff, e);

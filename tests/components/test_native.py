@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.components import native
 from zoo.components.attention.kernels import attention, reference
@@ -146,6 +147,15 @@ def test_gates_equal_the_formula(close: Callable[..., None]) -> None:
     close(small.gate(x), expected, "bfloat16")
     assert (small.gate(x) != expected).float().mean() < 0.01
     close(small.gate(x[::2]), expected[::2], "bfloat16")
+
+
+@needs_kernels
+def test_gates_of_extremes_are_the_formulas() -> None:
+    extremes = torch.tensor([-3e38, -200, -89, 0, 89, 3e38, float("nan"), float("inf"), -float("inf")]).bfloat16()
+    with torch.inference_mode():
+        found = small.gate(torch.cat([extremes, torch.ones_like(extremes)])[None])[0]
+    assert torch.equal(found.nan_to_num(7.0), F.silu(extremes).nan_to_num(7.0))
+    assert torch.equal(found.isnan(), F.silu(extremes).isnan())
 
 
 @needs_kernels
