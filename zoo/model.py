@@ -288,7 +288,7 @@ class Model:
         WeightsError where the layout cannot name a tensor.
         """
         self._check_whole()
-        self._refuse_parts("saving")
+        self._refuse_parts()
         with self._engine.between_steps() as (adapters, _):
             if adapters.names:
                 raise RequestError(
@@ -311,13 +311,13 @@ class Model:
                 hint="load the model without `quantize`, save it, and quantise what was saved when it is loaded",
             )
 
-    def _refuse_parts(self, what: str) -> None:
+    def _refuse_parts(self) -> None:
         if self._part is not None:
             raise RequestError(
-                f"{what} needs the whole model in one process",
+                "saving needs the whole model in one process",
                 where=self.card.name,
                 found=f"one of {self._part.mesh.size}",
-                hint="load it without devices",
+                hint="load it without devices and save that, or run `zoo save REF FOLDER`, which takes one process",
             )
 
     # --- prompts ------------------------------------------------------------------------------------------------

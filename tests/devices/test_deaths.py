@@ -16,9 +16,13 @@ from typing import Any
 import pytest
 
 import zoo
+from tests.devices.machines import channels, two_machines
 from zoo.components.attention.gqa import Attention
 from zoo.devices.channel import Channel, ClosedError, Door, knock
+from zoo.devices.group import Waits
 from zoo.devices.lead import Ranks
+from zoo.devices.peer import MEETING, Peer, Watch
+from zoo.devices.processes import LOST
 from zoo.model import Model
 from zoo.registry.errors import RankError, RequestError, WeightsError, ZooError
 
@@ -163,23 +167,85 @@ def test_the_last_words_of_a_rank_are_told(tmp_path: Path, monkeypatch: pytest.M
     assert children(os.getpid()) == []
 
 
+FIRST_RANK = """
+import os, signal, sys, zoo
+from zoo.components.attention.gqa import Attention
+from zoo.devices import run
+
+opened, forward, (when, sign) = run.open_run, Attention.forward, sys.argv[1:]
+
+def struck(*arguments):
+    print(when, flush=True)
+    os.kill(os.getpid(), getattr(signal, sign))
+
+def open_run(*arguments):
+    found = opened(*arguments)
+    struck()
+    return found
+
+if when == "loading":
+    run.open_run = open_run
+model = zoo.load("tiny", devices=None if "RANK" in os.environ else 2, device="cpu")
+stream = model.stream("Hello", max_tokens=1000, ignore_eos=True)
+next(stream)
+if when == "idle":
+    stream.close()
+    struck()
+Attention.forward = struck
+next(stream)
+"""
+"""A first rank that is stopped or killed in the middle of loading, in that of a step, or between steps."""
+
+
+def first_rank(when: str, sign: str, env: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", FIRST_RANK, when, sign]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"ZOO_DEADLINE": "2"} | env, text=True)
+
+
 @linux
-def test_a_killed_driver_leaves_nobody(tmp_path: Path) -> None:
-    program = (
-        "import sys, zoo\n"
-        "model = zoo.load('tiny', devices=2, device='cpu')\n"
-        "for chunk in model.stream('Hello', max_tokens=1000, ignore_eos=True):\n"
-        "    print(len(chunk.tokens), flush=True)\n"
-    )
-    driver = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
-    driver.stdout.readline()
-    workers = children(driver.pid)
-    assert len(workers) == 1
-    driver.kill()
-    driver.wait()
-    driver.stdout.close()
-    wait_for(workers)
+@pytest.mark.parametrize(("when", "sign"), [("loading", "SIGSTOP"), ("generating", "SIGSTOP"), ("idle", "SIGKILL")])
+def test_a_first_rank_that_is_stopped_or_killed_leaves_nobody(when: str, sign: str) -> None:
+    first = first_rank(when, sign, {})
+    assert first.stdout is not None
+    with first, first.stdout:
+        try:
+            assert first.stdout.readline() == f"{when}\n"
+            workers = children(first.pid)
+            assert len(workers) == 1
+            wait_for(workers)
+        finally:
+            first.kill()
+
+
+@linux
+@pytest.mark.parametrize(("when", "sign"), [("generating", "SIGSTOP"), ("loading", "SIGKILL")])
+def test_a_rank_started_apart_ends_with_the_first_one(when: str, sign: str) -> None:
+    places = two_machines()
+    first = first_rank(when, sign, places[0])
+    other = [sys.executable, "-m", "zoo", "run", "tiny", "--device", "cpu", "--prompt", "Hello"]
+    env = os.environ | places[1] | {"ZOO_DEADLINE": "2"}
+    with subprocess.Popen(other, env=env, stderr=subprocess.PIPE, text=True) as second:
+        try:
+            _, said = second.communicate(timeout=4 * SOON)
+        finally:
+            second.kill()
+            first.kill()
+            first.communicate()
+    host = re.escape(socket.gethostname())
+    silent = rf"zoo: {host}: rank 0 of 2 gives no sign of life; found none for 2 s; it was last seen in \w+"
+    assert (second.returncode, bool(re.search(silent, said))) == ((1, True) if sign == "SIGSTOP" else (LOST, False))
+
+
+def test_between_steps_a_rank_may_be_silent_for_longer() -> None:
+    found: list[int] = []
+    peers = [Peer(number, channel) for number, channel in enumerate(channels())]
+    peers[0].patience = MEETING
+    for peer in peers:
+        Watch([peer], 2, Waits(), 0.2, lambda fault, number: found.append(number))
+    time.sleep(1)
+    assert found == [1]
+    for peer in peers:
+        peer.channel.close()
 
 
 @linux

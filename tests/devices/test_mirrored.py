@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +12,14 @@ import pytest
 import torch
 
 from tests.devices.likes import ATTENTION, GATED, MAMBA1, MAMBA2, filled, make_plan
+from tests.devices.machines import channels
 from zoo.components.cache import slab
 from zoo.components.decoder.model import Decoder
 from zoo.devices import lead
 from zoo.devices.channel import Channel, ClosedError
 from zoo.devices.lead import Ranks
 from zoo.devices.mesh import Mesh
+from zoo.devices.peer import Peer
 from zoo.devices.worker import follow_to_the_end
 from zoo.engine.engine import Engine
 from zoo.engine.memory import MIRRORED
@@ -86,15 +87,12 @@ def led(name: str) -> Iterator[Engine]:
     """An engine over two ranks: this thread's, and one in another thread that follows it."""
     module, plan = built(name)
     first, second = ranks_of(plan, module, Mesh(2))
-    ends = socket.create_server(("127.0.0.1", 0))
-    near = socket.create_connection(ends.getsockname())
-    far, _ = ends.accept()
-    ends.close()
+    near, far = channels()
     # Each rank holds half of the heads, and of the channels.
     budget = {**sizes(name), "memory_bytes": sizes(name)["memory_bytes"] // 2}
-    follower = threading.Thread(target=followed, args=(second, Channel(far), budget), daemon=True)
+    follower = threading.Thread(target=followed, args=(second, far, budget), daemon=True)
     follower.start()
-    ranks = Ranks({1: Channel(near)}, {}, 20.0)
+    ranks = Ranks({1: near}, {}, 20.0)
     try:
         with Engine(first.module, first.part.fronted, others=ranks, **budget) as engine:
             yield engine
@@ -109,7 +107,7 @@ def followed(rank: Rank, channel: Channel, budget: dict[str, Any]) -> None:
     own = {name: value for name, value in budget.items() if name != "draft"}
     try:
         with Engine(rank.module, rank.part.local, follows=True, **own) as engine:
-            follow_to_the_end(channel, engine, rank.world, no_adapter)
+            follow_to_the_end(Peer(0, channel), engine, rank.world, no_adapter)
     except (Exception, ClosedError):
         rank.abort()
         channel.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.devices.machines import free_port, two_machines
 from zoo.devices.likeness import compare, traits
 from zoo.locating import locate
 from zoo.registry.card import load_card
@@ -40,12 +40,6 @@ def test_devices_must_be_as_many_as_processes() -> None:
     assert done.returncode != 0
     assert done.stdout == ""
     assert "as many devices as processes are needed; found 4 devices and 2 processes" in done.stderr
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def machines(commands: Sequence[Sequence[str]], env: Sequence[dict[str, str]]) -> list[tuple[int, str, str]]:
@@ -78,10 +72,8 @@ def test_two_machines_give_one_answer_in_stages() -> None:
 
 def two(*options: Sequence[str]) -> list[tuple[int, str, str]]:
     """`zoo run` on two machines, as whoever sets torchrun's variables starts it, each with options of its own."""
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "ZOO_DEADLINE": "60"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     commands = [[sys.executable, "-m", "zoo", *ask(*own)] for own in options]
-    return machines(commands, [place | {"RANK": str(rank)} for rank in range(2)])
+    return machines(commands, [place | {"ZOO_DEADLINE": "60"} for place in two_machines()])
 
 
 def test_files_that_one_machine_lacks_are_named_on_both(tmp_path: Path) -> None:

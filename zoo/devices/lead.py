@@ -17,6 +17,7 @@ from zoo.devices.group import LostError, Waits
 from zoo.devices.peer import MEETING, Peer, Watch
 from zoo.devices.process_group import ProcessGroup
 from zoo.devices.processes import Worker
+from zoo.devices.pulse import Pulse
 from zoo.engine.leading import Message
 from zoo.engine.memory import MIRRORED, Memory
 from zoo.registry import errors
@@ -49,7 +50,8 @@ class Ranks:
         self._inside = False
         self._fault: ZooError | None = None
         self._closed = False
-        self._watch = Watch(self.peers, self.waits, deadline, self._give_up)
+        self._watch = Watch(self.peers, len(channels) + 1, self.waits, deadline, self._give_up)
+        self._pulses = [Pulse(channel, deadline / 10, follows=False) for channel in channels.values()]
 
     # --- what an engine needs (zoo.engine.leading.Others) -------------------------------------------------------
 
@@ -210,6 +212,8 @@ class Ranks:
             return
         self._closed = True
         self._watch.stop()
+        for pulse in self._pulses:
+            pulse.stop()
         for group in {*(self.groups or ())}:
             group.close()
         limit = monotonic() + GRACE

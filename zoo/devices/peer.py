@@ -1,4 +1,4 @@
-"""Another rank as the first one hears it."""
+"""Another rank as this one hears it, and who finds that it stands still."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SLACK = 10
 class Peer:
     """A thread reads what the rank says: signs of life, which are noted, and all else, which `receive` gives.
 
-    silent: seconds since the last word, as `Watch` counts them. doing, waits, host: as it said last. gone: when its
-    connection broke (monotonic seconds).
+    silent: seconds since the last word, as `Watch` counts them. patience: how many deadlines that may be. doing, waits,
+    host: as it said last. gone: when its connection broke (monotonic seconds).
     """
 
     def __init__(self, rank: int, channel: Channel) -> None:
         self.rank, self.channel = rank, channel
-        self.silent, self.doing, self.waits, self.host = 0.0, "its start", False, ""
+        self.silent, self.doing, self.waits, self.host, self.patience = 0.0, "its start", False, "", 1
         self.gone: float | None = None
         self._heard: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=self._read, name=f"zoo hears rank {rank}", daemon=True).start()
 
-    def receive(self, seconds: float) -> Any:
-        """The next message. Raises ClosedError, and TimeoutError when none comes in time."""
+    def receive(self, seconds: float | None = None) -> Any:
+        """The next message. Raises ClosedError, and TimeoutError when none comes in time; None: it may take forever."""
         if self.gone is not None and self._heard.empty():
             raise ClosedError("the connection was closed")
         try:
@@ -66,13 +66,13 @@ class Watch:
     """A thread that finds the rank which stands still, and has it given up: one that is silent for `deadline` seconds,
     or is heard but lets this one wait so long, and `SLACK` times longer than this one has computed in the step.
 
-    give_up: called with the error and the rank's number, and not again.
+    size: ranks in all. give_up: called with the error and the rank's number, and not again.
     """
 
     def __init__(
-        self, peers: Sequence[Peer], waits: Waits, deadline: float, give_up: Callable[[RankError, int], None]
+        self, peers: Sequence[Peer], size: int, waits: Waits, deadline: float, give_up: Callable[[RankError, int], None]
     ) -> None:
-        self._peers, self._waits, self._deadline, self._give_up = peers, waits, deadline, give_up
+        self._peers, self._size, self._waits, self._deadline, self._give_up = peers, size, waits, deadline, give_up
         self._since, self._waited = waits.since, 0.0
         self._over = threading.Event()
         threading.Thread(target=self._run, name="zoo watches ranks", daemon=True).start()
@@ -98,12 +98,12 @@ class Watch:
 
     def _silent(self) -> tuple[RankError, int] | None:
         for peer in self._peers:
-            if peer.silent > self._deadline and peer.gone is None:
+            if peer.silent > peer.patience * self._deadline and peer.gone is None:
                 return self._fault(peer, "gives no sign of life", f"none for {peer.silent:.0f} s"), peer.rank
         return None
 
     def _late(self) -> tuple[RankError, int] | None:
-        limit = max(self._deadline, SLACK * (len(self._peers) + 1) * self._waits.worked)
+        limit = max(self._deadline, SLACK * self._size * self._waits.worked)
         if self._since is None or self._waited <= limit:
             return None
         late = [*(peer for peer in self._peers if not peer.waits), *self._peers][0]
@@ -111,7 +111,7 @@ class Watch:
 
     def _fault(self, peer: Peer, what: str, found: str) -> RankError:
         return RankError(
-            f"rank {peer.rank} of {len(self._peers) + 1} {what}",
+            f"rank {peer.rank} of {self._size} {what}",
             where=peer.host or "devices",
             found=f"{found}; it was last seen in {peer.doing}",
             hint="ZOO_DEADLINE=SECONDS waits longer",

@@ -25,15 +25,18 @@ INTERVAL = 1.0
 LEAVE = 5.0
 """Seconds that a rank has to end when the first one has gone, before it is ended."""
 
-WAITING = {"zoo.devices.process_group": "another rank", "zoo.devices.channel": "the next step"}
+WAITING = {"zoo.devices.process_group": "another rank", "zoo.devices.peer": "the next step"}
 """Modules in which a rank waits, and for what."""
 
 
 class Pulse:
-    """Tells the first rank what this one does, by the thread that makes it."""
+    """Tells another rank what this one does, by the thread that makes it.
 
-    def __init__(self, channel: Channel, interval: float) -> None:
-        self._channel, self._interval = channel, min(INTERVAL, interval)
+    follows: whether that one is the first, without which this one ends.
+    """
+
+    def __init__(self, channel: Channel, interval: float, *, follows: bool) -> None:
+        self._channel, self._interval, self._follows = channel, min(INTERVAL, interval), follows
         self._thread, self._names, self._end = threading.get_ident(), dict[int, str](), threading.Event()
         threading.Thread(target=self._run, name="zoo pulse", daemon=True).start()
 
@@ -52,8 +55,8 @@ class Pulse:
             try:
                 self._channel.send({"alive": doing, "waits": waits, "host": host})
             except ClosedError:
-                # The first rank has gone, and this one may stand in an operation that nobody ends.
-                if not self._end.wait(LEAVE):
+                # This one may stand in an operation that nobody ends.
+                if self._follows and not self._end.wait(LEAVE):
                     os._exit(LOST)
                 return
             self._end.wait(self._interval)

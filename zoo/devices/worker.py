@@ -18,10 +18,11 @@ import torch
 
 from zoo.device import memory_free
 from zoo.devices.channel import Channel
-from zoo.devices.group import Group, LostError
+from zoo.devices.group import Group, LostError, Waits
 from zoo.devices.lead import fields_of
 from zoo.devices.likeness import compare
 from zoo.devices.meet import Meeting, come, deadline
+from zoo.devices.peer import MEETING, Peer, Watch
 from zoo.devices.processes import LOST
 from zoo.devices.pulse import Pulse
 from zoo.devices.setup import Setup
@@ -29,7 +30,7 @@ from zoo.devices.shares import join
 from zoo.engine.engine import Engine
 from zoo.engine.leading import ANSWERED, Reads, follow
 from zoo.loading.fill import adapter_of, filled
-from zoo.registry.errors import ZooError
+from zoo.registry.errors import RankError, ZooError
 
 
 def serve(
@@ -39,9 +40,11 @@ def serve(
 
     weights: this machine's, where they are not the first's. traits: what this rank has, where it was started apart.
     """
-    pulse = Pulse(channel, deadline() / 10)
+    pulse, first = Pulse(channel, deadline() / 10, follows=True), Peer(0, channel)
+    first.patience = MEETING
+    watch = Watch([first], meeting.size, Waits(), deadline(), _orphaned)
     try:
-        _serve(meeting, channel, pulse, weights, traits or {})
+        _serve(meeting, first, pulse, weights, traits or {})
     except LostError:
         return LOST
     except ZooError as error:
@@ -49,49 +52,60 @@ def serve(
         sys.stderr.write(f"zoo: {error}\n")
         return 1
     finally:
+        watch.stop()
         pulse.stop()
     return 0
 
 
-def _serve(
-    meeting: Meeting, channel: Channel, pulse: Pulse, weights: str | Path | None, traits: Mapping[str, str]
-) -> None:
-    setup = Setup(**channel.receive())
+def _orphaned(fault: RankError, _: int) -> None:
+    """The first rank stands still: nobody else would end this one, which may wait for it in an operation."""
+    sys.stderr.write(f"zoo: {fault}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _serve(meeting: Meeting, first: Peer, pulse: Pulse, weights: str | Path | None, traits: Mapping[str, str]) -> None:
+    setup, channel = Setup(**first.receive()), first.channel
+    first.patience = 1
     compare(traits, setup.traits)
     plan, placement = setup.plan(), setup.placement(meeting.rank)
     if placement.device.type == "cpu":
         torch.set_num_threads(setup.threads)
     channel.send({"ready": memory_free(placement.device)})
-    part = setup.part(plan, meeting.rank, _told(channel)["borders"])
+    part = setup.part(plan, meeting.rank, _told(first)["borders"])
     world, near = meeting.groups(part.mesh, placement.device)
     weights = setup.weights if weights is None else weights
     module, *_ = filled(plan, placement, weights, quantize=setup.quantize, progress=_telling(channel), part=part)
     pulse.names(module)
     join(module, part, world, near, placement.dtype)
     channel.send({"loaded": memory_free(placement.device)})
-    sizes = {"device": placement.device, "dtype": placement.dtype, **_told(channel)}
+    sizes = {"device": placement.device, "dtype": placement.dtype, **_told(first)}
     with Engine(module, part.local, follows=True, **sizes) as engine:
-        follow_to_the_end(channel, engine, world, partial(adapter_of, plan=plan, module=module, part=part))
+        follow_to_the_end(first, engine, world, partial(adapter_of, plan=plan, module=module, part=part))
 
 
-def _told(channel: Channel) -> dict[str, Any]:
+def _told(first: Peer) -> dict[str, Any]:
     """What the first rank says before there is an engine. Raises LostError where it ends the run instead."""
-    said = channel.receive()
+    said = first.receive()
     if not isinstance(said, dict):
         raise LostError("the first rank has ended the run")
     return said
 
 
-def follow_to_the_end(channel: Channel, engine: Engine, world: Group, reads: Reads) -> None:
-    """Does what the first rank says until it says that this is all."""
+def follow_to_the_end(first: Peer, engine: Engine, world: Group, reads: Reads) -> None:
+    """Does what the first rank says until it says that this is all. Between steps it may be silent for longer: what
+    has asked for them may keep its process busy, or be suspended."""
     _, runner = engine.parts
     while True:
-        for task, message in channel.receive():
+        first.patience = MEETING
+        told = first.receive()
+        first.patience = 1
+        for task, message in told:
             if task == "end":
                 return
             follow(runner, world, task, message, reads)
             if task in ANSWERED:
-                channel.send({"done": task})
+                first.channel.send({"done": task})
 
 
 def _telling(channel: Channel) -> Callable[[int, int], None]:
