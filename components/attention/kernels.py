@@ -13,7 +13,6 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from zoo.components.attention.memory_efficient import memory_efficient
 from zoo.components.attention.paged import can_attend
@@ -203,6 +202,9 @@ def visible(rows: int, past: int, window: int | None, device: torch.device) -> T
 def _many_rows(q_THd: Tensor, past: int, window: int | None, memo: Memo) -> Tensor | None:
     """The mask of a chunk of a prompt; on CUDA one that is never written out, where no window cuts it."""
     if q_THd.is_cuda and window is None:
+        # Brings PyTorch's compiler with it: half a second and 130 MB that no CPU needs.
+        from torch.nn.attention.bias import causal_lower_right
+
         return causal_lower_right(len(q_THd), past + len(q_THd))
     return _mask(q_THd, past, window, 1, memo)
 

@@ -182,6 +182,11 @@ class _Operations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._record, self._arena = record, arena
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """What PyTorch asks of its modes: whether to load its compiler, half a second, to keep it away from here."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.ops.aten.empty.memory_format and _is_plain(kwargs):

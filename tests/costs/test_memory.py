@@ -119,6 +119,8 @@ with zoo.load(card, weights="random", device="cpu", max_batch_size=batch) as mod
     model.generate(prompts, max_tokens=4, temperature=0.0, ignore_eos=True)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 print(peak, plan.total)
+needless = {"torch._dynamo", "triton", "xformers", "sympy", "transformers"} & sys.modules.keys()
+assert not needless, f"a run on a CPU imported {sorted(needless)}"
 """
 
 ATTENTION = {"kind": "attention", "num_heads": 16, "num_kv_heads": 4, "head_dim": 64, "rope": {"theta": 1e4}}

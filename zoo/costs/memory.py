@@ -12,7 +12,7 @@ from zoo.costs.work import BYTES, Work, chunk_tokens
 from zoo.loading.hub.types import human_bytes
 from zoo.registry.errors import CapacityError, RequestError
 
-PROCESS_BYTES = 400 << 20
+PROCESS_BYTES = 320 << 20
 """Python, torch and zoo themselves, before a model."""
 
 COPIES = 4

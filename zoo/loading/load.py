@@ -11,7 +11,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from math import lcm, prod
 from threading import Lock
@@ -81,8 +81,7 @@ def load_weights(
     total, done = sum(placement.nbytes for placement in placements), 0
     targets = Targets(module, [*zeros, *(p.tensor for p in placements)], torch.device(device), storing)
     for tensor in zeros:
-        with _placed(targets, tensor) as place:
-            place.zero_()
+        _pour(targets, tensor, _constant(0.0, tensor))
     with closing(Readers(BUFFER, torch.device(device).type == "cuda")) as readers:
         for job in in_order(partial(_do, readers, targets, Lock()), _jobs(placements, targets)):
             if not job.last:
@@ -132,17 +131,6 @@ def _do(readers: Readers, targets: Targets, large: Lock, job: _Job) -> None:
         targets.put(placement.tensor, start, values)
 
 
-@contextmanager
-def _placed(targets: Targets, tensor: Tensor) -> Iterator[torch.Tensor]:
-    """Memory for all of a tensor, which is in its place afterwards."""
-    place = targets.place(tensor)
-    values = torch.empty_like(targets.like(tensor), device="cpu") if place is None else place
-    yield values
-    if place is None:
-        targets.put(tensor, 0, values)
-    targets.filled(tensor)
-
-
 def random_weights(
     module: nn.Module,
     plan: Plan,
@@ -166,11 +154,10 @@ def random_weights(
 
     def draw(tensor: Tensor) -> None:
         piece, init = kept[tensor.name], parameters[tensor.param].init
-        with _placed(targets, piece.tensor) as place:
-            if init == "normal" and not piece.zeros:
-                _draw(place, f"{seed}:{tensor.name}", tensor.shape, piece)
-            else:
-                place.fill_(1.0 if init == "ones" and not piece.zeros else 0.0)
+        if init == "normal" and not piece.zeros:
+            _pour(targets, piece.tensor, _drawn(f"{seed}:{tensor.name}", tensor.shape, piece))
+        else:
+            _pour(targets, piece.tensor, _constant(1.0 if init == "ones" and not piece.zeros else 0.0, piece.tensor))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(draw, tensors):
@@ -178,17 +165,46 @@ def random_weights(
     targets.check()
 
 
-def _draw(place: torch.Tensor, key: str, shape: tuple[int, ...], piece: Piece) -> None:
+def _drawn(key: str, shape: tuple[int, ...], piece: Piece) -> Iterator[torch.Tensor]:
+    """The numbers of a piece of a tensor of this shape, flattened, some at a time."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    flat = place.flatten()
-    assert flat.data_ptr() == place.data_ptr(), "a piece of a parameter has its rows together"
-    filled = 0
     for first in range(0, prod(shape), DRAW):
         values = torch.empty(min(DRAW, prod(shape) - first)).normal_(0.0, 0.02, generator=generator)
-        values = taken(values, first, shape, piece)
-        flat[filled : filled + len(values)].copy_(values)
-        filled += len(values)
+        yield taken(values, first, shape, piece)
+
+
+def _constant(value: float, tensor: Tensor) -> Iterator[torch.Tensor]:
+    size = prod(tensor.shape)
+    for first in range(0, size, DRAW):
+        yield torch.full((min(DRAW, size - first),), value)
+
+
+def _pour(targets: Targets, tensor: Tensor, numbers: Iterable[torch.Tensor]) -> None:
+    """Fills a tensor with its numbers, flattened, which come some at a time."""
+    place = targets.place(tensor)
+    if place is not None:
+        flat, filled = place.flatten(), 0
+        assert flat.data_ptr() == place.data_ptr(), "a piece of a parameter has its rows together"
+        for values in numbers:
+            flat[filled : filled + len(values)].copy_(values)
+            filled += len(values)
+    else:
+        _pour_rows(targets, tensor, numbers)
+    targets.filled(tensor)
+
+
+def _pour_rows(targets: Targets, tensor: Tensor, numbers: Iterable[torch.Tensor]) -> None:
+    """Of a tensor that has no place: its rows are put, in whole lanes, as soon as they are there."""
+    rows, width = tensor.shape
+    dtype, lanes, first, rest = targets.like(tensor).dtype, targets.lanes(tensor), 0, torch.empty(0)
+    for values in numbers:
+        rest = torch.cat((rest, values))
+        whole = len(rest) // width
+        whole -= whole % lanes if first + whole < rows else 0
+        if whole:
+            targets.put(tensor, first, rest[: whole * width].to(dtype).view(whole, width))
+            first, rest = first + whole, rest[whole * width :].clone()
 
 
 def _fill(place: torch.Tensor, placement: Placement, rows: tuple[int, int], reader: Reader) -> None:
