@@ -7,6 +7,7 @@ import torch
 
 from zoo.bench import machine
 from zoo.bench.limits import machine_limits
+from zoo.bench.shapes import MIXERS
 from zoo.costs.profile import Profile
 
 
@@ -20,7 +21,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[Profile, list[str]]:
     lengths = {"prompt": 40, "long_prompt": 80}
     short = {name: lambda model, n=tokens: machine._prompt(model, n) for name, tokens in lengths.items()}
     monkeypatch.setattr(machine, "RUNS", machine.RUNS | short)
-    monkeypatch.setattr(machine, "MIXERS", {n: machine.MIXERS[n] for n in ("attention", "mamba2")})
+    monkeypatch.setattr(machine, "MIXERS", {n: MIXERS[n] for n in ("attention", "mamba2")})
     monkeypatch.setattr(machine, "DTYPES", {"bfloat16": torch.bfloat16})
     told = list[str]()
     return machine.profile(torch.device("cpu"), told.append), told

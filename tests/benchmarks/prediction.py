@@ -1,155 +1,198 @@
-"""What `zoo inspect` predicts beside what is measured: dense, windowed, mixed and recurrent shapes, random weights.
+"""What `zoo inspect` predicts beside what is measured, of random weights: shapes like those that the paces of a
+machine's parts are fitted on, and others, on which nothing was fitted.
 
-    python tests/benchmarks/prediction.py                    # measures the machine first: some three minutes on 2 cores
-    python tests/benchmarks/prediction.py --stored --batch 1 8 --shape dense mamba
+    python -m tests.benchmarks.prediction                  # the machine and all shapes; renews docs/benchmarks.md
+    python -m tests.benchmarks.prediction --machine        # only the first: others use what it stored
+    python -m tests.benchmarks.prediction wide odd --format int8
+    python -m tests.benchmarks.prediction --check          # judges the results: exit status 1 where one does not hold
 
-A prediction holds where measured and predicted times differ by no more than a quarter.
+Rows are merged into docs/benchmarks/predictions.json, and docs/benchmarks.md shows them. A prediction holds where
+measured and predicted times differ by no more than a quarter.
 """
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import zoo
+from tests.benchmarks.report import markdown
 from zoo.bench import measure_decode, measure_prefill, work_of
 from zoo.bench.machine import profile
+from zoo.bench.measure import TOLERANCE
+from zoo.bench.shapes import ATTENTION, MAMBA2, MIXERS, Node, card, gated, moe
 from zoo.costs.forecast import forecast
-from zoo.costs.profile import Profile, stored
+from zoo.costs.profile import Profile, store, stored
 
-ATTENTION = {"kind": "attention", "num_heads": 16, "num_kv_heads": 4, "head_dim": 64, "rope": {"theta": 1e4}}
-GATED = {"kind": "gated", "hidden_dim": 4096}
-SHAPES: dict[str, tuple[int, list[dict[str, Any]]]] = {
-    "dense": (1024, [{"repeat": 16, "mixer": ATTENTION, "ffn": GATED}]),
-    "windowed": (1024, [{"repeat": 16, "mixer": ATTENTION | {"window": 256}, "ffn": GATED}]),
-    "mixture": (
-        1024,
-        [
-            {
-                "repeat": 8,
-                "mixer": ATTENTION,
-                "ffn": {
-                    "kind": "moe",
-                    "num_experts": 8,
-                    "experts_per_token": 2,
-                    "expert": {"kind": "gated", "hidden_dim": 2048},
-                },
-            }
-        ],
-    ),
-    "mamba": (
-        1024,
-        [
-            {
-                "repeat": 24,
-                "mixer": {
-                    "kind": "mamba2",
-                    "num_heads": 32,
-                    "head_dim": 64,
-                    "num_groups": 1,
-                    "state_size": 128,
-                    "conv_size": 4,
-                    "norm_eps": 1e-5,
-                },
-                "ffn": None,
-            }
-        ],
-    ),
-    "small": (512, [{"repeat": 8, "mixer": ATTENTION | {"num_heads": 8}, "ffn": GATED | {"hidden_dim": 2048}}]),
-    "large": (
-        2048,
-        [
-            {
-                "repeat": 16,
-                "mixer": ATTENTION | {"num_heads": 32, "num_kv_heads": 8},
-                "ffn": {"kind": "gated", "hidden_dim": 8192},
-            }
-        ],
-    ),
+DOCS = Path(__file__).parents[2] / "docs"
+FORMATS = ("bfloat16", "int8", "int4")
+PROMPT, SHORT, FAR, STEPS = 512, 64, 4096, 24
+"""Tokens of prompts and of sequences that decode; steps of each."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of equal layers. fitted: sizes are those from which the paces come, or near them."""
+
+    dim: int
+    repeat: int
+    mixer: Node
+    ffn: Node | None
+    vocab: int = 32768
+    fitted: bool = False
+
+    def card(self, name: str) -> Node:
+        layers = [{"repeat": self.repeat, "mixer": self.mixer, "ffn": self.ffn}]
+        return card(name, dim=self.dim, layers=layers, vocab_size=self.vocab, context_length=8192)
+
+    @property
+    def cases(self) -> list[tuple[int, int]]:
+        """Sequences that decode, and their tokens."""
+        return [(1, PROMPT), (8, SHORT), (32, SHORT)] if self.fitted else [(1, PROMPT), (8, SHORT), (1, FAR)]
+
+
+def heads(num_heads: int, num_kv_heads: int, head_dim: int) -> Node:
+    return ATTENTION | {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+
+
+SHAPES = {
+    "dense": Shape(1024, 16, ATTENTION, gated(4096), fitted=True),
+    "windowed": Shape(1024, 16, MIXERS["attention window"], gated(4096), fitted=True),
+    "mixture": Shape(1024, 8, ATTENTION, moe(8, 2, 2048), fitted=True),
+    "mamba": Shape(1024, 24, MAMBA2, None, fitted=True),
+    "small": Shape(512, 8, heads(8, 4, 64), gated(2048), fitted=True),
+    "wide": Shape(1536, 24, heads(12, 4, 128), gated(6144), 65536),
+    "odd": Shape(896, 16, heads(14, 2, 64), gated(7840), 40000),
+    "experts": Shape(768, 12, heads(12, 4, 64), moe(32, 4, 640), 24000),
+    "states": Shape(1280, 20, MAMBA2 | {"num_heads": 40, "num_groups": 4, "state_size": 64}, None, 50000),
 }
 
 
-def card(name: str) -> dict[str, Any]:
-    """A card of random weights."""
-    dim, layers = SHAPES[name]
-    return {
-        "name": name,
-        "family": "shapes",
-        "summary": "A shape to measure.",
-        "context_length": 8192,
-        "source": {"dtype": "bfloat16"},
-        "text": {"features": []},
-        "model": {"dim": dim, "vocab_size": 32768, "norm": {"kind": "rms", "eps": 1e-5}, "layers": layers},
-    }
-
-
-def compare(
-    name: str, machine: Profile, batches: list[int], prompt: int, dtype: str, quantize: str | None
-) -> list[dict[str, Any]]:
-    """Rows of one shape."""
-    rows = []
-    options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "quantize": quantize, "max_batch_size": max(batches)}
-    options["prefix_cache"] = False
-    with zoo.load(card(name), weights="random", **options) as model:
+def compare(name: str, machine: Profile, form: str) -> Iterator[dict[str, Any]]:
+    """Rows of one shape in one format of weights."""
+    shape = SHAPES[name]
+    kind = None if form == "bfloat16" else form
+    options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "quantize": kind, "prefix_cache": False}
+    with zoo.load(shape.card(name), weights="random", max_batch_size=32, **options) as model:
         known = forecast(machine, work_of(model))
-        found = [measure_prefill(model, machine.limits, tokens=prompt, repeats=3)]
-        predicted = [known.prefill(prompt)]
-        for batch in batches:
-            m = measure_decode(model, machine.limits, batch=batch, context=prompt if batch == 1 else 64, new_tokens=24)
-            found.append(m)
-            predicted.append(known.decode(batch, m.context))
-        for m, p in zip(found, predicted, strict=True):
-            rows.append(
-                {
-                    "shape": name,
-                    "parameters": zoo.inspect(card(name)).parameters,
-                    "kind": m.kind,
-                    "batch": m.batch,
-                    "context": m.context,
-                    "measured_s": m.seconds,
-                    "fastest_s": m.fastest,
-                    "predicted_s": p.total,
-                    "ratio": p.total / m.seconds,
-                    "of_limit": m.of_limit,
-                    "terms": p.to_dict(),
-                }
-            )
-    return rows
+        found = measure_prefill(model, machine.limits, tokens=PROMPT, repeats=3)
+        cases = [(found, known.prefill(PROMPT), PROMPT)]
+        for batch, context in shape.cases:
+            found = measure_decode(model, machine.limits, batch=batch, context=context, new_tokens=STEPS)
+            cases.append((found, known.decode(batch, found.context), found.context))
+    about = {"shape": name, "format": form, "parameters": zoo.inspect(shape.card(name)).parameters}
+    about |= {"fitted": shape.fitted, "measured": machine.measured}
+    for m, p, tokens in cases:
+        case = {"kind": m.kind, "batch": m.batch, "context": tokens, "of_limit": m.of_limit}
+        times = {"measured_s": m.seconds, "fastest_s": m.fastest, "predicted_s": p.total, "ratio": p.total / m.seconds}
+        yield about | case | times | {"terms": p.to_dict()}
+
+
+def holds(row: Mapping[str, Any]) -> bool:
+    return 1 / (1 + TOLERANCE) <= float(row["ratio"]) <= 1 + TOLERANCE
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row for who waits for it."""
+    terms = " ".join(f"{term} {value * 1e3:.2f}" for term, value in row["terms"].items())
+    return (
+        f"{row['shape']:9}{row['format']:9}{row['kind']:8}{row['batch']:3} of {row['context']:4}: "
+        f"measured {row['measured_s'] * 1e3:8.2f} ms, predicted {row['predicted_s'] * 1e3:8.2f}, "
+        f"ratio {row['ratio']:.2f}, of limit {row['of_limit']:.0%} ({terms})\n"
+    )
+
+
+# --- the results and the page -----------------------------------------------------------------------------------
+
+
+def merged(known: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Old rows but those of shapes and formats that were measured anew, in the order of the shapes."""
+    again = {(row["shape"], row["format"]) for row in new}
+    rows = [row for row in known if (row["shape"], row["format"]) not in again and row["shape"] in SHAPES]
+    return sorted([*rows, *new], key=lambda row: ([*SHAPES].index(row["shape"]), FORMATS.index(row["format"])))
+
+
+def report(results: Mapping[str, Any], page: str) -> str:
+    """The page with the part between its marks renewed."""
+    rows, key = results["rows"], results["machine"]["key"]
+    days = sorted({row["measured"][:10] for row in rows})
+    told = [
+        f"{' and '.join(dict.fromkeys((days[0], days[-1])))}. {key['processor']}, {key['cores']} cores; "
+        f"torch {key['torch']}; random weights, products in bfloat16. {sum(map(holds, rows))} of {len(rows)} hold."
+    ]
+    for fitted, words in ((False, "Shapes on which nothing was fitted"), (True, "Shapes like the fitted ones")):
+        if chosen := [row for row in rows if row["fitted"] == fitted]:
+            told.append(f"{words}:\n\n{_table(chosen)}")
+    middle = "\n\n".join(told)
+    text, count = re.subn(
+        r"(<!-- predictions: .*? -->\n).*?(\n<!-- end of predictions -->)",
+        lambda found: f"{found[1]}\n{middle}\n{found[2]}",
+        page,
+        flags=re.DOTALL,
+    )
+    assert count == 1, "the page has no place for the predictions"
+    return text
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each work of each shape, with every format beside it."""
+    forms = [form for form in FORMATS if any(row["format"] == form for row in rows)]
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in rows:
+        work = f"a prompt of {row['context']}" if row["kind"] == "prefill" else f"a step after {row['context']}"
+        key = (row["shape"], f"{row['parameters'] / 1e6:.0f} M", work, str(row["batch"]))
+        ratio = f"{row['ratio']:.2f}"
+        value = f"{row['measured_s'] * 1e3:.1f} ms, {ratio if holds(row) else f'**{ratio}**'}"
+        lines.setdefault(key, {})[row["format"]] = value
+    body = [[*key, *(found.get(form, "-") for form in forms)] for key, found in lines.items()]
+    return markdown(["shape", "parameters", "work", "sequences", *forms], body)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shape", nargs="+", choices=SHAPES, default=["dense", "windowed", "mixture", "mamba", "small"]
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--stored", action="store_true", help="use the stored profile of this machine")
-    parser.add_argument("--check", action="store_true", help="exit status 1 where a prediction does not hold")
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="store large matrices so")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("shape", nargs="*", choices=[*SHAPES, []], help="all of them, if none is named")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, help="of weights; bfloat16 alone for fitted shapes")
+    parser.add_argument("--machine", action="store_true", help="measure the machine, and no shape that is not named")
+    parser.add_argument("--check", action="store_true", help="judge the stored results")
+    parser.add_argument("--out", type=Path, default=DOCS / "benchmarks" / "predictions.json")
     args = parser.parse_args()
-    machine = stored("cpu") if args.stored else profile(torch.device("cpu"), lambda what: None)
-    rows = []
-    for name in args.shape:
-        for row in compare(name, machine, args.batch, args.prompt_tokens, args.dtype, args.quantize):
-            rows.append(row)
-            terms = " ".join(f"{term} {value * 1e3:.1f}" for term, value in row["terms"].items())
-            sys.stdout.write(
-                f"{name:9} {row['kind']:8} {row['batch']:4} {row['context']:5} "
-                f"measured {row['measured_s'] * 1e3:8.2f} ms predicted {row['predicted_s'] * 1e3:8.2f} ms "
-                f"ratio {row['ratio']:.2f} of limit {row['of_limit']:.0%} ({terms})\n"
-            )
-            sys.stdout.flush()
-    within = sum(0.8 <= row["ratio"] <= 1.25 for row in rows)
-    sys.stdout.write(f"{within} of {len(rows)} within a quarter\n")
-    if args.out:
-        args.out.write_text(json.dumps({"machine": machine.model_dump(), "rows": rows}, indent=1) + "\n")
-    sys.exit(args.check and within < len(rows))
+    results = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    if args.check:
+        wrong = [row for row in results["rows"] if not holds(row)]
+        sys.stdout.write("".join(map(line, wrong)) + f"{len(wrong)} of {len(results['rows'])} do not hold\n")
+        sys.exit(bool(wrong))
+    measure(args, results)
+
+
+def tell(what: str) -> None:
+    sys.stderr.write(f"{what}\n")
+
+
+def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Measures what was asked for, keeps rows as they come, and renews the page."""
+    if args.machine or not args.shape:
+        store(profile(torch.device("cpu"), tell), "cpu")
+    machine = stored("cpu")
+    results["machine"] = machine.model_dump()
+    names = args.shape or ([] if args.machine else [*SHAPES])
+    for name in names:
+        for form in args.format or (FORMATS[:1] if SHAPES[name].fitted else FORMATS):
+            rows = []
+            for row in compare(name, machine, form):
+                rows.append(row)
+                sys.stdout.write(line(row))
+                sys.stdout.flush()
+            results["rows"] = merged(results["rows"], rows)
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
+    page = DOCS / "benchmarks.md"
+    if names and args.out.parent == DOCS / "benchmarks":
+        page.write_text(report(results, page.read_text()))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def report(results: Mapping[str, Any], docs: Path) -> None:
         (plots / "context.svg").write_text(_context_plot(results["context"]))
     page = docs / "benchmarks.md"
     parts = [_TABLES[name](results[name]) for name in _TABLES if name in results]
-    aims = "What was asked of this shape on a CPU, and what came of it:\n\n" + gates.table(results, _table)
+    aims = "What was asked of this shape on a CPU, and what came of it:\n\n" + gates.table(results, markdown)
     middle = "\n\n".join([_machine(results), *parts, aims])
     text, count = re.subn(
         r"(<!-- results: .*? -->\n).*?(\n<!-- end of results -->)",
@@ -77,12 +77,12 @@ def _quantised(result: Mapping[str, Any]) -> str:
         for name, rate in ours.items()
     ]
     head = ["", "GB", "decode tokens/s", "over zoo's bfloat16", "prefill tokens/s"]
-    return f"Quantised weights, one sequence, a prompt of {result['prompt']}:\n\n{_table(head, rows)}"
+    return f"Quantised weights, one sequence, a prompt of {result['prompt']}:\n\n{markdown(head, rows)}"
 
 
 def _context(result: Mapping[str, Any]) -> str:
     rows = [[name, *(f"{1000 * s:.2f}" for s in kind["step_seconds"])] for name, kind in result["kinds"].items()]
-    table = _table(["ms per token", *map(str, result["contexts"])], rows)
+    table = markdown(["ms per token", *map(str, result["contexts"])], rows)
     share = result["kinds"]["full"]["slope_of_read_limit"]
     return (
         f"One decode step against the context, four layers:\n\n{table}\n\nFull attention's slope is that of reading "
@@ -103,7 +103,7 @@ def _mixed(result: Mapping[str, Any]) -> str:
         for name, side in result["sides"].items()
     ]
     head = ["", "new tokens/s", "zoo over it", "in flight", "first token after, s"]
-    return f"Mixed traffic, {result['requests']} requests that arrive over time:\n\n{_table(head, rows)}"
+    return f"Mixed traffic, {result['requests']} requests that arrive over time:\n\n{markdown(head, rows)}"
 
 
 def _mixture(result: Mapping[str, Any]) -> str:
@@ -120,7 +120,7 @@ def _mixture(result: Mapping[str, Any]) -> str:
     head = ["batch", "dense, ms", "mixture, ms", "ratio", "ratio of bytes to read"]
     return (
         "Eight experts, two active, beside a dense model of the active parameters, per step "
-        f"({result['layers']} layers):\n\n{_table(head, rows)}"
+        f"({result['layers']} layers):\n\n{markdown(head, rows)}"
     )
 
 
@@ -144,7 +144,7 @@ def _overhead(result: Mapping[str, Any]) -> str:
         for row in result["rows"]
     ]
     head = ["sampling", "waiting", "step, ms", "outside of the model, ms", "share"]
-    return f"The engine's own time in a step of {result['batch']} sequences:\n\n{_table(head, rows)}"
+    return f"The engine's own time in a step of {result['batch']} sequences:\n\n{markdown(head, rows)}"
 
 
 def _drafts(result: Mapping[str, Any]) -> str:
@@ -160,14 +160,14 @@ def _drafts(result: Mapping[str, Any]) -> str:
     head = ["what guesses", "ms per token", "over no guesses", "right"]
     return (
         f"Guessed tokens, an answer of {result['answer']} after a prompt of {result['prompt']}, what is said written "
-        f"down beforehand:\n\n{_table(head, rows)}"
+        f"down beforehand:\n\n{markdown(head, rows)}"
     )
 
 
 def _load(result: Mapping[str, Any]) -> str:
     sides = {name: side for name, side in result.items() if isinstance(side, dict) and "peak_over_weights" in side}
     rows = [[name, f"{side['seconds']:.1f}", f"{side['peak_over_weights']:.2f}"] for name, side in sides.items()]
-    return f"Loading from warm files:\n\n{_table(['', 'seconds', 'peak memory over weights'], rows)}"
+    return f"Loading from warm files:\n\n{markdown(['', 'seconds', 'peak memory over weights'], rows)}"
 
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -200,10 +200,10 @@ def _rates(rows: Sequence[Mapping[str, Any]], first: str, rate: str, limit: tupl
             ratio = "" if name == "zoo" or found is None else f" ({row[rate]['zoo'] / found:.2f})"
             cells.append("-" if found is None else f"{found:.1f}{ratio}")
         lines.append([*cells, *([f"{row[limit[0]]:.0%}"] if limit else [])])
-    return _table(head, lines)
+    return markdown(head, lines)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zoo.bench.shapes import ATTENTION, card, gated
+
 LLAMA_FILES = {"q8_0": 7, "q4_0": 2}
 """Quantised kinds by llama.cpp's number of the file type."""
 
@@ -58,29 +60,9 @@ class Shape:
 
     def card(self, **changes: Any) -> dict[str, Any]:
         """A card of this shape, for weights that only zoo has. changes: of the layers' mixer and ffn."""
-        mixer = {
-            "kind": "attention",
-            "num_heads": self.heads,
-            "num_kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "rope": {"theta": 10000.0},
-        }
-        layer = {"repeat": self.layers, "mixer": mixer, "ffn": {"kind": "gated", "hidden_dim": self.hidden}}
-        return {
-            "name": "benchmark",
-            "family": "benchmark",
-            "summary": "A shape to be measured.",
-            "license": "apache-2.0",
-            "released": "2026-01-01",
-            "context_length": self.context,
-            "source": {"layout": "auto", "dtype": "bfloat16"},
-            "model": {
-                "dim": self.dim,
-                "vocab_size": self.vocab,
-                "norm": {"kind": "rms", "eps": 1e-5},
-                "layers": [layer | changes],
-            },
-        }
+        heads = {"num_heads": self.heads, "num_kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        layer = {"repeat": self.layers, "mixer": ATTENTION | heads, "ffn": gated(self.hidden)} | changes
+        return card("benchmark", dim=self.dim, layers=[layer], vocab_size=self.vocab, context_length=self.context)
 
 
 SHAPES = {"1b": Shape(), "tiny": Shape(dim=256, layers=2, heads=8, kv_heads=2, hidden=512, vocab=512)}

@@ -170,7 +170,7 @@ def test_a_conversation(zoo_command: Command, tmp_path: Path) -> None:
 
 
 def zoo_process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "import sys; from zoo.cli import main; main(sys.argv[1:])", *arguments]
+    command = [sys.executable, "-c", "from zoo.cli import main; main()", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
 
@@ -187,6 +187,41 @@ def test_interrupted_by_the_user() -> None:
         message = process.stderr.read().decode()
     assert (code, time.monotonic() - start < 10) in [(130, True), (0, True)]
     assert "Traceback" not in message
+
+
+def test_interrupted_while_the_machine_is_measured() -> None:
+    with zoo_process("bench", "--machine") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"the machine's limits: reading, multiplying, calling\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        assert process.stderr.read() == b"\nzoo: interrupted\n"
+
+
+@pytest.mark.parametrize(("flags", "end"), [((), "left"), (("--debug",), "left, taken apart")])
+def test_the_process_ends_without_taking_everything_apart(flags: tuple[str, ...], end: str) -> None:
+    """What others want done at the end is done; `--debug` ends as any program does."""
+    program = """
+import atexit, os, sys
+from zoo.cli import main
+class Kept:
+    def __del__(self, write=os.write):
+        write(1, b", taken apart")
+sys.kept = Kept()
+def leave():
+    print("left", end="")
+    sys.stdout.flush()
+sys.argv[0] = "zoo"
+real = sys.exit
+def exit(status):
+    atexit.register(leave)
+    real(status)
+sys.exit = exit
+main()
+"""
+    command = [sys.executable, "-c", program, *flags, "no-such-command"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout) == (2, end)
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

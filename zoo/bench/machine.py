@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from zoo.bench.limits import DTYPES, machine_limits
 from zoo.bench.measure import decode_steps, random_prompts
+from zoo.bench.shapes import ATTENTION, FFNS, MIXERS, Node, card
 from zoo.bench.timing import fastest
 from zoo.components import linear
 from zoo.components.ffn.gated import Gated
@@ -74,43 +75,6 @@ TINY = 1e-9
 DIM = 256
 WIDE = (512, 1024, 4096)
 """Rows, stream and hidden size of a feed-forward whose small operations are timed."""
-
-ATTENTION: dict[str, Any] = {
-    "kind": "attention",
-    "num_heads": 16,
-    "num_kv_heads": 4,
-    "head_dim": 64,
-    "rope": {"theta": 1e4},
-}
-MIXERS: dict[str, dict[str, Any]] = {
-    "attention": ATTENTION,
-    "attention window": ATTENTION | {"window": 256},
-    "attention formula": ATTENTION | {"softcap": 50.0},
-    "latent_attention": {
-        "kind": "latent_attention",
-        "num_heads": 8,
-        "q_lora_rank": None,
-        "kv_lora_rank": 256,
-        "nope_head_dim": 64,
-        "rope_head_dim": 32,
-        "v_head_dim": 64,
-        "rope": {"theta": 1e4},
-    },
-    "mamba1": {"kind": "mamba1", "inner_dim": 2048, "state_size": 16, "dt_rank": 32, "conv_size": 4},
-    "mamba2": {
-        "kind": "mamba2",
-        "num_heads": 32,
-        "head_dim": 64,
-        "num_groups": 1,
-        "state_size": 128,
-        "conv_size": 4,
-        "norm_eps": 1e-5,
-    },
-}
-FFNS: dict[str, dict[str, Any]] = {
-    "gated": {"kind": "gated", "hidden_dim": 1024},
-    "moe": {"kind": "moe", "num_experts": 16, "experts_per_token": 2, "expert": {"kind": "gated", "hidden_dim": 256}},
-}
 
 LIKE = {"mlp": "gated", "clamped": "gated"}
 """Feed-forwards that are called like another one and are not timed by themselves."""
@@ -286,9 +250,7 @@ class Parts:
         sequence = max(0.0, (at_none[1] - at_none[0]) / (MANY - 1))
         return self.nothing.model_copy(update={"step_s": max(0.0, at_none[0] - sequence), "sequence_s": sequence})
 
-    def times(
-        self, mixer: dict[str, Any], ffn: dict[str, Any] | None, names: Sequence[str], layers: int = LAYERS
-    ) -> Times:
+    def times(self, mixer: Node, ffn: Node | None, names: Sequence[str], layers: int = LAYERS) -> Times:
         """The named runs of a model of such layers."""
         with _model(mixer, ffn, layers, self.device, self.dtype) as model:
             work = Work(model.plan, self.dtype)
@@ -360,28 +322,20 @@ ALL, STEPPING, PROMPTS = tuple(RUNS), ("one", "many"), ("prompt", "long_prompt")
 
 
 @contextmanager
-def _model(
-    mixer: dict[str, Any], ffn: dict[str, Any] | None, layers: int, device: torch.device, dtype: str
-) -> Iterator[Model]:
+def _model(mixer: Node, ffn: Node | None, layers: int, device: torch.device, dtype: str) -> Iterator[Model]:
     """A model of random weights, and nothing of it afterwards."""
     from zoo.api import load
 
-    card = {
-        "name": "probe",
-        "family": "probe",
-        "summary": "Layers of one kind, to be timed.",
-        "context_length": 2 * chunk_tokens(device.type) + LONG,
-        "source": {"dtype": dtype},
-        "text": {"features": []},
-        "model": {
-            "dim": DIM,
-            "vocab_size": 512,
-            "norm": {"kind": "rms", "eps": 1e-5},
-            "layers": [{"repeat": layers, "mixer": mixer, "ffn": ffn}],
-        },
-    }
+    probe = card(
+        "probe",
+        dim=DIM,
+        layers=[{"repeat": layers, "mixer": mixer, "ffn": ffn}],
+        vocab_size=512,
+        context_length=2 * chunk_tokens(device.type) + LONG,
+        dtype=dtype,
+    )
     with load(
-        card, weights="random", device=str(device), dtype=dtype, max_batch_size=MANY, prefix_cache=False
+        probe, weights="random", device=str(device), dtype=dtype, max_batch_size=MANY, prefix_cache=False
     ) as model:
         yield model
     gc.collect()

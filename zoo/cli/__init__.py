@@ -1,5 +1,6 @@
 """The command line: a thin skin over the Python API. Answers go to stdout, everything else to stderr."""
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -109,13 +110,34 @@ def cli(debug: bool) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The `zoo` command. Exit status: 0 done, 1 a fault of zoo, 2 a fault of the input, 130 interrupted."""
+    """The `zoo` command. Exit status: 0 done, 1 a fault of zoo, 2 a fault of the input, 130 interrupted.
+
+    args: None for those of the process, which then ends at once, but for `--debug`.
+    """
     arguments = [*(sys.argv[1:] if args is None else args)]
+    ended: list[int] = []
+    if args is None and "--debug" not in arguments:
+        # What is registered first is called last, when threads have ended and all others have had their turn.
+        atexit.register(_leave, ended)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-    sys.exit(_run(arguments))
+    ended.append(_run(arguments))
+    sys.exit(ended[0])
+
+
+def _leave(ended: list[int]) -> None:
+    """Ends the process with the status of a command that has ended: to take torch apart, the interpreter would need a
+    second in which nothing answers, and the system takes all back anyway."""
+    if not ended:
+        return
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except (OSError, ValueError):
+        return  # which the interpreter tells in its own way
+    os._exit(ended[0])
 
 
 def _run(arguments: list[str]) -> int:
