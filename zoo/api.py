@@ -3,17 +3,14 @@
 import builtins
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.components.kinds import kind_named
-from zoo.costs.memory import PROCESS_BYTES, MemoryPlan
-from zoo.costs.work import Work
+from zoo.costs.memory import CACHE_SHARE
 from zoo.devices import reported
 from zoo.inspection import BYTES, Inspection
 from zoo.locating import Located, Ref, locate
-from zoo.machine import resident_memory
 from zoo.registry.card import Card, list_cards
 from zoo.registry.errors import CardError, RequestError, TextError, nearest
 from zoo.registry.manager import manager
@@ -30,9 +27,6 @@ if TYPE_CHECKING:
     from zoo.text.tokenizer import Tokenizer
 
 DEFAULT_BATCH = 64
-
-SHORT = 512
-"""Tokens of a sequence that must fit for a model to be loaded; longer ones are refused when they are asked for."""
 
 
 def list() -> "builtins.list[Card]":
@@ -66,6 +60,7 @@ def inspect(
         folder=found.folder,
         owners=_owners(found.card, plan),
         quantize=_kind_name(quantize),
+        usual=dtype == "auto",
     )
 
 
@@ -95,8 +90,9 @@ def load(
         the card says. The model's notes say what that changes.
     weights: "auto" (the ref's own folder, else fetched from the card's hub repository), "random" (real shapes,
         seeded values, no files) or a folder or file.
-    max_batch_size: sequences that may run together (default 64). max_context: tokens of prompt and answer together
-        (default: the card's context length). overrides: dotted card fields and their values.
+    max_batch_size: sequences that may run together (default 64). max_context: tokens of prompt and answer together,
+        for which there must be room (default: the card's context length, of which a part may do).
+    overrides: dotted card fields and their values.
     prefix_cache: whether a prompt that begins as an earlier one goes on from what is cached of that.
     devices: how many to spread the model over, a list of them, or a layout such as "tp=2,pp=2"; see docs/devices.md.
     adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
@@ -116,6 +112,7 @@ def load(
     from zoo.device import choose
     from zoo.devices import running
     from zoo.drafts import draft_named
+    from zoo.fitting import fitting
     from zoo.loading.fill import filled
 
     spread = _spread(plan, devices)
@@ -126,7 +123,7 @@ def load(
         spread.refuse(plan, draft)
     follows = spread is not None and spread.rank > 0
     other = None if follows else draft_named(draft, plan)
-    memory = _memory_plan(plan, spread, placement, context, quantize, other)
+    memory = fitting(plan, spread, placement, context, quantize, other, asked=max_context is not None)
     paths = _checked_adapters(adapters, plan, placement)
     notes = [placement.note]
     source = _source(found, weights, progress, notes.append)
@@ -263,34 +260,6 @@ def _kind_name(quantize: str | None) -> str | None:
     return None if quantize in (None, "none") else kind_named(quantize).name
 
 
-def _memory_plan(
-    plan: Plan,
-    spread: "Spread | None",
-    placement: "Placement",
-    context: int,
-    quantize: str | None,
-    other: Literal["lookup"] | Plan | None,
-) -> MemoryPlan:
-    """What one sequence of `context` tokens needs beside what the device has free. other: what guesses.
-
-    Raises, before anything is read, CapacityError for weights and a short sequence that do not fit, and RequestError
-    for matrices that the device cannot store so.
-    """
-    from zoo.devices.advice import elsewhere, free_for_each
-    from zoo.loading.fill import storing
-
-    here, local = placement.device, plan if spread is None else spread.part(plan).local
-    storing(local, here, quantize)
-    work, free = Work(local, placement.dtype_name, quantize), free_for_each(spread, here)
-    running = max(0, PROCESS_BYTES - resident_memory()) if here.type == "cpu" else 0
-    guesser = Work(other, placement.dtype_name, quantize) if isinstance(other, Plan) else None
-    more = elsewhere(plan, spread, here)
-    found = MemoryPlan(work, context, free, 1, here.type, running, guesser, more)
-    if not replace(found, context=min(context, SHORT)).fits:
-        raise found.refusal(str(here), min(context, SHORT))
-    return found
-
-
 def _checked_adapters(
     adapters: Iterable[str | Path], plan: Plan, placement: "Placement"
 ) -> "builtins.list[str | Path]":
@@ -374,10 +343,10 @@ def _model(
 
 
 def _cache_budget(placement: "Placement") -> int:
-    """Bytes that the cache may take: 80 % of what is free now. The engine takes no more than its batch can use."""
+    """Bytes that the cache may take of what is free now. The engine takes no more than its batch can use."""
     from zoo.device import memory_free
 
-    return int(0.8 * memory_free(placement.device))
+    return int(CACHE_SHARE * memory_free(placement.device))
 
 
 def _guessing(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zoo.costs.work import usual_dtype
 from zoo.machine import free_memory, processor
 from zoo.registry.errors import RequestError, nearest
 
@@ -82,11 +83,9 @@ def _device(name: str) -> torch.device:
 
 
 def _best_dtype(device: torch.device, card_dtype: str) -> torch.dtype:
-    if card_dtype == "float16" and device.type == "cpu":
-        return torch.float32
     if card_dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
-    return DTYPES.get(card_dtype, torch.bfloat16)
+    return DTYPES.get(usual_dtype(card_dtype, device.type), torch.bfloat16)
 
 
 def _refuse_missing(device: torch.device, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.costs.memory import MemoryPlan
 from zoo.costs.work import BYTES as BYTES
-from zoo.costs.work import Work
+from zoo.costs.work import Work, usual_dtype
 from zoo.machine import free_memory, gpus_free, total_memory
 from zoo.registry.card import Card
 from zoo.registry.errors import ZooError
@@ -26,6 +26,7 @@ class Inspection:
     folder: where the weights lie on this machine, or None when they would have to be fetched.
     owners: who provides the card and each component kind, as "slot kind" -> owner.
     quantize: the kind in which large matrices are reckoned; None for all in `dtype`.
+    usual: `dtype` is the card's own: this machine's memory is judged in what a run takes instead where it has to.
     """
 
     card: Card
@@ -34,6 +35,7 @@ class Inspection:
     folder: Path | None
     owners: dict[str, str]
     quantize: str | None = None
+    usual: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -56,7 +58,7 @@ class Inspection:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights in `dtype`, or as `quantize` stores them."""
-        return self.memory_plan(1).weights
+        return MemoryPlan(self._work, 1, 0).weights
 
     @property
     def cache_dtype(self) -> str | None:
@@ -92,10 +94,18 @@ class Inspection:
         assert isinstance(self.plan.model, DecoderSpec)
         return {name: phrase(encoder) for name, encoder in self.plan.model.encoders().items()}
 
-    def memory_plan(self, context: int) -> MemoryPlan:
-        """What a sequence of `context` tokens needs, beside what this machine's main memory has free now."""
-        work = Work(self.plan, self.dtype, self.quantize)
-        return MemoryPlan(work, context, free_memory(), elsewhere=self._on_gpus)
+    def memory_plan(self, context: int | None = None, gpu: int | None = None) -> MemoryPlan:
+        """What a sequence of `context` tokens (the card's context length) needs of this machine's main memory, or of a
+        GPU with `gpu` bytes free. What is asked for must fit; without, a model runs that fits with a short sequence."""
+        plan = MemoryPlan(self._work, context or self.card.context_length, 0, asked=context is not None)
+        if gpu is not None:
+            return replace(plan, device="cuda", process=0, free=gpu)
+        work = replace(self._work, dtype=usual_dtype(self.dtype, "cpu")) if self.usual else self._work
+        return replace(plan, work=work, free=free_memory(), elsewhere=self._on_gpus)
+
+    @property
+    def _work(self) -> Work:
+        return Work(self.plan, self.dtype, self.quantize)
 
     def _on_gpus(self, short: MemoryPlan) -> list[str]:
         """What a run that has no room in main memory needs of this machine's GPUs."""
@@ -104,7 +114,7 @@ class Inspection:
             return []
         from zoo.devices.advice import fewest
 
-        there = replace(short, device="cuda", process=0)
+        there = replace(short, work=self._work, device="cuda", process=0)
         return fewest(there, plan=self.plan, frees=frees, counts=range(1, len(frees) + 1))
 
     def memory(self, context: int) -> int:
@@ -117,7 +127,7 @@ class Inspection:
 
     def largest_context(self) -> int:
         """The longest sequence, up to the card's context length, that fits this machine's memory now; 0 if none."""
-        return self.memory_plan(1).largest_context(self.card.context_length)
+        return self.memory_plan().most
 
     def speed(self, prompt: int = 512, context: int = 1024) -> dict[str, Any]:
         """What this machine's stored measurements let expect: the first token of a prompt, and decode steps.
@@ -130,12 +140,11 @@ class Inspection:
         from zoo.costs.profile import profile_file, stored
 
         device = "cuda" if profile_file("cuda").exists() else "cpu"
-        work = Work(self.plan, self.dtype, self.quantize)
         try:
             profile = stored(device)
-            known = forecast(profile, work, device)
+            known = forecast(profile, self._work, device)
         except ZooError as error:
-            return {"why": str(error), "rough": glance(work, context)}
+            return {"why": str(error), "rough": glance(self._work, context)}
         first = known.prefill(prompt)
         steps = {batch: known.decode(batch, context) for batch in SPEED_BATCHES}
         return {
@@ -165,7 +174,7 @@ class Inspection:
             return self._facts()
         seen = min(context or 1024, self.card.context_length)
         speed = self.speed(min(prompt, self.card.context_length), seen)
-        return self._facts() | self._figures(context or self.card.context_length) | {"speed": speed}
+        return self._facts() | self._figures(context) | {"speed": speed}
 
     def _facts(self) -> dict[str, Any]:
         card = self.card
@@ -184,8 +193,9 @@ class Inspection:
             "quantize": self.quantize,
         }
 
-    def _figures(self, length: int) -> dict[str, Any]:
-        plan = self.memory_plan(length)
+    def _figures(self, context: int | None) -> dict[str, Any]:
+        # What a run takes if nothing is said of devices.
+        gpus = [self.memory_plan(context, free).to_dict() for free in gpus_free()[:1]]
         return {
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
@@ -194,15 +204,8 @@ class Inspection:
             "cache_bytes_per_sequence": self.cache_bytes_per_sequence,
             "cache_bytes_per_token": self.cache_bytes_per_token,
             "flops_per_token": self.flops_per_token(0),
-            "memory": plan.to_dict()
-            | {
-                "context": length,
-                "free_bytes": plan.free,
-                "machine_bytes": total_memory(),
-                "fits": plan.fits,
-                "largest_context": plan.largest_context(self.card.context_length),
-                "advice": [] if plan.fits else plan.advice(),
-            },
+            "memory": self.memory_plan(context).to_dict() | {"machine_bytes": total_memory()},
+            "gpu_memory": gpus[0] if gpus else None,
             "encoders": self.encoders(),
             "layers": self.layers(),
             "owners": self.owners,

@@ -222,7 +222,7 @@ def test_a_batch_of_none(desk: Desk, size: int) -> None:
 def test_a_prompt_that_memory_cannot_hold(desk: Desk) -> None:
     """A cache for fewer tokens than the context refuses what would never fit, with the sizes."""
     desk.patch.setattr("zoo.device.free_memory", lambda: 6_000_000)
-    desk.patch.setattr("zoo.api.resident_memory", lambda: PROCESS_BYTES)
+    desk.patch.setattr("zoo.fitting.resident_memory", lambda: PROCESS_BYTES)
     with desk.load(overrides={"context_length": 32768}) as model:
         budget = model.memory.cache_budget
         words = [

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 import zoo
+from zoo.bench.shapes import ATTENTION, MAMBA2, card, gated, moe
+from zoo.cli import main
+from zoo.components.cache.pages import PAGE
+from zoo.components.cache.slab import STEP
 from zoo.costs.memory import PROCESS_BYTES, MemoryPlan
-from zoo.costs.work import Work
+from zoo.costs.work import Work, grain_tokens
+from zoo.device import Placement, choose
+from zoo.fitting import fitting
 from zoo.registry.errors import CapacityError
 
 TOLERANCE = 0.25
@@ -28,7 +38,9 @@ def test_the_parts_add_up() -> None:
     found = plan("mistral-7b-v0.3", 4096, 32 << 30, batch=3)
     assert found.weights == zoo.inspect("mistral-7b-v0.3").weight_bytes
     assert found.cache == 3 * 4096 * 131072
-    assert found.total == found.weights + found.cache + found.working + PROCESS_BYTES
+    assert found.total == found.weights + found.cache + found.working + found.spare + PROCESS_BYTES
+    assert found.spare == found.cache // 4 - found.working > 0
+    assert plan("mistral-7b-v0.3", 64, 32 << 30).spare == 0
     assert found.fits
     assert not replace(found, free=found.total - 1).fits
 
@@ -73,39 +85,138 @@ def test_a_model_that_guesses_counts() -> None:
     other = Work(zoo.inspect("mistral-7b-v0.1", dtype="bfloat16").plan, "bfloat16")
     both = replace(alone, guesser=other)
     assert both.guessing == zoo.inspect("mistral-7b-v0.1").weight_bytes + other.cache_bytes(20000)
-    assert both.total == alone.total + both.guessing
+    assert both.total == alone.total + both.guessing + both.spare - alone.spare > alone.total + both.guessing
     assert 0 < replace(both, free=both.total - (1 << 28)).largest_context(20000) < 20000 == alone.largest_context(20000)
     assert "the model that guesses 1" in both.note
     assert "guesses" not in alone.note
-    advice = replace(both, free=20 << 30).advice()
+    advice = replace(both, free=20 << 30).advice
     assert advice[0] == "no --draft, or --draft lookup"
     assert "--quantize int8" in advice, "both are quantised"
 
 
 def test_advice_names_what_would_fit() -> None:
-    assert plan("mistral-7b-v0.3", 4096, 16 << 30, "float32").advice()[0] == "--dtype bfloat16"
-    found = plan("mistral-7b-v0.3", 32768, 12 << 30).advice()
+    assert plan("mistral-7b-v0.3", 4096, 16 << 30, "float32").advice[0] == "--dtype bfloat16"
+    found = plan("mistral-7b-v0.3", 32768, 13 << 30).advice
     assert found == ["--quantize int8", "--quantize int4"]
-    assert plan("mistral-7b-v0.3", 32768, 5 << 30).advice()[0].startswith("--quantize int4 with --max-context ")
-    assert plan("mistral-7b-v0.3", 32768, 16 << 30).advice()[0].startswith("--max-context ")
-    assert plan("mistral-7b-v0.3", 4096, 16 << 30, batch=64).advice()[0] == "a smaller max_batch_size"
-    assert plan("mistral-7b-v0.3", 4096, 1 << 30).advice() == []
+    assert plan("mistral-7b-v0.3", 32768, 5 << 30).advice[0].startswith("--quantize int4 with --max-context ")
+    part = plan("mistral-7b-v0.3", 32768, 16 << 30)
+    assert part.advice == ["--quantize int8", "--quantize int4"]
+    assert part.advice == replace(part, elsewhere=lambda _: ["--devices 2 with --max-context 30000"]).advice
+    assert replace(part, free=18 << 30).advice[0] == "--cache-dtype int8"
+    assert replace(part, asked=True).advice[0] == f"--max-context {part.most}"
+    assert plan("mistral-7b-v0.3", 4096, 1 << 30).advice == []
 
 
 def test_advice_names_no_kind_that_the_device_refuses() -> None:
     for device, kinds in (("cpu", True), ("cuda", True), ("mps", False)):
-        words = " ".join(plan("mistral-7b-v0.3", 4096, 10 << 30, device=device, process=0).advice())
+        words = " ".join(plan("mistral-7b-v0.3", 4096, 10 << 30, device=device, process=0).advice)
         assert ("--quantize int4" in words) == kinds, device
 
 
-def test_load_and_inspect_agree_and_say_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("zoo.device.free_memory", "zoo.inspection.free_memory"):
-        monkeypatch.setattr(place, lambda: 12 << 30)
+FAR = card(
+    "far",
+    dim=64,
+    layers=[{"repeat": 4, "mixer": ATTENTION | {"num_kv_heads": 16}, "ffn": gated(256)}],
+    vocab_size=200,
+    context_length=65536,
+)
+"""A gigabyte of cache for its whole context, and hardly any weights."""
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets what main memory has free; the process that loads is counted whole, as where it is yet to start."""
+
+    def set_to(count: int) -> None:
+        for place in ("zoo.device.free_memory", "zoo.inspection.free_memory"):
+            monkeypatch.setattr(place, lambda: count)
+
+    monkeypatch.setattr("zoo.fitting.resident_memory", lambda: 0)
+    monkeypatch.setattr("zoo.inspection.gpus_free", list)
+    return set_to
+
+
+@pytest.mark.parametrize(("room", "quantize"), [(2000, None), (200, None), (200, "int8")])
+def test_load_says_what_inspect_says(free: Callable[[int], None], room: int, quantize: str | None) -> None:
+    """Where all fits and where a part does, plain and quantised."""
+    free(PROCESS_BYTES + (room << 20))
+    told = zoo.inspect(FAR, quantize=quantize).to_dict()["memory"]
+    with zoo.load(FAR, weights="random", device="cpu", quantize=quantize) as model:
+        (note,) = (note for note in model.notes if note.startswith("memory for 65536 tokens"))
+    assert told["fits"] == (room == 2000)
+    if told["fits"]:
+        assert told["verdict"] == "fits" and "fits" not in note
+    else:
+        assert told["verdict"] == f"fits up to {told['largest_context']} of 65536 tokens"
+        assert note.endswith("; ".join(filter(None, ("", told["verdict"], told["hint"]))))
+
+
+def test_the_context_that_was_promised_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache's budget is what is free when weights are loaded, less what is kept free."""
+    plan = zoo.inspect(FAR).memory_plan()
+    start = replace(plan, free=PROCESS_BYTES + (200 << 20), elsewhere=None)
+    frees = iter([start.free, start.free - start.process - start.weights])
+    monkeypatch.setattr("zoo.fitting.resident_memory", lambda: 0)
+    monkeypatch.setattr("zoo.device.free_memory", lambda: next(frees))
+    with zoo.load(FAR, weights="random", device="cpu") as model:
+        assert plan.work.cache_bytes(start.most) <= model.memory.cache_budget < plan.work.cache_bytes(start.most + 256)
+
+
+def test_what_cannot_run_is_refused_in_the_same_words(free: Callable[[int], None]) -> None:
+    """No room for a short sequence; room for that, and not for as long a one as was asked for."""
+    free(13 << 30)
     told = zoo.inspect("mistral-7b-v0.3").to_dict()["memory"]
-    assert not told["fits"]
-    assert told["advice"] == ["--quantize int8", "--quantize int4"]
-    with pytest.raises(CapacityError, match=r"work in between .*hat would fit: --quantize int8, or --quantize int4"):
+    assert (told["verdict"], told["runs"]) == ("does not fit", False)
+    assert told["hint"] == "what would fit: --quantize int8, or --quantize int4"
+    with pytest.raises(CapacityError, match=rf"cache for 512 tokens .*{told['hint'][1:]}"):
         zoo.load("mistral-7b-v0.3", weights="random", device="cpu")
+    free(PROCESS_BYTES + (200 << 20))
+    asked = zoo.inspect(FAR).to_dict(60000)["memory"]
+    assert asked["verdict"] == f"does not fit, with {asked['largest_context']} tokens it does"
+    assert asked["hint"].startswith(f"what would fit: --max-context {asked['largest_context']}, or ")
+    with pytest.raises(CapacityError, match=rf"cache for 60000 tokens .*{asked['hint'][1:]}; "):
+        zoo.load(FAR, weights="random", device="cpu", max_context=60000)
+
+
+def test_a_gpu_is_judged_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that runs on one, by the driver's figure and by torch's."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    inspected = zoo.inspect("mistral-7b-v0.3")
+    for count, words in ((24 << 30, "fits"), (17 << 30, "fits up to "), (8 << 30, "does not fit")):
+        monkeypatch.setattr("zoo.devices.advice.memory_free", lambda _, count=count: count)
+        monkeypatch.setattr("zoo.inspection.gpus_free", lambda count=count: [count])
+        told = inspected.to_dict()["gpu_memory"]
+        assert told["verdict"].startswith(words)
+        placed = Placement(torch.device("cuda", 0), torch.bfloat16, "")
+        judge = partial(fitting, inspected.plan, None, placed, 32768, None, asked=False)
+        if words == "does not fit":
+            with pytest.raises(CapacityError, match=told["hint"][1:]):
+                judge()
+        else:
+            assert judge().to_dict() == told
+
+
+def test_a_format_that_a_cpu_does_not_compute_is_judged_as_it_runs(free: Callable[[int], None]) -> None:
+    """Cards in float16 run in float32 there if nothing else is asked for."""
+    free(20 << 30)
+    found = zoo.inspect("llama-2-7b")
+    assert found.dtype == "float16"
+    assert found.to_dict()["memory"]["weights_bytes"] == 2 * found.weight_bytes
+    assert zoo.inspect("llama-2-7b", dtype="float16").to_dict()["memory"]["weights_bytes"] == found.weight_bytes
+    assert choose("cpu", "auto", "float16").dtype_name == found.to_dict()["memory"]["dtype"] == "float32"
+
+
+def test_the_command_says_it(free: Callable[[int], None], capsys: pytest.CaptureFixture[str]) -> None:
+    free(17 << 30)
+    with pytest.raises(SystemExit):
+        main(["inspect", "mistral-7b-v0.3"])
+    shown = capsys.readouterr().out
+    assert re.search(r"here +17\.0 GiB free: fits up to \d+ of 32768 tokens; for all 32768 tokens: --", shown)
+    assert "left free" in shown
+
+
+def test_rooms_grow_as_stores_have_it() -> None:
+    assert (grain_tokens("cpu"), grain_tokens("cuda")) == (STEP, PAGE)
 
 
 MEASURE = """
@@ -123,17 +234,10 @@ needless = {"torch._dynamo", "triton", "xformers", "sympy", "transformers"} & sy
 assert not needless, f"a run on a CPU imported {sorted(needless)}"
 """
 
-ATTENTION = {"kind": "attention", "num_heads": 16, "num_kv_heads": 4, "head_dim": 64, "rope": {"theta": 1e4}}
-EXPERT = {"kind": "gated", "hidden_dim": 1024}
-MAMBA = {"kind": "mamba2", "num_heads": 32, "head_dim": 64, "num_groups": 1, "state_size": 64, "conv_size": 4}
 LAYERS = {
-    "dense": {"repeat": 10, "mixer": ATTENTION, "ffn": {"kind": "gated", "hidden_dim": 4096}},
-    "mixture": {
-        "repeat": 6,
-        "mixer": ATTENTION,
-        "ffn": {"kind": "moe", "num_experts": 8, "experts_per_token": 2, "expert": EXPERT},
-    },
-    "mamba": {"repeat": 16, "mixer": MAMBA | {"norm_eps": 1e-5}, "ffn": None},
+    "dense": {"repeat": 10, "mixer": ATTENTION, "ffn": gated(4096)},
+    "mixture": {"repeat": 6, "mixer": ATTENTION, "ffn": moe(8, 2, 1024)},
+    "mamba": {"repeat": 16, "mixer": MAMBA2 | {"state_size": 64}, "ffn": None},
 }
 
 
@@ -141,18 +245,9 @@ LAYERS = {
 @pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's peak of resident memory")
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_process_takes_what_was_planned(name: str) -> None:
-    norm = {"kind": "rms", "eps": 1e-5}
-    card = {
-        "name": "shape",
-        "family": "shapes",
-        "summary": "A shape.",
-        "context_length": 2048,
-        "source": {"dtype": "bfloat16"},
-        "text": {"features": []},
-        "model": {"dim": 1024, "vocab_size": 32768, "norm": norm, "layers": [LAYERS[name]]},
-    }
+    shape = card("shape", dim=1024, layers=[LAYERS[name]], vocab_size=32768, context_length=2048)
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(card)], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", MEASURE, json.dumps(shape)], capture_output=True, text=True, timeout=200, check=False
     )
     assert run.returncode == 0, run.stderr
     peak, planned = map(int, run.stdout.split())

@@ -71,7 +71,7 @@ def test_more_gpus_are_advised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoo.devices.advice.memory_free", lambda _: int(0.7 * SHORT.total))
     more = elsewhere(PLAN, None, torch.device("cuda", 0))
     assert more is not None
-    refused = replace(SHORT, free=100, elsewhere=more).refusal("cuda:0", 64)
+    refused = replace(SHORT, free=100, elsewhere=more).refusal("cuda:0")
     assert "What would fit: --devices 2" in str(refused)
 
 
@@ -82,6 +82,6 @@ def test_inspect_asks_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not any("--device" in line for line in zoo.inspect("tiny").to_dict()["memory"]["advice"])
     program.write_text("#!/bin/sh\necho 4\necho 4\n")
     program.chmod(0o755)
-    assert zoo.inspect("tiny").memory_plan(64).advice()[-1] == "--devices 2"
+    assert zoo.inspect("tiny").memory_plan(64).advice[-1] == "--devices 2"
     program.write_text("#!/bin/sh\necho broken\n")
-    assert not any("--device" in line for line in zoo.inspect("tiny").memory_plan(64).advice())
+    assert not any("--device" in line for line in zoo.inspect("tiny").memory_plan(64).advice)

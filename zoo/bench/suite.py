@@ -17,6 +17,7 @@ from zoo.bench.measure import (
 from zoo.bench.traffic import Traffic, arrivals, measure_traffic
 from zoo.costs.forecast import Forecast, forecast
 from zoo.costs.profile import Limits, Profile
+from zoo.costs.work import grain_tokens
 from zoo.registry.errors import ZooError
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ LONGER = 8
 """How much longer than the prompts the long context is, where the model and its memory allow that."""
 
 CURVE_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-GRAIN = 256
-"""Tokens by which a sequence's memory grows on a CPU."""
-
 IN_FLIGHT = 8
 """Requests at a time that mixed traffic aims at."""
 
@@ -163,7 +161,8 @@ def _left_out(report: Report, model: Model, case: Case, options: Options) -> str
         return f"the engine runs {model.engine.sizes.max_batch_size} sequences at once; --max-batch-size allows more"
     if tokens > model.engine.sizes.max_context:
         return f"it needs {tokens} tokens of context, and there are {model.engine.sizes.max_context}"
-    need = case.batch * work_of(model).cache_bytes(-(-tokens // GRAIN) * GRAIN)
+    grain = grain_tokens(model.placement.device.type)
+    need = case.batch * work_of(model).cache_bytes(-(-tokens // grain) * grain)
     have = model.memory.cache_budget
     if need > have:
         return f"its cache would take {need / 2**30:.1f} GiB, and {have / 2**30:.1f} GiB are free for it"

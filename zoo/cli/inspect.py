@@ -97,19 +97,18 @@ def _write(data: dict[str, Any]) -> None:
     memory = data["memory"]
     active = data["active_parameters"]
     sparse = f" ({number(active)} active for each token)" if active != data["parameters"] else ""
-    room = "fits" if memory["fits"] else "does not fit"
     facts += [
         ["parameters", number(data["parameters"]) + sparse],
         ["weights", f"{size(data['weight_bytes'])} in {_format(data)}"],
         ["cache", " and ".join(_cache(data)) + (f" in {data['cache_dtype']}" if data["cache_dtype"] else "") or "none"],
         ["compute", f"{number(data['flops_per_token'])} operations per token"],
-        ["memory", f"{size(memory['total_bytes'])} at {memory['context']} tokens: {_shares(memory)}"],
-        ["here", f"{size(memory['free_bytes'])} free: {room}"],
+        ["memory", f"{_total(data, memory)}: {_shares(memory)}"],
+        ["here", f"{size(memory['free_bytes'])} free: {_verdict(memory)}"],
     ]
+    if gpu := data["gpu_memory"]:
+        facts.append(["GPU", f"{_total(data, gpu)}, {size(gpu['free_bytes'])} free: {_verdict(gpu)}"])
     facts += _speed(data["speed"])
     facts += [[name, text] for name, text in data["encoders"].items()]
-    if memory["advice"]:
-        facts.append(["", f"what would fit: {', or '.join(memory['advice'])}"])
     click.echo(columns(facts, heading=False))
     for row in data["layers"]:
         click.echo(f"\nlayers {row['layers']}")
@@ -124,12 +123,27 @@ def _format(data: dict[str, Any]) -> str:
     return data["dtype"] if data["quantize"] is None else f"{data['quantize']}, what stays in {data['dtype']}"
 
 
+def _total(data: dict[str, Any], memory: dict[str, Any]) -> str:
+    """What a run takes, and in which format where that is another than the card's."""
+    from zoo.cli.console import size
+
+    other = "" if memory["dtype"] == data["dtype"] else f", in {memory['dtype']}"
+    return f"{size(memory['total_bytes'])} at {memory['context']} tokens{other}"
+
+
+def _verdict(memory: dict[str, Any]) -> str:
+    """Whether it fits, and what would."""
+    return "; ".join(filter(None, (memory["verdict"], memory["hint"])))
+
+
 def _shares(memory: dict[str, Any]) -> str:
     """What the bytes are for."""
     from zoo.cli.console import size
 
-    names = {"weights": "weights", "cache": "cache", "working": "between", "process": "Python and torch"}
-    return ", ".join(f"{words} {size(memory[f'{name}_bytes'])}" for name, words in names.items())
+    names = {"weights": "weights", "cache": "cache", "working": "between", "spare": "left free"}
+    names |= {"process": "Python and torch"}
+    sizes = {words: memory[f"{name}_bytes"] for name, words in names.items()}
+    return ", ".join(f"{words} {size(count)}" for words, count in sizes.items() if count)
 
 
 def _speed(speed: dict[str, Any]) -> list[list[str]]:
@@ -138,9 +152,7 @@ def _speed(speed: dict[str, Any]) -> list[list[str]]:
         rough = speed["rough"]
         if rough is None:
             return [["speed", f"not known: {speed['why']}"]]
-        many = (
-            f"about {rough['tokens_per_second']:.2g} tokens/s for one sequence of {rough['context']} tokens on the CPU"
-        )
+        many = f"about {rough['tokens_per_second']:.2g} tokens/s for one sequence of {rough['context']} tokens"
         read = f"roughly: memory was read at {rough['read_bytes_per_second'] / 1e9:.0f} GB/s just now"
         return [["speed", f"{many} on the CPU"], ["", f"{read}; {speed['why']}"]]
     first, (one, *more) = speed["prefill"], speed["decode"]

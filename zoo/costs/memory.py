@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 from zoo.components.kinds import KINDS, quantised, weight_bytes
-from zoo.costs.work import BYTES, Work, chunk_tokens
+from zoo.costs.work import BYTES, Work, chunk_tokens, grain_tokens
 from zoo.loading.hub.types import human_bytes
 from zoo.registry.errors import CapacityError, RequestError
+
+CACHE_SHARE = 0.8
+"""Of what a device has free beside the weights: the most that caches take. The rest is for what steps hold in between,
+and for others."""
+
+SHORT = 512
+"""Tokens of a sequence for which there must be room: with less a model does not run."""
 
 PROCESS_BYTES = 320 << 20
 """Python, torch and zoo themselves, before a model."""
@@ -23,6 +31,8 @@ COPIES = 4
 class MemoryPlan:
     """Bytes of a run on a device with `free` bytes: sequences of `context` tokens, `batch` at a time.
 
+    The one home of whether a model fits: it runs if there is room for a sequence of `context` tokens where somebody
+    `asked` for so many, else for one of SHORT. More sequences take turns.
     process: Python and torch, where they are not running yet. working: of the largest step. guesser: the work of a
     model beside it that guesses its tokens. elsewhere: names the devices over which a plan would fit; None where there
     are no more than this one.
@@ -35,6 +45,7 @@ class MemoryPlan:
     device: str = "cpu"
     process: int = PROCESS_BYTES
     guesser: Work | None = None
+    asked: bool = False
     elsewhere: Callable[[MemoryPlan], list[str]] | None = field(default=None, compare=False)
 
     @cached_property
@@ -47,8 +58,13 @@ class MemoryPlan:
 
     @property
     def cache(self) -> int:
-        """Of all sequences."""
-        return self.batch * self.work.cache_bytes(self.context)
+        """Of all sequences, in the steps by which a sequence's room grows."""
+        return self.batch * self.work.cache_bytes(self._grown)
+
+    @property
+    def _grown(self) -> int:
+        grain = grain_tokens(self.device)
+        return -(-self.context // grain) * grain
 
     @property
     def working(self) -> int:
@@ -69,77 +85,125 @@ class MemoryPlan:
     @property
     def guessing(self) -> int:
         """Of the model that guesses: weights, and a cache as long as both read."""
+        return sum(self._guessing)
+
+    @cached_property
+    def _guessing(self) -> tuple[int, int]:
         if self.guesser is None:
-            return 0
+            return 0, 0
         length = min(self.context, self.guesser.model.context_length)
         other = replace(self, work=self.guesser, context=length, guesser=None)
-        return other.weights + other.cache
+        return other.weights, other.cache
+
+    @property
+    def spare(self) -> int:
+        """Left free beside the working memory, where that is less than what caches leave."""
+        caches = self.cache + self._guessing[1]
+        return max(0, ceil(caches / CACHE_SHARE) - caches - self.working)
 
     @property
     def total(self) -> int:
-        return self.process + self.weights + self.guessing + self.cache + self.working
+        return self.process + self.weights + self.guessing + self.cache + self.working + self.spare
 
     @property
     def fits(self) -> bool:
+        """Whether all of it has room."""
         return self.total <= self.free
+
+    @property
+    def least(self) -> int:
+        """The tokens of a sequence without which the model does not run."""
+        return self.context if self.asked else min(self.context, SHORT)
+
+    @cached_property
+    def most(self) -> int:
+        """The most tokens up to `context` that a sequence can have; 0 if there is room for none."""
+        return self.largest_context(self.context)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model can be loaded."""
+        return self.most >= self.least
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, in words."""
+        if self.most == self.context:
+            return "fits"
+        if self.runs:
+            return f"fits up to {self.most} of {self.context} tokens"
+        return "does not fit" + (f", with {self.most} tokens it does" if self.most else "")
 
     def largest_context(self, most: int) -> int:
         """The longest sequences, up to `most` tokens, that fit; 0 if none do."""
-        low, high, room = 0, most, self.free - self.process - self.weights
+        low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            other = replace(self, context=middle)
-            taken = other.cache + other.working + other.guessing
-            low, high = (middle, high) if taken <= room else (low, middle - 1)
+            low, high = (middle, high) if replace(self, context=middle).fits else (low, middle - 1)
         return low
 
     @property
     def note(self) -> str:
         """The plan in a sentence."""
-        length = self.context if self.fits else self.largest_context(self.context)
-        cut = "" if self.fits else f"; {length} tokens fit"
-        return f"memory for {self.context} tokens: {self._shares('cache')}, of {human_bytes(self.free)} free{cut}"
+        told = f"memory for {self.context} tokens: {self._shares('cache')}, of {human_bytes(self.free)} free"
+        return told if self.fits else f"{told}; {self.verdict}" + (f"; {self.hint}" if self.hint else "")
 
-    def to_dict(self) -> dict[str, int]:
-        """The bytes by what they are for."""
-        names = ("weights", "cache", "working", "process", "total")
-        return {f"{name}_bytes": getattr(self, name) for name in names}
+    def to_dict(self) -> dict[str, Any]:
+        """The bytes by what they are for, and whether they fit."""
+        names = ("weights", "cache", "working", "spare", "process", "total", "free")
+        sizes: dict[str, Any] = {f"{name}_bytes": getattr(self, name) for name in names}
+        told = {"context": self.context, "dtype": self.work.dtype, "largest_context": self.most}
+        words = {"verdict": self.verdict, "advice": self.advice, "hint": self.hint}
+        return sizes | told | {"fits": self.fits, "runs": self.runs} | words
 
-    def refusal(self, where: str, tokens: int) -> CapacityError:
-        """The error for a run that cannot hold `tokens` tokens, which says what would fit."""
-        short, advice = replace(self, context=tokens), self.advice()
-        shares = short._shares(f"cache for {tokens} tokens", with_process=True)
-        fitting = f"what would fit: {', or '.join(advice)}" if advice else "use another device or a smaller model"
+    def refusal(self, where: str) -> CapacityError:
+        """The error for a model that does not run, which says what would fit."""
+        short = replace(self, context=self.least)
+        shares = short._shares(f"cache for {self.least} tokens", with_process=True)
+        hint = self.hint or "use another device or a smaller model"
         return CapacityError(
             "the model does not fit in memory",
             where=where,
             found=f"{human_bytes(self.free)} free",
             expected=f"{human_bytes(short.total)} ({shares})",
-            hint=f"{fitting}; `zoo inspect` shows what each needs",
+            hint=f"{hint}; `zoo inspect` shows what each needs",
         )
 
     def _shares(self, cache: str, *, with_process: bool = False) -> str:
         """The parts and their bytes, those that there are none of left out."""
         parts = {"weights": self.weights, "the model that guesses": self.guessing, cache: self.cache}
-        parts |= {"work in between": self.working, "Python and torch": self.process if with_process else 0}
+        parts |= {"work in between": self.working, "left free": self.spare}
+        parts |= {"Python and torch": self.process if with_process else 0}
         return ", ".join(f"{name} {human_bytes(count)}" for name, count in parts.items() if count or name == cache)
 
+    @property
+    def hint(self) -> str:
+        """What would fit, as a sentence; nothing where nothing is known to, or all does."""
+        what = f"for all {self.context} tokens" if self.runs else "what would fit"
+        return f"{what}: {', or '.join(self.advice)}" if self.advice else ""
+
+    @cached_property
     def advice(self) -> list[str]:
-        """What would fit, each a phrase; empty where nothing is known to."""
-        found = ["a smaller max_batch_size"] if self.batch > 1 and replace(self, batch=1).fits else []
-        one = replace(self, batch=1)
-        if self.guesser is not None and replace(one, guesser=None).fits:
+        """What would make all fit, each a phrase, where a part does; else what would make a part or all fit. Empty
+        where nothing is known to, or nothing is needed."""
+        if self.fits:
+            return []
+        found = []
+        if self.guesser is not None and replace(self, guesser=None).fits:
             found.append("no --draft, or --draft lookup")
-        length = one.largest_context(self.context)
-        if 0 < length < self.context:
-            found.append(f"--max-context {length}")
+        if self.most and not self.runs:
+            found.append(f"--max-context {self.most}")
+        if self.work.codable:
+            found += self.changed("--cache-dtype int8", cache_dtype="int8")
         if BYTES[self.work.dtype] > BYTES["bfloat16"]:
-            found += one.changed("--dtype bfloat16", dtype="bfloat16")
+            found += self.changed("--dtype bfloat16", dtype="bfloat16")
         for kind in KINDS if self.device in ("cpu", "cuda") else ():
             # In what is quantised already there is nothing to win but by fewer bits.
             if self.work.quantize not in ("int4", kind):
-                found += one.changed(f"--quantize {kind}", quantize=kind)
-        return found if self.elsewhere is None else [*found, *self.elsewhere(one)]
+                found += self.changed(f"--quantize {kind}", quantize=kind)
+        found += [] if self.elsewhere is None else self.elsewhere(self)
+        # Where a part fits anyway, a way to another part is none to all.
+        return [way for way in found if not (self.runs and "--max-context" in way)]
 
     def changed(self, name: str, **changes: Any) -> list[str]:
         """The option, if the run fits with it or a shorter one does; nothing if none does."""

@@ -7,16 +7,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from zoo.components.cache.spec import CacheDtype
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.components.kinds import HEAD, KINDS, Kind, kind_of
 from zoo.registry.plan import Plan
-from zoo.registry.spec import Param, Spec
+from zoo.registry.spec import Param, Spec, StateSpec
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number."""
 
+INSTEAD = {("float16", "cpu"): "float32"}
+"""Formats of cards that a kind of device does not compute well, and what it takes if nothing else is asked for."""
+
+CODES = "cache_dtype"
+"""The field of a state's Spec that names the codes in which it is kept."""
+
 CHUNK_TOKENS = {"cpu": 512}
 OTHER_CHUNK_TOKENS = 2048
+
+
+GRAIN_TOKENS = {"cpu": 256}
+OTHER_GRAIN_TOKENS = 16
+"""Tokens by which the room of a sequence grows: of a slab's step, and of a page."""
+
+
+def usual_dtype(dtype: str, device: str) -> str:
+    """The format in which a kind of device computes a card of this one if nothing is asked for."""
+    return INSTEAD.get((dtype, device), dtype)
+
+
+def grain_tokens(device: str) -> int:
+    """Tokens by which the room of a sequence grows, by kind of device."""
+    return GRAIN_TOKENS.get(device, OTHER_GRAIN_TOKENS)
 
 
 def chunk_tokens(device: str) -> int:
@@ -90,11 +112,15 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a model's steps. dtype: the format of weights and cache. quantize: the kind of large matrices."""
+    """The work of a model's steps. dtype: the format of weights and cache. quantize: the kind of large matrices.
+
+    cache_dtype: codes of the cache, where they are others than the model's.
+    """
 
     plan: Plan
     dtype: str
     quantize: str | None = None
+    cache_dtype: CacheDtype | None = None
 
     @property
     def model(self) -> DecoderSpec:
@@ -138,7 +164,19 @@ class Work:
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of cache that one sequence of `tokens` tokens holds."""
-        return sum(state.nbytes(tokens, self.cache_itemsize) for state in self.model.states() if state)
+        return sum(state.nbytes(tokens, self.cache_itemsize) for state in self._states)
+
+    @property
+    def codable(self) -> bool:
+        """Whether layers keep what could have codes, and has none."""
+        return any(getattr(state, CODES, "") is None for state in self._states)
+
+    @cached_property
+    def _states(self) -> list[StateSpec]:
+        """What each layer keeps, where it keeps something."""
+        codes = {} if self.cache_dtype is None else {CODES: self.cache_dtype}
+        kept = [state for state in self.model.states() if state]
+        return [state.model_copy(update=codes) if hasattr(state, CODES) else state for state in kept]
 
     def read_bytes(self, step: Step) -> float:
         """Bytes that the step must read: weights, and each sequence's cache once."""

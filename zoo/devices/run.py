@@ -15,6 +15,7 @@ import torch
 from zoo.components.cache.store import stored_parts
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
+from zoo.costs.memory import CACHE_SHARE
 from zoo.device import Placement, memory_free
 from zoo.devices.channel import Channel
 from zoo.devices.cut import Load, cut
@@ -190,7 +191,7 @@ class Run:
 
     def begin(self, sizes: Mapping[str, Any]) -> tuple[Ranks, dict[str, Any]]:
         """All make their engines; the first one's sizes: its cache never takes more than the others' have room for."""
-        budgets = [int(0.8 * free) for free in self.frees]
+        budgets = [int(CACHE_SHARE * free) for free in self.frees]
         if self.spread.mesh.pp == 1:
             budgets = [min(budgets)] * len(budgets)
         else:
