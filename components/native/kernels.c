@@ -23,7 +23,6 @@
 #include "numbers.h"
 
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define EACH _Pragma("GCC unroll 32") for
 
 enum { NONE = 0, MULTIPLY_ADD = 1, DOT = 2, TILES = 3 };
 
@@ -55,23 +54,23 @@ typedef void (*tile)(long inputs, const bf16 *x, long x_next, const bf16 *w, lon
 
 #define DOT_STEP(R, N, LOAD)                                                                                             \
     __m512bh u[N];                                                                                                       \
-    EACH(int n = 0; n < N; n++) u[n] = (__m512bh)LOAD(w + n * w_next + i);                                               \
-    EACH(int r = 0; r < R; r++) {                                                                                        \
+    UNROLLED(int n = 0; n < N; n++) u[n] = (__m512bh)LOAD(w + n * w_next + i);                                           \
+    UNROLLED(int r = 0; r < R; r++) {                                                                                    \
         __m512bh v = (__m512bh)LOAD(x + r * x_next + i);                                                                 \
-        EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], u[n], v);                                    \
+        UNROLLED(int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], u[n], v);                                \
     }
 
 #define MULTIPLY_ADD_STEP(R, N, LOAD)                                                                                    \
     __m512 even[N], odd[N];                                                                                              \
-    EACH(int n = 0; n < N; n++) {                                                                                        \
+    UNROLLED(int n = 0; n < N; n++) {                                                                                    \
         __m512i u = LOAD(w + n * w_next + i);                                                                            \
         even[n] = EVEN(u), odd[n] = ODD(u);                                                                              \
     }                                                                                                                    \
-    EACH(int r = 0; r < R; r++) {                                                                                        \
+    UNROLLED(int r = 0; r < R; r++) {                                                                                    \
         __m512i v = LOAD(x + r * x_next + i);                                                                            \
         __m512 v_even = EVEN(v), v_odd = ODD(v);                                                                         \
-        EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_fmadd_ps(even[n], v_even, sum[r][n]);                             \
-        EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_fmadd_ps(odd[n], v_odd, sum[r][n]);                               \
+        UNROLLED(int n = 0; n < N; n++) sum[r][n] = _mm512_fmadd_ps(even[n], v_even, sum[r][n]);                         \
+        UNROLLED(int n = 0; n < N; n++) sum[r][n] = _mm512_fmadd_ps(odd[n], v_odd, sum[r][n]);                           \
     }
 
 /* Goes on with `sums` unless these inputs are the `first`, and leaves them there, or after the last inputs the totals in y. */
@@ -79,7 +78,7 @@ typedef void (*tile)(long inputs, const bf16 *x, long x_next, const bf16 *w, lon
     TARGET static void NAME##_##R##_##N(long inputs, const bf16 *x, long x_next, const bf16 *w, long w_next, __m512 *sums, \
                                         int first, float *y) {                                                           \
         __m512 sum[R][N];                                                                                                \
-        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) sum[r][n] = first ? _mm512_setzero_ps() : sums[r * N + n]; \
+        UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) sum[r][n] = first ? _mm512_setzero_ps() : sums[r * N + n]; \
         long i = 0;                                                                                                      \
         for (; i + 32 <= inputs; i += 32) { STEP(R, N, WHOLE) }                                                          \
         if (i < inputs) {                                                                                                \
@@ -87,14 +86,14 @@ typedef void (*tile)(long inputs, const bf16 *x, long x_next, const bf16 *w, lon
             STEP(R, N, PART)                                                                                             \
         }                                                                                                                \
         if (!y) {                                                                                                        \
-            EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) sums[r * N + n] = sum[r][n];                         \
+            UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) sums[r * N + n] = sum[r][n];                 \
             return;                                                                                                      \
         }                                                                                                                \
         __m512 all[2][16];                                                                                               \
         float found[32];                                                                                                 \
-        EACH(int s = 0; s < 32; s++) all[s / 16][s % 16] = s < R * N ? sum[s / N % R][s % N] : _mm512_setzero_ps();      \
-        EACH(int s = 0; s < R * N; s += 16) _mm512_storeu_ps(found + s, lane_sums(all[s / 16]));                         \
-        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) y[r * OUTPUTS + n] = found[r * N + n];                   \
+        UNROLLED(int s = 0; s < 32; s++) all[s / 16][s % 16] = s < R * N ? sum[s / N % R][s % N] : _mm512_setzero_ps();  \
+        UNROLLED(int s = 0; s < R * N; s += 16) _mm512_storeu_ps(found + s, lane_sums(all[s / 16]));                     \
+        UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) y[r * OUTPUTS + n] = found[r * N + n];           \
     }
 
 #define TILES(TARGET, STEP, NAME)                                                                                        \
@@ -242,7 +241,7 @@ typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w
 #define BESIDE(R, r) (x + (i * R + r) * 2)
 
 /* After `every` pairs a line of each of N panels is fetched from `ahead` on: what the core will need next. */
-#define FETCH(N) EACH(int n = 0; n < N; n++) _mm_prefetch((const char *)(ahead + n * w_next + i / every * 32), _MM_HINT_T1);
+#define FETCH(N) UNROLLED(int n = 0; n < N; n++) _mm_prefetch((const char *)(ahead + n * w_next + i / every * 32), _MM_HINT_T1);
 #define LEAVE(N)
 
 #define PANEL_TILE(NAME, PLACE, FETCH, R, N)                                                                             \
@@ -250,38 +249,42 @@ typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w
                                              long next, int first, const bf16 *ahead, long every) {                      \
         (void)x_next, (void)ahead; /* each is for one PLACE or FETCH */                                                  \
         __m512 sum[R][N];                                                                                                \
-        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++)                                                          \
+        UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++)                                                  \
             sum[r][n] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * next + n * 16);                         \
         for (long i = 0, end; i < pairs;) {                                                                              \
             FETCH(N)                                                                                                     \
             end = pairs - i < every ? pairs : i + every;                                                                 \
             for (; i < end; i++) {                                                                                       \
                 __m512bh u[N];                                                                                           \
-                EACH(int n = 0; n < N; n++) u[n] = (__m512bh)_mm512_loadu_si512(w + n * w_next + i * 32);                \
-                EACH(int r = 0; r < R; r++) {                                                                            \
+                UNROLLED(int n = 0; n < N; n++) u[n] = (__m512bh)_mm512_loadu_si512(w + n * w_next + i * 32);            \
+                UNROLLED(int r = 0; r < R; r++) {                                                                        \
                     int pair;                                                                                            \
                     memcpy(&pair, PLACE(R, r), 4);                                                                       \
-                    EACH(int n = 0; n < N; n++)                                                                          \
+                    UNROLLED(int n = 0; n < N; n++)                                                                      \
                         sum[r][n] = _mm512_dpbf16_ps(sum[r][n], u[n], (__m512bh)_mm512_set1_epi32(pair));                \
                 }                                                                                                        \
             }                                                                                                            \
         }                                                                                                                \
-        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) _mm512_storeu_ps(sums + r * next + n * 16, sum[r][n]);   \
+        UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) _mm512_storeu_ps(sums + r * next + n * 16, sum[r][n]); \
     }
 
-#define PANEL_TILES(NAME, PLACE, FETCH)                                                                                  \
-    PANEL_TILE(NAME, PLACE, FETCH, 1, 1) PANEL_TILE(NAME, PLACE, FETCH, 2, 1) PANEL_TILE(NAME, PLACE, FETCH, 3, 1)       \
-    PANEL_TILE(NAME, PLACE, FETCH, 4, 1) PANEL_TILE(NAME, PLACE, FETCH, 5, 1) PANEL_TILE(NAME, PLACE, FETCH, 6, 1)       \
-    PANEL_TILE(NAME, PLACE, FETCH, 7, 1) PANEL_TILE(NAME, PLACE, FETCH, 8, 1) PANEL_TILE(NAME, PLACE, FETCH, 1, 8)       \
-    PANEL_TILE(NAME, PLACE, FETCH, 2, 8) PANEL_TILE(NAME, PLACE, FETCH, 3, 8) PANEL_TILE(NAME, PLACE, FETCH, 4, 6)       \
-    PANEL_TILE(NAME, PLACE, FETCH, 5, 4) PANEL_TILE(NAME, PLACE, FETCH, 6, 4) PANEL_TILE(NAME, PLACE, FETCH, 7, 3)       \
-    PANEL_TILE(NAME, PLACE, FETCH, 8, 3)                                                                                 \
-    static const panel_tile NAME##_tiles[2][MOST + 1] = {                                                                \
-        {NULL, NAME##_1_1, NAME##_2_1, NAME##_3_1, NAME##_4_1, NAME##_5_1, NAME##_6_1, NAME##_7_1, NAME##_8_1},          \
-        {NULL, NAME##_1_8, NAME##_2_8, NAME##_3_8, NAME##_4_6, NAME##_5_4, NAME##_6_4, NAME##_7_3, NAME##_8_3}};
+#define OF_FEW(R, N) PANEL_TILE(apart, APART, LEAVE, R, N)
+OF_FEW(1, 1) OF_FEW(2, 1) OF_FEW(3, 1) OF_FEW(4, 1) OF_FEW(5, 1) OF_FEW(6, 1) OF_FEW(7, 1) OF_FEW(8, 1)
+OF_FEW(1, 8) OF_FEW(2, 8) OF_FEW(3, 8) OF_FEW(4, 6) OF_FEW(5, 4) OF_FEW(6, 4) OF_FEW(7, 3) OF_FEW(8, 3)
+static const panel_tile apart_tiles[2][MOST + 1] = {
+    {NULL, apart_1_1, apart_2_1, apart_3_1, apart_4_1, apart_5_1, apart_6_1, apart_7_1, apart_8_1},
+    {NULL, apart_1_8, apart_2_8, apart_3_8, apart_4_6, apart_5_4, apart_6_4, apart_7_3, apart_8_3}};
 
-PANEL_TILES(apart, APART, LEAVE)
-PANEL_TILES(beside, BESIDE, FETCH)
+/* Groups of more rows than MOST have half as many at least. */
+#define OF_MANY(R, N) PANEL_TILE(beside, BESIDE, FETCH, R, N)
+OF_MANY(4, 1) OF_MANY(5, 1) OF_MANY(6, 1) OF_MANY(7, 1) OF_MANY(8, 1)
+OF_MANY(4, 2) OF_MANY(5, 2) OF_MANY(6, 2) OF_MANY(7, 2) OF_MANY(8, 2)
+OF_MANY(4, 3) OF_MANY(5, 3) OF_MANY(6, 3) OF_MANY(7, 3) OF_MANY(8, 3)
+static const panel_tile beside_tiles[][MOST + 1] = {
+    {NULL},
+    {NULL, NULL, NULL, NULL, beside_4_1, beside_5_1, beside_6_1, beside_7_1, beside_8_1},
+    {NULL, NULL, NULL, NULL, beside_4_2, beside_5_2, beside_6_2, beside_7_2, beside_8_2},
+    {NULL, NULL, NULL, NULL, beside_4_3, beside_5_3, beside_6_3, beside_7_3, beside_8_3}};
 
 enum { PANELS = 24, MANY_PANELS = 3, MANY_ROWS = 512, CHUNK = 1024 };
 
@@ -311,10 +314,27 @@ static void few_rows(long rows, long pairs, long outputs, const bf16 *x, long x_
 /* Where group g begins, of `groups` of at most MOST rows. */
 static inline long row_of(long rows, long groups, long g) { return rows * g / groups; }
 
-/* A group of rows, its pairs side by side. */
-static void lay_beside(long rows, long pairs, const bf16 *x, long x_next, bf16 *to) {
-    for (long i = 0; i < pairs; i++)
-        for (long r = 0; r < rows; r++) memcpy(to + (i * rows + r) * 2, x + r * x_next + i * 2, 4);
+/* A group of at most MOST rows, its pairs side by side: eight pairs of all rows at a time, turned. */
+AVX512 static void lay_beside(long rows, long pairs, const bf16 *x, long x_next, bf16 *to) {
+    for (long i = 0; i < pairs; i += 8) {
+        __m256i a[8], b[8], c[8];
+        __mmask8 part = part_of(pairs - i) & 0xff;
+        UNROLLED(int r = 0; r < 8; r++)
+            a[r] = r < rows ? _mm256_maskz_loadu_epi32(part, x + r * x_next + i * 2) : _mm256_setzero_si256();
+        UNROLLED(int r = 0; r < 8; r += 2) {
+            b[r] = _mm256_unpacklo_epi32(a[r], a[r + 1]);
+            b[r + 1] = _mm256_unpackhi_epi32(a[r], a[r + 1]);
+        }
+        UNROLLED(int r = 0; r < 8; r += 4)
+            UNROLLED(int j = 0; j < 2; j++) {
+                c[r + 2 * j] = _mm256_unpacklo_epi64(b[r + j], b[r + j + 2]);
+                c[r + 2 * j + 1] = _mm256_unpackhi_epi64(b[r + j], b[r + j + 2]);
+            }
+        UNROLLED(int j = 0; j < 8; j++) {
+            __m256i pair = _mm256_permute2x128_si256(c[j % 4], c[4 + j % 4], j < 4 ? 0x20 : 0x31);
+            if (i + j < pairs) _mm256_mask_storeu_epi32(to + (i + j) * rows * 2, (1u << rows) - 1, pair);
+        }
+    }
 }
 
 /* Groups g to `end` with at most MANY_PANELS panels. Inputs are taken in chunks, so that a piece of w stays in the second cache
@@ -329,11 +349,8 @@ static void many_rows(long rows, long groups, long g, long end, long pairs, long
         for (long h = g; h < end; h++) {
             long r = row_of(rows, groups, h), count = row_of(rows, groups, h + 1) - r;
             const bf16 *ahead = then + (h - g) * (here / all) * 32;
-            for (long n = 0, wide; n < panels; n += wide ? WIDTH[count] : 1) {
-                wide = n + WIDTH[count] <= panels;
-                beside_tiles[wide][count](here, x + (r * pairs + i * count) * 2, 0, w + (n * pairs + i) * 32, pairs * 32,
-                                          sums + (r - start) * next + n * 16, next, i == 0, ahead + n * pairs * 32, all);
-            }
+            beside_tiles[panels][count](here, x + (r * pairs + i * count) * 2, 0, w + i * 32, pairs * 32, sums + (r - start) * next,
+                                        next, i == 0, ahead, all);
         }
     }
     rounded_sums(row_of(rows, groups, end) - start, outputs, sums, next, bias, y + start * y_next, y_next);
@@ -464,10 +481,10 @@ AVX512_BF16 void zoo_prompts(long rows, long heads, long groups, long width, lon
 AVX512 static int read_piece(const char *p, long bytes) {
     long each = bytes / 8 / 64 * 64;
     __m512i all[8];
-    EACH(int s = 0; s < 8; s++) all[s] = _mm512_setzero_si512();
+    UNROLLED(int s = 0; s < 8; s++) all[s] = _mm512_setzero_si512();
     for (long i = 0; i < each; i += 64)
-        EACH(int s = 0; s < 8; s++) all[s] = _mm512_xor_si512(all[s], _mm512_loadu_si512(p + s * each + i));
-    EACH(int s = 1; s < 8; s++) all[0] = _mm512_xor_si512(all[0], all[s]);
+        UNROLLED(int s = 0; s < 8; s++) all[s] = _mm512_xor_si512(all[s], _mm512_loadu_si512(p + s * each + i));
+    UNROLLED(int s = 1; s < 8; s++) all[0] = _mm512_xor_si512(all[0], all[s]);
     return _mm512_reduce_or_epi32(all[0]);
 }
 

@@ -11,7 +11,7 @@ typedef uint16_t bf16;
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 24") for
+#define UNROLLED _Pragma("GCC unroll 32") for
 
 static inline float widened(bf16 value) {
     uint32_t bits = (uint32_t)value << 16;

@@ -16,9 +16,9 @@
 #include <immintrin.h>
 #include <omp.h>
 
+#include "numbers.h"
+
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define INLINE VNNI static inline __attribute__((always_inline))
-#define EACH _Pragma("GCC unroll 16") for
 
 enum { GROUP = 32, LANES = 16, SPAN = 4, MOST = 6, AHEAD = 1024, TILES = 16 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
@@ -48,22 +48,11 @@ static matrix matrix_of(int bits, long outputs, long inputs, void *codes, void *
     return (matrix){bits, outputs, inputs, (outputs + LANES - 1) / LANES, (inputs + GROUP - 1) / GROUP, codes, scales};
 }
 
-static inline __mmask16 lanes(long left) { return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0; }
+static inline __mmask16 lanes(long left) { return left > 0 ? part_of(left) : 0; }
 
-INLINE __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-
-/* Rounded to the nearest bfloat16, ties to even; what is not a number stays so. */
-INLINE __m256i rounded(__m512 value) {
-    __m512i bits = _mm512_castps_si512(value), one = _mm512_set1_epi32(1);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    __mmask16 none = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_set1_epi32(near, none, 0x7fc00000), 16));
-}
-
-INLINE __m512 loaded(const void *from, int type, long at, __mmask16 mask) {
+VNNI INLINE __m512 loaded(const void *from, int type, long at, __mmask16 mask) {
     if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)from + at);
-    return widened(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at));
+    return load16((const bf16 *)from + at, mask);
 }
 
 /* Groups `first` to `last` of one row, whose codes are `step` apart and scales `next`. A group with what is not a finite
@@ -84,7 +73,7 @@ VNNI static void quantise_row(const void *x, int type, long inputs, long first, 
     }
 }
 
-INLINE __m512i four(const int8_t *codes) {
+VNNI INLINE __m512i four(const int8_t *codes) {
     int32_t value;
     memcpy(&value, codes, 4);
     return _mm512_set1_epi32(value);
@@ -95,48 +84,48 @@ INLINE __m512i four(const int8_t *codes) {
     VNNI static void tile_##BITS##_##R##_##N(const matrix *w, long block, rows8 x, float *y, long y_next) {              \
         const long groups = w->groups, line = BITS * 64;                                                                 \
         const uint8_t *codes = w->codes + block * groups * line;                                                         \
-        const uint16_t *halves = (const uint16_t *)w->scales + block * groups * LANES;                                   \
+        const bf16 *halves = (const bf16 *)w->scales + block * groups * LANES;                                   \
         const __m512i low = _mm512_set1_epi8(15);                                                                        \
         __m512 total[R][N];                                                                                              \
-        EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) total[r][n] = _mm512_setzero_ps();                       \
+        UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) total[r][n] = _mm512_setzero_ps();               \
         for (long g = 0; g < groups; g++) {                                                                              \
             __m512i sum[R][N];                                                                                           \
-            EACH(int r = 0; r < R; r++) EACH(int n = 0; n < N; n++) sum[r][n] = _mm512_set1_epi32(x.starts[r * groups + g]); \
-            EACH(int j = 0; j < BITS; j++) {                                                                             \
+            UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) sum[r][n] = _mm512_set1_epi32(x.starts[r * groups + g]); \
+            UNROLLED(int j = 0; j < BITS; j++) {                                                                         \
                 __m512i v[N];                                                                                            \
-                EACH(int n = 0; n < N; n++) {                                                                            \
+                UNROLLED(int n = 0; n < N; n++) {                                                                        \
                     const uint8_t *at = codes + (n * groups + g) * line + 64 * j;                                        \
                     v[n] = _mm512_loadu_si512(at);                                                                       \
-                    _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                      \
+                    _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                                 \
                 }                                                                                                        \
-                EACH(int r = 0; r < R; r++) {                                                                            \
+                UNROLLED(int r = 0; r < R; r++) {                                                                        \
                     __m512i c = four(x.codes + (r * groups + g) * GROUP + 4 * j);                                        \
-                    EACH(int n = 0; n < N; n++)                                                                          \
+                    UNROLLED(int n = 0; n < N; n++)                                                                      \
                         sum[r][n] = _mm512_dpbusd_epi32(sum[r][n], BITS == 8 ? v[n] : _mm512_and_si512(v[n], low), c);   \
                 }                                                                                                        \
-                if (BITS == 4) EACH(int r = 0; r < R; r++) {                                                             \
+                if (BITS == 4) UNROLLED(int r = 0; r < R; r++) {                                                         \
                     __m512i c = four(x.codes + (r * groups + g) * GROUP + 16 + 4 * j);                                   \
-                    EACH(int n = 0; n < N; n++)                                                                          \
+                    UNROLLED(int n = 0; n < N; n++)                                                                      \
                         sum[r][n] = _mm512_dpbusd_epi32(sum[r][n], _mm512_and_si512(_mm512_srli_epi16(v[n], 4), low), c); \
                 }                                                                                                        \
             }                                                                                                            \
             __m512 scale[N];                                                                                             \
-            if (BITS == 4) EACH(int n = 0; n < N; n++) {                                                                 \
-                const uint16_t *at = halves + (n * groups + g) * LANES;                                                  \
-                scale[n] = widened(_mm256_loadu_si256((const void *)at));                                                \
+            if (BITS == 4) UNROLLED(int n = 0; n < N; n++) {                                                             \
+                const bf16 *at = halves + (n * groups + g) * LANES;                                                  \
+                scale[n] = load16(at, 0xffff);                                                                           \
                 _mm_prefetch((const char *)at + AHEAD / 4, _MM_HINT_T0);                                                 \
             }                                                                                                            \
-            EACH(int r = 0; r < R; r++) {                                                                                \
+            UNROLLED(int r = 0; r < R; r++) {                                                                            \
                 __m512 by = _mm512_set1_ps(x.scales[r * groups + g]);                                                    \
-                EACH(int n = 0; n < N; n++) {                                                                            \
+                UNROLLED(int n = 0; n < N; n++) {                                                                        \
                     __m512 f = _mm512_cvtepi32_ps(sum[r][n]);                                                            \
                     total[r][n] = _mm512_fmadd_ps(BITS == 4 ? _mm512_mul_ps(f, scale[n]) : f, by, total[r][n]);          \
                 }                                                                                                        \
             }                                                                                                            \
         }                                                                                                                \
-        EACH(int n = 0; n < N; n++) {                                                                                    \
+        UNROLLED(int n = 0; n < N; n++) {                                                                                \
             const float *own = (const float *)w->scales + (block + n) * LANES;                                           \
-            EACH(int r = 0; r < R; r++)                                                                                  \
+            UNROLLED(int r = 0; r < R; r++)                                                                              \
                 _mm512_storeu_ps(y + r * y_next + n * LANES,                                                             \
                                  BITS == 8 ? _mm512_mul_ps(total[r][n], _mm512_loadu_ps(own)) : total[r][n]);            \
         }                                                                                                                \
@@ -167,7 +156,7 @@ VNNI static void finish(const float *from, const void *bias, void *y, int type, 
         if (type == FLOAT32)
             _mm512_mask_storeu_ps((float *)y + at + o, mask, value);
         else
-            _mm256_mask_storeu_epi16((uint16_t *)y + at + o, mask, rounded(value));
+            store16((bf16 *)y + at + o, mask, value);
     }
 }
 
@@ -254,16 +243,16 @@ void zoo_quantised_product(int tiled, int bits, long rows, long inputs, long out
     }
 }
 
-INLINE float total_of(__m512 a, __m512 b) { return _mm512_reduce_add_ps(_mm512_add_ps(a, b)); }
+VNNI INLINE float total_of(__m512 a, __m512 b) { return _mm512_reduce_add_ps(_mm512_add_ps(a, b)); }
 
 /* a and b to the nearest whole numbers from `least` to `most`. */
-INLINE __m512 whole(__m512 value, float least, float most) {
+VNNI INLINE __m512 whole(__m512 value, float least, float most) {
     value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(least)), _mm512_set1_ps(most));
 }
 
 /* Two groups' halves and their scale to codes, and the squares of the error and of the weights. */
-INLINE void keep(__m512 a, __m512 b, __m512 p, __m512 q, float scale, int offset, uint8_t *codes, double *sums) {
+VNNI INLINE void keep(__m512 a, __m512 b, __m512 p, __m512 q, float scale, int offset, uint8_t *codes, double *sums) {
     __m512 s = _mm512_set1_ps(scale), c = _mm512_fmsub_ps(p, s, a), d = _mm512_fmsub_ps(q, s, b);
     sums[0] += total_of(_mm512_mul_ps(c, c), _mm512_mul_ps(d, d));
     sums[1] += total_of(_mm512_mul_ps(a, a), _mm512_mul_ps(b, b));
@@ -288,7 +277,7 @@ VNNI static void quantise_output(const void *w, int type, long inputs, long grou
 }
 
 /* One output's group in four bits: of the codes tried for its largest weight, the one that leaves the least. */
-VNNI static void quantise_group(__m512 a, __m512 b, const float *tried, int count, uint8_t *codes, uint16_t *scale, double *sums) {
+VNNI static void quantise_group(__m512 a, __m512 b, const float *tried, int count, uint8_t *codes, bf16 *scale, double *sums) {
     __m512 size = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
     float most = _mm512_reduce_max_ps(size), best = -1, found = 0;
     __m512 top = _mm512_set1_ps(most);
@@ -302,9 +291,8 @@ VNNI static void quantise_group(__m512 a, __m512 b, const float *tried, int coun
         if (square < 1) square = 1;
         if (dot * dot / square > best) best = dot * dot / square, found = dot / square, p = u, q = v;
     }
-    __m256i half = rounded(_mm512_set1_ps(found * most));
-    *scale = (uint16_t)_mm256_extract_epi16(half, 0);
-    keep(a, b, p, q, _mm512_cvtss_f32(widened(half)), 8, codes, sums);
+    *scale = rounded(found * most);
+    keep(a, b, p, q, widened(*scale), 8, codes, sums);
 }
 
 /* Makes a matrix of w, float32 or bfloat16; rows of w are w_next apart. tried: float32, from which four-bit codes are chosen.
@@ -328,7 +316,7 @@ VNNI void zoo_quantise(int bits, long outputs, long inputs, const void *w, long 
                 for (long g = 0; g < to.groups; g++)
                     quantise_group(loaded(row, type, g * GROUP, lanes(there - g * GROUP)),
                                    loaded(row, type, g * GROUP + 16, lanes(there - g * GROUP - 16)), tried, count,
-                                   codes_of + g * GROUP, (uint16_t *)scales + (block * to.groups + g) * LANES + lane, both);
+                                   codes_of + g * GROUP, (bf16 *)scales + (block * to.groups + g) * LANES + lane, both);
         }
         uint8_t *line = to.codes + block * to.groups * bits * 64;
         for (long g = 0; g < to.groups; g++)
