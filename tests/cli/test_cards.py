@@ -61,7 +61,7 @@ def test_inspect_reckons_from_the_card(zoo_command: Command) -> None:
     assert found["active_parameters"] == 12_879_925_248
     assert found["weight_bytes"] == 2 * found["parameters"]
     assert found["cache_bytes_per_token"] == 128 * 1024
-    assert found["memory"]["cache_bytes"] == 1000 * 128 * 1024
+    assert found["memory"]["cache_bytes"] == 1024 * 128 * 1024
     assert found["owners"]["mixer attention"] == "zoo.components"
     shown = zoo_command("inspect", "mixtral-8x7b-instruct").out
     assert "46.7 B (12.88 B active for each token)" in shown

@@ -85,25 +85,37 @@ class MemoryPlan:
     @property
     def guessing(self) -> int:
         """Of the model that guesses: weights, and a cache as long as both read."""
-        return sum(self._guessing)
+        return 0 if self._other is None else self._other.weights + self._other.cache
 
     @cached_property
-    def _guessing(self) -> tuple[int, int]:
+    def _other(self) -> MemoryPlan | None:
+        """Of the model that guesses alone."""
         if self.guesser is None:
-            return 0, 0
+            return None
         length = min(self.context, self.guesser.model.context_length)
-        other = replace(self, work=self.guesser, context=length, guesser=None)
-        return other.weights, other.cache
+        return replace(self, work=self.guesser, context=length, guesser=None)
 
     @property
     def spare(self) -> int:
         """Left free beside the working memory, where that is less than what caches leave."""
-        caches = self.cache + self._guessing[1]
-        return max(0, ceil(caches / CACHE_SHARE) - caches - self.working)
+        return max(0, ceil(self._caches / CACHE_SHARE) - self._caches - self.working)
+
+    @property
+    def _caches(self) -> int:
+        return self.cache + (0 if self._other is None else self._other.cache)
 
     @property
     def total(self) -> int:
-        return self.process + self.weights + self.guessing + self.cache + self.working + self.spare
+        return self._fixed + self._growing
+
+    @property
+    def _fixed(self) -> int:
+        """However long sequences are."""
+        return self.process + self.weights + (0 if self._other is None else self._other.weights)
+
+    @property
+    def _growing(self) -> int:
+        return max(self._caches + self.working, ceil(self._caches / CACHE_SHARE))
 
     @property
     def fits(self) -> bool:
@@ -136,10 +148,10 @@ class MemoryPlan:
 
     def largest_context(self, most: int) -> int:
         """The longest sequences, up to `most` tokens, that fit; 0 if none do."""
-        low, high = 0, most
+        low, high, room = 0, most, self.free - self._fixed
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if replace(self, context=middle).fits else (low, middle - 1)
+            low, high = (middle, high) if replace(self, context=middle)._growing <= room else (low, middle - 1)
         return low
 
     @property
