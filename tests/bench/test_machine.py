@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -37,3 +40,44 @@ def test_every_part_is_measured(measured: tuple[Profile, list[str]]) -> None:
     assert speed.paces["mlp"] == speed.paces["gated"]
     assert profile == Profile.model_validate_json(profile.model_dump_json())
     assert "mamba2 in bfloat16" in told
+
+
+def test_products_are_told_without_their_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded step has no such calls, and where there are some, the paces of parts have them."""
+    for name, value in {"SHAPES": ((64, 64),), "ROWS": (1,), "WEIGHTS": 2 << 12, "CALLS": 20}.items():
+        monkeypatch.setattr(machine, name, value)
+    monkeypatch.setattr(machine, "fastest", lambda work, repeats: 1e-3)
+    (found,) = machine.times_of_products(torch.device("cpu"), torch.bfloat16)
+    assert found.seconds * 4096 == pytest.approx(1e-3 / 2 - 1e-3 / 20)
+    hot = machine.Hot(torch.device("cpu"), torch.bfloat16)
+    assert hot._seconds(32, 48, 1) == 0.0
+
+
+@dataclass
+class Pretended:
+    """Prompts that take this many seconds."""
+
+    taken: float
+    adds: float
+    states: float
+
+    def left(self, name: str, speed: object) -> float:
+        return self.taken
+
+    def mixed(self, name: str) -> float:
+        return self.adds
+
+    def channels(self, name: str) -> float:
+        return self.states
+
+
+def prompts(times: Pretended, narrow: Pretended | None) -> dict[str, float]:
+    return machine._prompts(cast(Any, times), cast(Any, narrow), cast(Any, None))
+
+
+def test_states_of_two_sizes_tell_channels_from_multiply_adds() -> None:
+    wide, narrow = (Pretended(1e6 * 2e-9 + adds / 1e11, adds, 1e6) for adds in (1e8, 3e7))
+    assert prompts(wide, narrow) == {"multiply": pytest.approx(1e11), "channel_s": pytest.approx(2e-9)}
+    assert prompts(wide, None) == {"multiply": pytest.approx(1e8 / 3e-3)}
+    noisy = prompts(wide, replace(narrow, taken=4e-3))
+    assert noisy["multiply"] > 1e15 and noisy["channel_s"] == pytest.approx(3e-9, rel=1e-3)

@@ -78,6 +78,16 @@ def test_single_rows_read_their_cache_and_prompts_multiply() -> None:
     assert found.prefill(101).mixing == pytest.approx(3 * 101 * 50 * (2 * 4 * 16) / 1e3)
 
 
+def test_channels_of_states_take_their_time_in_prompts() -> None:
+    """Each as often as a row moves it on, beside the multiply-adds; not in steps, where states are read."""
+    node = {"kind": "mamba2", "num_heads": 4, "head_dim": 16, "num_groups": 1, "state_size": 8, "conv_size": 4}
+    pace = Pace(call_s=0.0, item_s=0.0, read=1e9, multiply=1e9)
+    paces = {"mamba2": pace}, {"mamba2": pace.model_copy(update={"channel_s": 1e-3})}
+    plain, more = (known(work(node | {"norm_eps": 1e-5}, None), paces=one) for one in paces)
+    assert more.prefill(10).mixing - plain.prefill(10).mixing == pytest.approx(3 * 10 * 64 * 1e-3)
+    assert more.decode(2, 10) == plain.decode(2, 10)
+
+
 def test_windows_stop_growing() -> None:
     paces = {"attention": Pace(call_s=0.0, item_s=0.0, read=1e6, multiply=1e3)}
     found = known(work(ATTENTION | {"window": 64}, None), paces=paces)

@@ -1,8 +1,8 @@
 """Measuring this machine, once, for the figures that `zoo inspect` gives before anything is loaded.
 
-Products are timed as loaded models run them, on more matrices than caches hold. Everything else is timed in the engine,
-on small models made of one kind of part with random weights: what their steps take beyond their products is what
-the part takes.
+Products are timed as loaded models run them, on more matrices than caches hold, less what calling them takes. All
+else is timed in the engine, on small models made of one kind of part with random weights: what their steps take beyond
+their products is what the part takes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
 from zoo.bench.limits import DTYPES, machine_limits
 from zoo.bench.measure import decode_steps, random_prompts
-from zoo.bench.shapes import ATTENTION, FFNS, MIXERS, Node, card
+from zoo.bench.shapes import ATTENTION, FFNS, MIXERS, NARROW, Node, card
 from zoo.bench.timing import fastest
 from zoo.components import linear
 from zoo.components.ffn.gated import Gated
@@ -40,6 +41,9 @@ Report = Callable[[str], None]
 
 SHAPES = ((512, 512), (2048, 2048), (8192, 4096))
 """Rows and columns of the matrices to time; times of others lie in between."""
+
+LEAST = 64
+"""Rows and columns of one that takes hardly longer than its call."""
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512)
 WEIGHTS = 96 << 20
@@ -68,6 +72,9 @@ CALLS = 20
 
 STEPS = 24
 """Steps to time."""
+
+ROUNDS = 2
+"""Turns of all runs of a small model, of which the faster ones count: others may use the machine for a moment."""
 
 TINY = 1e-9
 """Seconds that stand for what was too short to see."""
@@ -108,7 +115,9 @@ def _speed(device: torch.device, dtype: str, report: Report) -> Speed:
 
 @torch.inference_mode()
 def times_of_products(device: torch.device, dtype: torch.dtype, kind: Kind | None = None) -> Iterator[Product]:
-    """Every shape with every number of rows."""
+    """Every shape with every number of rows, less what calling a product takes: what calls take in the engine, which
+    records steps and calls without Python where it can, is in the paces of parts."""
+    call = empty_seconds(device, dtype, kind)
     for outputs, inputs in SHAPES:
         numel = outputs * inputs
         layers = _linears(-(-WEIGHTS // numel), outputs, inputs, device, dtype, kind)
@@ -119,7 +128,7 @@ def times_of_products(device: torch.device, dtype: torch.dtype, kind: Kind | Non
             if (first := fastest(lambda x=x_TI, some=some: some[0](x), 1)) > SLOW:  # type: ignore[misc]
                 some = some[:1]
             taken = first if len(some) == 1 else fastest(lambda x=x_TI, s=some: [layer(x) for layer in s], 3)  # type: ignore[misc]
-            yield Product(elements=numel, rows=count, seconds=taken / len(some) / numel)
+            yield Product(elements=numel, rows=count, seconds=max(TINY * TINY, taken / len(some) - call) / numel)
 
 
 def _linears(
@@ -133,6 +142,13 @@ def _linears(
     for layer in layers:
         layer.store("weight", lambda _: replace(first, codes=first.codes.clone(), scales=first.scales.clone()))
     return layers
+
+
+@torch.inference_mode()
+def empty_seconds(device: torch.device, dtype: torch.dtype, kind: Kind | None = None) -> float:
+    """What a product takes whose matrix takes no time."""
+    (layer,), x_TI = _linears(1, LEAST, LEAST, device, dtype, kind), torch.randn(1, LEAST).to(device, dtype)
+    return fastest(lambda: [layer(x_TI) for _ in range(CALLS)], 20) / CALLS
 
 
 @torch.inference_mode()
@@ -191,9 +207,14 @@ class Times:
         work, steps = self.work, self.runs[name].steps
         return sum(n * s.tokens * work.mixing(spec, s.middle) for spec, n in work.parts.items() for s in steps)
 
+    def channels(self, name: str) -> float:
+        """Channels of states, each as often as a token moves it on."""
+        tokens = sum(step.tokens for step in self.runs[name].steps)
+        return sum(n * tokens * self.work.channels(spec) for spec, n in self.work.parts.items())
+
 
 class Hot:
-    """Seconds of products with matrices that stay in caches, as those of a small model do."""
+    """Seconds of products with matrices that stay in caches, as those of a small model do, without their calls."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self._known = device, dtype, dict[tuple[int, int, int], float]()
@@ -214,8 +235,13 @@ class Hot:
         if key not in self._known:
             layer, x_TI = _linear(outputs, inputs, self.device, self.dtype), torch.randn(rows, inputs)
             x_TI = x_TI.to(self.device, self.dtype)
-            self._known[key] = fastest(lambda: [layer(x_TI) for _ in range(CALLS)], 5) / CALLS
+            taken = fastest(lambda: [layer(x_TI) for _ in range(CALLS)], 5) / CALLS
+            self._known[key] = max(0.0, taken - self._call)
         return self._known[key]
+
+    @cached_property
+    def _call(self) -> float:
+        return empty_seconds(self.device, self.dtype)
 
 
 class Parts:
@@ -234,7 +260,8 @@ class Parts:
         for name, node in MIXERS.items():
             report(f"{name} in {self.dtype}")
             times = plain if name == "attention" else self.times(node, None, ALL)
-            speed = _with(speed, name, _mixer(times, speed))
+            narrow = self.times(NARROW[name], None, PROMPTS) if name in NARROW else None
+            speed = _with(speed, name, _mixer(times, narrow, speed))
         for name, node in FFNS.items():
             report(f"{name} in {self.dtype}")
             times = self.times(ATTENTION, node, STEPPING)
@@ -254,12 +281,14 @@ class Parts:
         """The named runs of a model of such layers."""
         with _model(mixer, ffn, layers, self.device, self.dtype) as model:
             work = Work(model.plan, self.dtype)
-            runs = {name: RUNS[name](model) for name in names}
+            rounds = [{name: RUNS[name](model) for name in names} for _ in range(ROUNDS)]
+        runs = {name: min((each[name] for each in rounds), key=lambda run: run.seconds) for name in names}
         return Times(work, runs, self.hot)
 
 
-def _mixer(times: Times, speed: Speed) -> Pace:
-    """A mixer's pace, from what its layers took that the rest of the speed does not explain."""
+def _mixer(times: Times, narrow: Times | None, speed: Speed) -> Pace:
+    """A mixer's pace, from what its layers took that the rest of the speed does not explain. narrow: of states that are
+    smaller, and else alike."""
     (spec,), speed = times.work.parts, speed.model_copy(update={"paces": {}})
     state, itemsize = spec.state(), times.work.cache_itemsize
     assert state is not None
@@ -272,8 +301,17 @@ def _mixer(times: Times, speed: Speed) -> Pace:
         far = max(TINY, times.left("far", _with(speed, _name(times), pace)))
         past = times.runs["far"].steps[0].past
         pace = pace.model_copy(update={"read": LAYERS * FAR * state.nbytes(past, itemsize) / far})
-    taken = sum(times.left(name, _with(speed, _name(times), pace)) for name in PROMPTS)
-    return pace.model_copy(update={"multiply": sum(map(times.mixed, PROMPTS)) / max(TINY, taken)})
+    return pace.model_copy(update=_prompts(times, narrow, _with(speed, _name(times), pace)))
+
+
+def _prompts(times: Times, narrow: Times | None, speed: Speed) -> dict[str, float]:
+    """The paces of prompts: for each multiply-add and, told by states of two sizes, for each channel."""
+    taken, mixed = sum(times.left(name, speed) for name in PROMPTS), sum(map(times.mixed, PROMPTS))
+    if narrow is None:
+        return {"multiply": mixed / max(TINY, taken)}
+    less, fewer = sum(narrow.left(name, speed) for name in PROMPTS), sum(map(narrow.mixed, PROMPTS))
+    rate = (mixed - fewer) / max(TINY, taken - less)
+    return {"multiply": rate, "channel_s": max(0.0, taken - mixed / rate) / sum(map(times.channels, PROMPTS))}
 
 
 def _ffn(times: Times, speed: Speed) -> Pace:

@@ -37,6 +37,9 @@ MIXERS: dict[str, Node] = {
 }
 """By what their components say of their pace."""
 
+NARROW: dict[str, Node] = {"mamba2": MAMBA2 | {"state_size": 64}}
+"""Those that come with states of several sizes, with another one: what both take as well is the channels'."""
+
 
 def gated(hidden_dim: int) -> Node:
     """A gated feed-forward."""

@@ -103,7 +103,8 @@ class Forecast:
         if step.rows == 1 and state is not None and pace.read:
             mixing = step.sequences * state.nbytes(step.past, self.work.cache_itemsize) / pace.read
         elif step.rows > 1 and pace.multiply:
-            mixing = step.tokens * self.work.mixing(spec, step.middle) / pace.multiply
+            each = self.work.mixing(spec, step.middle) / pace.multiply + self.work.channels(spec) * pace.channel_s
+            mixing = step.tokens * each
         return count * mixing, count * (pace.call_s + items_of(spec, step) * pace.item_s)
 
     def _pace(self, spec: Spec) -> Pace:

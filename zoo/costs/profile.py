@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,13 +89,15 @@ class Pace(_Data):
 
     call_s: seconds in each step. item_s: and for each sequence in it, or each expert that it touches. read: bytes per
     second of what single rows read of their cache. multiply: multiply-adds per second of what tokens do with earlier
-    ones, where a sequence has many rows.
+    ones, where a sequence has many rows. channel_s: seconds for each channel of a state, whatever its size, and each
+    of these rows.
     """
 
     call_s: NonNegativeFloat
     item_s: NonNegativeFloat
     read: PositiveFloat | None = None
     multiply: PositiveFloat | None = None
+    channel_s: NonNegativeFloat = 0.0
 
 
 class Speed(_Data):
@@ -132,17 +137,39 @@ def profile_file(device: str) -> Path:
     return cache_folder() / f"machine-{device}.json"
 
 
+def place(device: str) -> Path:
+    """Where the profile is to be stored: a file's name in a folder that is there and lets files be written.
+
+    Raises ZooError where it does not.
+    """
+    file = profile_file(device)
+    with _storing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    return file
+
+
 def store(profile: Profile, device: str) -> Path:
     """Writes the profile in one go, so that no reader sees half of it, and returns where."""
-    file = profile_file(device)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    file = place(device)
+    with _storing(file):
         half = file.with_suffix(f".{os.getpid()}")
         half.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
         half.replace(file)
-    except OSError as error:
-        raise ZooError("the machine's profile cannot be stored", where=str(file), found=error.strerror) from None
     return file
+
+
+@contextmanager
+def _storing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ZooError(
+            "the machine's profile cannot be stored",
+            where=str(file),
+            found=error.strerror,
+            hint="XDG_CACHE_HOME names another folder for it",
+        ) from None
 
 
 def stored(device: str, accelerator: str | None = None) -> Profile:

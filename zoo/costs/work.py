@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from zoo.components.cache.spec import CacheDtype
+from zoo.components.cache.spec import CacheDtype, RecurrentCacheSpec
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.components.kinds import HEAD, KINDS, Kind, kind_of
 from zoo.registry.plan import Plan
@@ -199,6 +199,12 @@ class Work:
         """Multiply-adds of one token with what earlier ones left, beside the products with weights."""
         products = sum(p.numel * p.active for p in spec.parameters().values() if p.product)
         return spec.flops(context) / 2 - products
+
+    @staticmethod
+    def channels(spec: Spec) -> int:
+        """Channels whose states a token moves on; none where earlier tokens are kept as they are."""
+        state = spec.state()
+        return state.inner_dim if isinstance(state, RecurrentCacheSpec) else 0
 
     @cached_property
     def parts(self) -> Counter[Spec]:
