@@ -233,6 +233,13 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_full_disk_is_told() -> None:
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run([sys.executable, "-m", "zoo", "list"], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (run.returncode, run.stderr) == (2, b"zoo: nothing more can be written: No space left on device\n")
+
+
 def test_an_adapter_is_used_and_told(zoo_command: Command, tmp_path: Path) -> None:
     outputs, inputs = zoo.inspect("tiny").plan.model.all_parameters()["layers.0.mixer.o.weight"].shape
     factors = {"A": torch.randn(2, inputs), "B": torch.randn(outputs, 2)}

@@ -1,6 +1,7 @@
 """The command line: a thin skin over the Python API. Answers go to stdout, everything else to stderr."""
 
 import atexit
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from zoo.registry.hooks import RegisterCommand, hookimpl
 
 if TYPE_CHECKING:
     from zoo.registry.catalog import Command
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of a disk, a share of it, or a file."""
 
 BUILTIN = {
     "run": "zoo.cli.run:run",
@@ -162,6 +166,9 @@ def _run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return _report(f"zoo: nothing more can be written: {error.strerror}", 2, debug)
         return _report(
             f"zoo: internal error: {type(error).__name__}: {error}\n"
             "This is a fault of zoo or of a plugin. Run again with --debug to see where, and please report it.",

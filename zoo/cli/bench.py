@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli.options import load_options
+from zoo.cli.options import load_options, parse_overrides
 from zoo.registry.errors import RequestError
 
 if TYPE_CHECKING:
@@ -66,10 +66,11 @@ def bench(ref: str | None, machine: bool, as_json: bool, **flags: Any) -> None:
 def _machine(device: str) -> Any:
     from zoo.bench.machine import profile
     from zoo.cli.console import note
-    from zoo.costs.profile import store
+    from zoo.costs.profile import place, store
     from zoo.device import choose
 
     chosen = choose(device, "auto", "bfloat16").device
+    place(chosen.type)  # before the minute that measuring takes
     measured = profile(chosen, note)
     note(f"stored in {store(measured, chosen.type)}")
     return measured
@@ -82,9 +83,8 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     from zoo.cli.console import note
     from zoo.cli.run import load_model
     from zoo.device import choose, describe
-    from zoo.locating import locate
 
-    locate(ref)  # before the seconds that measuring takes
+    _refuse(ref, flags)  # before the seconds that measuring takes
     device = choose(flags["device"], "auto", "bfloat16").device
     note("the machine's limits")
     here = machine_limits(device)
@@ -98,6 +98,24 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
         known, why = _stored(device, found.get("machine"))
         found["model"] = Report(model.card.name, describe(device), model.placement.dtype_name, here, known, why)
         fill(found["model"], model, options, note)
+
+
+def _refuse(ref: str, flags: dict[str, Any]) -> None:
+    """Raises ZooError for a model that is not known or cannot be run, and for prompts that are longer than it reads."""
+    from zoo.api import inspect
+
+    names = ("dtype", "cache_dtype", "quantize")
+    found = inspect(ref, overrides=parse_overrides(flags["overrides"]), **{name: flags[name] for name in names})
+    most = found.plan.card.context_length
+    if flags["max_context"] is not None:
+        most = min(most, flags["max_context"])
+    if flags["prompt_tokens"] >= most:
+        raise RequestError(
+            "the prompts leave no room for an answer",
+            where="--prompt-tokens",
+            found=f"{flags['prompt_tokens']} tokens",
+            expected=f"less than the {most} tokens of the context",
+        )
 
 
 def _stored(device: Any, fresh: Any) -> tuple[Any, str | None]:
@@ -147,10 +165,9 @@ def _row(m: "Measurement") -> list[str]:
 
 def _predicted(m: "Measurement") -> str:
     """The tokens per second that were predicted, and how far that is off."""
-    if m.predicted is None or m.ratio is None:
+    if m.predicted is None:
         return "-"
-    verdict = "within 25 %" if m.holds else "not within 25 %"
-    return f"{m.predicted:.1f}, {verdict} ({m.predicted / m.tokens_per_second - 1:+.0%})"
+    return f"{m.predicted:.1f} ({m.predicted / m.tokens_per_second - 1:+.0%}{'' if m.holds else ', off'})"
 
 
 def _guessing(g: "Guessing") -> str:
