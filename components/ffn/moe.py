@@ -1,4 +1,4 @@
-"""Mixture of experts, computed expert by expert on grouped tokens."""
+"""Mixture of experts, computed on tokens grouped by expert."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from zoo.components.build import load, make
 from zoo.components.ffn.spec import MoESpec
 from zoo.components.linear import product
 from zoo.components.matrix import Holder, Index, Matrix
+from zoo.components.native import mixture
 from zoo.components.quantised import grouped, stacked
 
 
@@ -34,24 +35,34 @@ class MoE(Holder):
         self.experts_down_bias = nn.Parameter(torch.empty(self.count, spec.dim)) if spec.biased else None
         self.router = make(spec.router)
         self.shared = None if spec.shared is None else make(spec.shared)
+        self._known: dict[str, mixture.Experts | None] = {}
 
     def put(self, name: str, matrices: Sequence[Matrix]) -> None:
         """Takes ready matrices of all experts in the place of a parameter."""
         super().put(name, matrices)
-        self.stored[name] = stacked(self.stored[name])
+        self._settle(name)
 
     def replace(self, name: str, index: Index, value: Tensor) -> None:
         """Changes a piece of one expert."""
         super().replace(name, index, value)
         if name in self.stored:
-            self.stored[name] = stacked(self.stored[name])
+            self._settle(name)
+
+    def _settle(self, name: str) -> None:
+        """Arranges new matrices as kernels want them."""
+        self.stored[name] = stacked(self.stored[name])
+        self._known[name] = mixture.Experts.of(self.stored[name])
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
         weights_TK, experts_TK = self.router(x_TD)
         if self.count < self.spec.num_experts:
             experts_TK = self._own(experts_TK)
-        way = self._by_expert if x_TD.device.type == "cpu" else self._grouped
+        known = [self._known.get(name) for name in self.MATRICES]
+        if mixture.runs(x_TD) and None not in known:
+            way = self._by_kernels
+        else:
+            way = self._by_expert if x_TD.device.type == "cpu" else self._grouped
         routed_TD = way(x_TD, weights_TK, experts_TK)
         return routed_TD if self.shared is None else routed_TD + self.shared(x_TD)
 
@@ -65,8 +76,18 @@ class MoE(Holder):
         in_bias, down_bias = _of(self.experts_in_bias, index), _of(self.experts_down_bias, index)
         return product(self.between(self.spec.form, product(x_TD, first, in_bias)), down, down_bias)
 
+    def _by_kernels(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """All experts by kernels that read the choices themselves, so that the host need not know them."""
+        into, down = (self._known[name] for name in self.MATRICES)
+        assert into is not None and down is not None
+        order = mixture.order(experts_TK, self.count)
+        first_NR = mixture.products(into, x_TD, order, self.experts_in_bias, ordered=False)
+        hidden_NF = self.between(self.spec.form, first_NR)
+        y_ND = mixture.products(down, hidden_NF, order, self.experts_down_bias, ordered=True)
+        return mixture.weighted(y_ND, order, weights_TK)
+
     def _by_expert(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """One product per chosen expert. Choices are host integers, which costs nothing on the CPU."""
+        """One product per chosen expert, for matrices of any kind. Choices become numbers of the host."""
         if len(x_TD) == 1 and self.count == self.spec.num_experts:
             y_KD = torch.cat([self._expert(e, x_TD) for e in experts_TK[0].tolist()])
             return (y_KD * weights_TK.view(-1, 1)).sum(0, keepdim=True).to(x_TD.dtype)

@@ -78,6 +78,12 @@ class _Current(threading.local):
 _current = _Current()
 
 
+def keep(value: Any) -> None:
+    """Says that a record that this thread makes needs this, of which calls know the address alone."""
+    if _current.record is not None:
+        _current.record.keep(value)
+
+
 class Arena:
     """Memory for what kernels hand to each other. A piece is taken again once no tensor uses it any more, and stays
     where it is for as long as the arena is there: records know it by its address."""

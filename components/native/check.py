@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
-from zoo.components.native import prompts, recurrent, small
+from zoo.components.native import mixture, prompts, recurrent, small
 from zoo.components.native.panels import Panels
 
 log = logging.getLogger("zoo.components")
@@ -45,7 +45,21 @@ def differences() -> Iterator[tuple[str, float]]:
             q_THd, (k_GSd, v_GSd) = _drawn(draw, 19, 4, 32), _drawn(draw, 2, 2, 41, 32)
             expected = reference(q_THd, k_GSd, v_GSd, 0.2, 22, 20, {})
             yield "attention of prompts", _error(prompts.attend(q_THd, k_GSd, v_GSd, 0.2, 20), expected)
+        yield from _mixture(draw)
         yield from _state_space(draw)
+
+
+def _mixture(draw: torch.Generator) -> Iterator[tuple[str, float]]:
+    """Three experts that are chosen by two, one and four of five rows, and one that is not here."""
+    x_TI, weights_EOI, shares_TK = _drawn(draw, 5, 74), _drawn(draw, 3, 48, 74), torch.rand(5, 2, generator=draw)
+    choices_TK = torch.tensor([[2, 0], [0, 2], [2, 3], [1, 2], [3, 3]])
+    experts = mixture.Experts.of([Panels.of(weight_OI) for weight_OI in weights_EOI])
+    assert experts is not None
+    order = mixture.order(choices_TK, 3)
+    found_NO = mixture.products(experts, x_TI, order, None, ordered=False)
+    here_TK, weights_TKOI = shares_TK * (choices_TK < 3), weights_EOI[choices_TK.clamp(max=2)].float()
+    expected_TO = torch.einsum("tk,tkoi,ti->to", here_TK, weights_TKOI, x_TI.float())
+    yield "mixture", _error(mixture.weighted(found_NO, order, shares_TK), expected_TO)
 
 
 def _state_space(draw: torch.Generator) -> Iterator[tuple[str, float]]:

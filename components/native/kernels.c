@@ -21,6 +21,7 @@
 #include <omp.h>
 
 #include "numbers.h"
+#include "products.h"
 
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 

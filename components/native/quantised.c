@@ -17,6 +17,7 @@
 #include <omp.h>
 
 #include "numbers.h"
+#include "products.h"
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 

@@ -19,6 +19,7 @@
 #include <omp.h>
 
 #include "numbers.h"
+#include "products.h"
 
 /* Tests put tile operations in plain C in the place of the processor's. */
 #if defined(ZOO_EMULATED)
@@ -420,6 +421,10 @@ TILES void zoo_tiles_of_codes(int bits, long groups, long blocks, const uint8_t 
 
 /* The compiler knows no tiles: nobody calls these. */
 int zoo_tiles(void) { return 0; }
+void zoo_panels_by_tiles(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
+                         long y_next, bf16 *scratch, int threads) {
+    (void)rows, (void)inputs, (void)outputs, (void)x, (void)x_next, (void)w, (void)bias, (void)y, (void)y_next, (void)scratch, (void)threads;
+}
 void zoo_tiles_begin(int rows, int bytes) { (void)rows, (void)bytes; }
 void zoo_tiles_end(void) {}
 void zoo_tiles_of_codes(int bits, long groups, long blocks, const uint8_t *codes, const void *scales, long tiles, long each,
