@@ -189,8 +189,8 @@ class Kernels:
         places = (words.data_ptr(), None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr(), outputs)
         threads = torch.get_num_threads()
         if self.level == DOT:
-            beside = torch.empty(0 if rows <= FEW else rows * inputs, dtype=x_TI.dtype)
-            self.handle.zoo_panels(*sizes, *places, beside.data_ptr(), threads)
+            room = torch.empty(rows * inputs, dtype=x_TI.dtype)
+            self.handle.zoo_panels(*sizes, *places, room.data_ptr(), threads)
         elif self.level == TILES and rows > self.single:
             packed = torch.empty(-(-rows // 16) * -(-inputs // 32) * 512, dtype=x_TI.dtype)
             self.handle.zoo_panels_by_tiles(*sizes, *places, packed.data_ptr(), threads)

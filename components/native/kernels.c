@@ -234,8 +234,16 @@ AVX512 void zoo_rotate(long rows, long heads, long width, long lanes, const bf16
 /* Panels: w stored as (outputs / 16, inputs / 2, 16, 2), so that a line of memory has two inputs of sixteen outputs. Tiles of
  * R rows of x by N panels; every output has a lane of its own, which adds up its inputs in their order whatever R and N are. */
 
+/* Where results go: of `outputs` from y and bias on; rows are `next` apart. */
+typedef struct {
+    bf16 *y;
+    const bf16 *bias;
+    long next, outputs;
+} results;
+
+/* Goes on with `sums` unless these inputs are the `first`, and leaves them there, or after the last inputs as results. */
 typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, long next, int first,
-                           const bf16 *ahead, long every);
+                           const results *last, const bf16 *ahead, long every);
 
 /* A tile's rows lie x_next apart, or their pairs side by side. */
 #define APART(R, r) (x + r * x_next + i * 2)
@@ -245,9 +253,15 @@ typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w
 #define FETCH(N) UNROLLED(int n = 0; n < N; n++) _mm_prefetch((const char *)(ahead + n * w_next + i / every * 32), _MM_HINT_T1);
 #define LEAVE(N)
 
+AVX512_BF16 INLINE void put(const results *to, long r, long n, __m512 sum) {
+    __mmask16 part = part_of(to->outputs - n);
+    if (to->bias) sum = _mm512_add_ps(sum, load16(to->bias + n, part));
+    _mm256_mask_storeu_epi16(to->y + r * to->next + n, part, (__m256i)_mm512_cvtneps_pbh(sum));
+}
+
 #define PANEL_TILE(NAME, PLACE, FETCH, R, N)                                                                             \
     AVX512_BF16 static void NAME##_##R##_##N(long pairs, const bf16 *x, long x_next, const bf16 *w, long w_next, float *sums, \
-                                             long next, int first, const bf16 *ahead, long every) {                      \
+                                             long next, int first, const results *last, const bf16 *ahead, long every) { \
         (void)x_next, (void)ahead; /* each is for one PLACE or FETCH */                                                  \
         __m512 sum[R][N];                                                                                                \
         UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++)                                                  \
@@ -266,7 +280,11 @@ typedef void (*panel_tile)(long pairs, const bf16 *x, long x_next, const bf16 *w
                 }                                                                                                        \
             }                                                                                                            \
         }                                                                                                                \
-        UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) _mm512_storeu_ps(sums + r * next + n * 16, sum[r][n]); \
+        if (last) {                                                                                                      \
+            UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) put(last, r, n * 16, sum[r][n]);             \
+        } else {                                                                                                         \
+            UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) _mm512_storeu_ps(sums + r * next + n * 16, sum[r][n]); \
+        }                                                                                                                \
     }
 
 #define OF_FEW(R, N) PANEL_TILE(apart, APART, LEAVE, R, N)
@@ -276,7 +294,7 @@ static const panel_tile apart_tiles[2][MOST + 1] = {
     {NULL, apart_1_1, apart_2_1, apart_3_1, apart_4_1, apart_5_1, apart_6_1, apart_7_1, apart_8_1},
     {NULL, apart_1_8, apart_2_8, apart_3_8, apart_4_6, apart_5_4, apart_6_4, apart_7_3, apart_8_3}};
 
-/* Groups of more rows than MOST have half as many at least. */
+/* More rows than FEW_ROWS make groups of four at least. */
 #define OF_MANY(R, N) PANEL_TILE(beside, BESIDE, FETCH, R, N)
 OF_MANY(4, 1) OF_MANY(5, 1) OF_MANY(6, 1) OF_MANY(7, 1) OF_MANY(8, 1)
 OF_MANY(4, 2) OF_MANY(5, 2) OF_MANY(6, 2) OF_MANY(7, 2) OF_MANY(8, 2)
@@ -286,30 +304,18 @@ static const panel_tile beside_tiles[][MOST + 1] = {
     {NULL, NULL, NULL, NULL, beside_4_1, beside_5_1, beside_6_1, beside_7_1, beside_8_1},
     {NULL, NULL, NULL, NULL, beside_4_2, beside_5_2, beside_6_2, beside_7_2, beside_8_2},
     {NULL, NULL, NULL, NULL, beside_4_3, beside_5_3, beside_6_3, beside_7_3, beside_8_3}};
+/* Up to FEW_ROWS rows are read where they lie: laying them beside each other would take longer than it saves. */
+enum { FEW_ROWS = 6, PANELS = 24, MANY_PANELS = 3, MANY_ROWS = 512, CHUNK = 1024 };
 
-enum { PANELS = 24, MANY_PANELS = 3, MANY_ROWS = 512, CHUNK = 1024 };
-
-/* Sums to results: with the bias, rounded. */
-AVX512_BF16 static void rounded_sums(long rows, long outputs, const float *sums, long next, const bf16 *bias, bf16 *y, long y_next) {
-    for (long n = 0; n < outputs; n += 16) {
-        __mmask16 part = part_of(outputs - n);
-        __m512 added = bias ? load16(bias + n, part) : _mm512_setzero_ps();
-        for (long r = 0; r < rows; r++)
-            _mm256_mask_storeu_epi16(y + r * y_next + n, part,
-                                     (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_loadu_ps(sums + r * next + n), added)));
+/* At most FEW_ROWS rows with at most PANELS panels. */
+static void few_rows(long rows, long pairs, const bf16 *x, long x_next, const bf16 *w, results to) {
+    long panels = (to.outputs + 15) / 16;
+    for (long n = 0, step; n < panels; n += step) {
+        int wide = n + WIDTH[rows] <= panels;
+        step = wide ? WIDTH[rows] : 1;
+        apart_tiles[wide][rows](pairs, x, x_next, w + n * pairs * 32, pairs * 32, NULL, 0, 1, &to, NULL, pairs);
+        to = (results){to.y + step * 16, to.bias ? to.bias + step * 16 : NULL, to.next, to.outputs - step * 16};
     }
-}
-
-/* At most MOST rows with at most PANELS panels. */
-static void few_rows(long rows, long pairs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
-                     long y_next) {
-    static _Thread_local float sums[MOST * PANELS * 16];
-    long panels = (outputs + 15) / 16, next = panels * 16;
-    for (long n = 0, wide; n < panels; n += wide ? WIDTH[rows] : 1) {
-        wide = n + WIDTH[rows] <= panels;
-        apart_tiles[wide][rows](pairs, x, x_next, w + n * pairs * 32, pairs * 32, sums + n * 16, next, 1, NULL, pairs);
-    }
-    rounded_sums(rows, outputs, sums, next, bias, y, y_next);
 }
 
 /* Where group g begins, of `groups` of at most MOST rows. */
@@ -339,30 +345,29 @@ AVX512 static void lay_beside(long rows, long pairs, const bf16 *x, long x_next,
 }
 
 /* Groups g to `end` with at most MANY_PANELS panels. Inputs are taken in chunks, so that a piece of w stays in the second cache
- * for all rows; meanwhile the next piece is fetched. x: all rows, the pairs of a group side by side. */
-static void many_rows(long rows, long groups, long g, long end, long pairs, long outputs, const bf16 *x, const bf16 *w,
-                      const bf16 *bias, bf16 *y, long y_next) {
+ * for all rows; meanwhile the next piece is fetched. x: of each chunk all rows, the pairs of a group side by side. */
+static void many_rows(long rows, long groups, long g, long end, long pairs, const bf16 *x, const bf16 *w, results to) {
     static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16];
-    long panels = (outputs + 15) / 16, next = panels * 16, start = row_of(rows, groups, g), all = end - g;
+    long panels = (to.outputs + 15) / 16, next = panels * 16, start = row_of(rows, groups, g), all = end - g;
     for (long i = 0; i < pairs; i += CHUNK) {
         long here = pairs - i < CHUNK ? pairs - i : CHUNK;
         const bf16 *then = w + (i + CHUNK < pairs ? i + CHUNK : panels * pairs) * 32;
         for (long h = g; h < end; h++) {
             long r = row_of(rows, groups, h), count = row_of(rows, groups, h + 1) - r;
             const bf16 *ahead = then + (h - g) * (here / all) * 32;
-            beside_tiles[panels][count](here, x + (r * pairs + i * count) * 2, 0, w + i * 32, pairs * 32, sums + (r - start) * next,
-                                        next, i == 0, ahead, all);
+            results own = {to.y + r * to.next, to.bias, to.next, to.outputs};
+            beside_tiles[panels][count](here, x + (i * rows + r * here) * 2, 0, w + i * 32, pairs * 32, sums + (r - start) * next,
+                                        next, i == 0, i + here == pairs ? &own : NULL, ahead, all);
         }
     }
-    rounded_sums(row_of(rows, groups, end) - start, outputs, sums, next, bias, y + start * y_next, y_next);
 }
 
-/* As zoo_product, of w in panels. inputs are even; x's rows may lie at any distance. room: of more than MOST rows for x. */
+/* As zoo_product, of w in panels. inputs are even; x's rows may lie at any distance. room: for x once more. */
 void zoo_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
                 long y_next, bf16 *room, int threads) {
-    long panels = (outputs + 15) / 16, some = rows <= MOST ? PANELS : MANY_PANELS, worth = rows * inputs * outputs / SERIAL + 1;
+    long panels = (outputs + 15) / 16, some = rows <= FEW_ROWS ? PANELS : MANY_PANELS, worth = rows * inputs * outputs / SERIAL + 1;
     long groups = (rows + MOST - 1) / MOST, most = MANY_ROWS / MOST, pairs = inputs / 2;
-    bf16 *beside = rows <= MOST ? NULL : room;
+    bf16 *beside = rows <= FEW_ROWS ? NULL : room;
     if (!rows) return;
     threads = threads < worth ? threads : worth;
 #pragma omp parallel num_threads(threads)
@@ -371,19 +376,23 @@ void zoo_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next
 #pragma omp for schedule(static)
             for (long g = 0; g < groups; g++) {
                 long r = row_of(rows, groups, g);
-                lay_beside(row_of(rows, groups, g + 1) - r, pairs, x + r * x_next, x_next, beside + r * inputs);
+                for (long i = 0; i < pairs; i += CHUNK) {
+                    long here = pairs - i < CHUNK ? pairs - i : CHUNK;
+                    bf16 *to = beside + (i * rows + r * here) * 2;
+                    lay_beside(row_of(rows, groups, g + 1) - r, here, x + r * x_next + i * 2, x_next, to);
+                }
             }
         }
 #pragma omp for schedule(static)
         for (long t = 0; t < threads; t++) {
             long last = panels * (t + 1) / threads;
             for (long p = panels * t / threads; p < last; p += some) {
-                long end = (p + some < last ? p + some : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
-                const bf16 *own = w + p * 16 * inputs, *added = bias ? bias + p * 16 : NULL;
-                if (!beside) few_rows(rows, pairs, width, x, x_next, own, added, y + p * 16, y_next);
+                long end = (p + some < last ? p + some : last) * 16;
+                results to = {y + p * 16, bias ? bias + p * 16 : NULL, y_next, (end < outputs ? end : outputs) - p * 16};
+                const bf16 *own = w + p * 16 * inputs;
+                if (!beside) few_rows(rows, pairs, x, x_next, own, to);
                 for (long g = 0; beside && g < groups; g += most)
-                    many_rows(rows, groups, g, g + most < groups ? g + most : groups, pairs, width, beside, own, added, y + p * 16,
-                              y_next);
+                    many_rows(rows, groups, g, g + most < groups ? g + most : groups, pairs, beside, own, to);
             }
         }
     }
@@ -458,7 +467,7 @@ AVX512_BF16 void zoo_prompts(long rows, long heads, long groups, long width, lon
             for (long p = start / 16, wide; p < end / 16; p += wide ? WIDTH[here] : 1) {
                 wide = p + WIDTH[here] <= end / 16;
                 apart_tiles[wide][here](width / 2, q + r * q_row + h * q_head, q_row, keys + (g * padded + p * 16) * width,
-                                        width * 16, own + p * 16 - start, span, 1, NULL, width);
+                                        width * 16, own + p * 16 - start, span, 1, NULL, NULL, width);
             }
             for (long j = 0; j < here; j++) {
                 long seen = past + j + 1;
@@ -468,7 +477,7 @@ AVX512_BF16 void zoo_prompts(long rows, long heads, long groups, long width, lon
             for (long p = 0, wide; p < width / 16; p += wide ? WIDTH[here] : 1) {
                 wide = p + WIDTH[here] <= width / 16;
                 apart_tiles[wide][here](span / 2, own_shares, span, values + (g * width + p * 16) * padded + start * 16,
-                                        padded * 16, found + p * 16, width, 1, NULL, span);
+                                        padded * 16, found + p * 16, width, 1, NULL, NULL, span);
             }
             for (long j = 0; j < here; j++)
                 for (long i = 0; i < width; i += 16)
