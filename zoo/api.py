@@ -120,7 +120,6 @@ def load(
     context = _context(found.card, max_context)
     if spread is not None:
         spread = spread.laid(plan, placement, quantize, context)
-        spread.refuse(plan, draft)
     follows = spread is not None and spread.rank > 0
     other = None if follows else draft_named(draft, plan)
     memory = fitting(plan, spread, placement, context, quantize, other, asked=max_context is not None)
@@ -322,9 +321,6 @@ def _model(
     from zoo.model import Model
 
     if run is not None:
-        # The stages may have been cut anew when the ranks had met.
-        run.spread.refuse(plan, guessing)
-        prefix_cache = prefix_cache and run.spread.uniform(plan)
         run.loaded(module)
     notes = [*notes, *(coding_notes(module, placement.dtype, placement.device) if run is None else [str(run)])]
     notes = [*notes, *(["no tokenizer: token ids only"] if isinstance(tokenizer, TextError) else tokenizer.notes)]

@@ -30,7 +30,7 @@ from zoo.components.step import Step
 from zoo.devices.mesh import Mesh
 from zoo.devices.shares import Part, join
 from zoo.engine.media import place, rows_of_media
-from zoo.engine.memory import Memory
+from zoo.engine.memory import Kept, Memory
 from zoo.engine.request import Media
 from zoo.loading.files import locate
 from zoo.loading.load import load_weights, random_weights
@@ -92,9 +92,9 @@ def step_through(
     ]
     states = module.spec.states()
     memory = Memory(
-        states,
-        lambda spec, layers, budget: make_store(spec, layers, torch.float32, "cpu", storage, budget),
-        budget=None,
+        Kept(
+            states, lambda spec, layers, budget: make_store(spec, layers, torch.float32, "cpu", storage, budget), None
+        ),
         batch=len(sequences),
         context=max(map(len, sequences)),
         pooled=storage == "pages",

@@ -208,16 +208,18 @@ class RecurrentStore:
 
     def adopt(self, source: int, seq: int, tokens: int, room: int, move: bool) -> None:
         """See `Reusable`."""
-        assert self._seen[source] == tokens, "a recurrent state goes on where it stands"
+        counts = self.device.type == "meta"
+        assert counts or self._seen[source] == tokens, "a recurrent state goes on where it stands"
+        self._seen[seq] = tokens
         if move:
-            self._held[seq], self._seen[seq] = self._held.pop(source), self._seen.pop(source)
+            self._held[seq] = self._held.pop(source)
+            self._seen.pop(source, None)
             if source in self._place:
                 self._place[seq] = self._place.pop(source)
             return
         self.grow(seq, room)
         for piece, state in self._held[seq].items():
             state.copy_(self._held[source][piece])
-        self._seen[seq] = tokens
 
     def trim(self, seq: int, tokens: int) -> bool:
         """See `Reusable`."""

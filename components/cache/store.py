@@ -19,6 +19,7 @@ class Store(Protocol):
 
     The class is called with (spec, num_layers, dtype, device, storage, budget_bytes), and has a static method
     `fresh(rows, num_layers)` for the states of layers in a step that starts and ends with whole sequences.
+    On the device "meta" it counts what the same store of another device of the model takes: `views` is not called.
     """
 
     @property

@@ -1,6 +1,5 @@
 """The benchmarks by name: each takes a Bench, that is a shape and who takes part, and returns plain data."""
 
-import gc
 import subprocess
 import sys
 import time
@@ -15,9 +14,9 @@ from unittest.mock import patch
 
 import torch
 
-from tests.benchmarks import guessing, traffic
+from tests.benchmarks import guessing, ranks, traffic
 from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of, recurrent_folder
-from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Threads, Timed, Transformers, Zoo
+from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Timed, Transformers, Zoo, turns
 from zoo.bench import (
     Arrival,
     arrivals,
@@ -340,31 +339,23 @@ print(before, top, seconds, sum(p.nbytes for p in model.parameters()))
 @case
 def devices(bench: Bench) -> dict[str, Any]:
     """Two ranks of one thread, as stages and sharing out layers, beside one process with one thread and with two."""
-    alone = {"1 process, 2 threads": 2, "1 process, 1 thread": 1}
-    batch, length = (bench.batches or (16,))[0], bench.prompt or 1024
-    sides: list[Side] = [Threads(bench.folder, name, threads, max_batch_size=batch) for name, threads in alone.items()]
-    sides += [Threads(bench.folder, f"{kind}=2", 1, max_batch_size=batch, devices=f"{kind}=2") for kind in ("tp", "pp")]
-    try:
-        decoded = _turns(bench, sides, bench.prompts(batch, 16), bench.steps)
-        read = _turns(bench, sides, bench.prompts(1, length), 0)
-    finally:
-        for side in reversed(sides):
-            side.close()
-    rates = {name: batch / median(s for run in runs for s in run.steps) for name, runs in decoded.items()}
-    prompts = {name: length / median(run.prefill for run in runs) for name, runs in read.items()}
-    return {"batch": batch, "prompt": length, "decode_tokens_per_second": rates, "prefill_tokens_per_second": prompts}
+    return ranks.layouts(bench)
+
+
+@case
+def pieces(bench: Bench) -> dict[str, Any]:
+    """Two stages of one thread each, with steps cut as zoo cuts them, not at all, and in 2, 4 and 8 pieces."""
+    return ranks.pieces(bench)
+
+
+@case
+def shares(bench: Bench) -> dict[str, Any]:
+    """What each of two ranks reads of the files, holds of the weights, and takes at most while it loads."""
+    return ranks.shares(bench)
 
 
 def _turns(bench: Bench, sides: Sequence[Side], prompts: Prompts, steps: int) -> dict[str, list[Timed]]:
-    """Runs of every side, by turns, so that a drifting machine moves all; a first short one of each is left out."""
-    for side in sides:
-        side.run(prompts[:1], min(steps, 2))
-    times: dict[str, list[Timed]] = {side.name: [] for side in sides}
-    for _ in range(bench.rounds):
-        for side in sides:
-            gc.collect()
-            times[side.name].append(side.run(prompts, steps))
-    return times
+    return turns(sides, prompts, steps, bench.rounds)
 
 
 def _step_at(bench: Bench, side: Side, length: int) -> float:

@@ -1,4 +1,4 @@
-"""Results -> the tables of docs/benchmarks.md and the plots beside it."""
+"""Results -> the tables of docs/benchmarks.md and docs/devices.md, and the plots beside them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +16,30 @@ COLOURS = ("#d9480f", "#3b82c4", "#2f9e6e", "#9a6fd0", "#b08900", "#7a8794")
 
 
 def report(results: Mapping[str, Any], docs: Path) -> None:
-    """Writes the plots, and the page's part between its marks."""
+    """Writes the plots, and the pages' parts between their marks."""
     plots = docs / "benchmarks"
     if "decode" in results:
         (plots / "batch.svg").write_text(_batch_plot(results["decode"]))
     if "context" in results:
         (plots / "context.svg").write_text(_context_plot(results["context"]))
-    page = docs / "benchmarks.md"
     parts = [_TABLES[name](results[name]) for name in _TABLES if name in results]
     aims = "What was asked of this shape on a CPU, and what came of it:\n\n" + gates.table(results, markdown)
-    middle = "\n\n".join([_machine(results), *parts, aims])
+    _put(docs / "benchmarks.md", "results", "\n\n".join([_machine(results), *parts, aims]))
+    if {"devices", "pieces"} <= {*results}:
+        speeds = [_speeds(results[name], head) for name, head in (("devices", "ranks"), ("pieces", "`pp=2`"))]
+        _put(docs / "devices.md", "speeds", "\n\n".join([_of_ranks(results["devices"]), *speeds]))
+    if "shares" in results:
+        _put(docs / "devices.md", "shares", _shares(results["shares"]))
+
+
+def _put(page: Path, what: str, middle: str) -> None:
     text, count = re.subn(
-        r"(<!-- results: .*? -->\n).*?(\n<!-- end of results -->)",
+        rf"(<!-- {what}: .*? -->\n).*?(\n<!-- end of {what} -->)",
         lambda found: f"{found[1]}\n{middle}\n{found[2]}",
         page.read_text(),
         flags=re.DOTALL,
     )
-    assert count == 1, f"{page} has no place for the results"
+    assert count == 1, f"{page} has no place for the {what}"
     page.write_text(text)
 
 
@@ -168,6 +175,34 @@ def _load(result: Mapping[str, Any]) -> str:
     sides = {name: side for name, side in result.items() if isinstance(side, dict) and "peak_over_weights" in side}
     rows = [[name, f"{side['seconds']:.1f}", f"{side['peak_over_weights']:.2f}"] for name, side in sides.items()]
     return f"Loading from warm files:\n\n{markdown(['', 'seconds', 'peak memory over weights'], rows)}"
+
+
+def _of_ranks(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    return (
+        f"{result['date']}, {machine['processor']} with {', '.join(machine['instructions'])}, {machine['cores']} cores."
+        f" Tokens per second of sequences that decode together, and of a prompt of {result['prompt']} tokens:"
+    )
+
+
+def _speeds(result: Mapping[str, Any], head: str) -> str:
+    decode, prompt = result["decode_tokens_per_second"], result["prefill_tokens_per_second"]
+    columns = [*decode.values(), prompt]
+    rows = [[name, *(f"{column[name]:.0f}" for column in columns)] for name in prompt]
+    return markdown([head, *(f"{batch} sequences" for batch in decode), "prompt"], rows)
+
+
+def _shares(result: Mapping[str, Any]) -> str:
+    """Ranks that are alike in a row together."""
+    layouts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for rank in result["ranks"]:
+        layouts.setdefault((rank["layout"], rank["quantize"]), []).append(rank)
+    rows = []
+    for (layout, kind), ranks in layouts.items():
+        name = "1 process" if layout == "1" else f"each of `{layout}`"
+        columns = ([round(rank[what] / 1e6) for rank in ranks] for what in ("reads", "holds", "grows"))
+        rows.append([name, kind, *(" and ".join(map(str, dict.fromkeys(column))) for column in columns)])
+    return markdown(["", "`--quantize`", "reads", "holds", "grows"], rows)
 
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {

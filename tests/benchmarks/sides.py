@@ -1,12 +1,14 @@
 """Those that are compared: each runs equal prompts greedily and says when its tokens came."""
 
 import ctypes
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 
@@ -38,6 +40,18 @@ class Side(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def turns(sides: Sequence[Side], prompts: Prompts, steps: int, rounds: int) -> dict[str, list[Timed]]:
+    """Runs of every side, by turns, so that a drifting machine moves all; a first short one of each is left out."""
+    for side in sides:
+        side.run(prompts[:1], min(steps, 2))
+    times: dict[str, list[Timed]] = {side.name: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            gc.collect()
+            times[side.name].append(side.run(prompts, steps))
+    return times
 
 
 class Zoo:
@@ -88,6 +102,22 @@ class Threads(Zoo):
     def run(self, prompts: Prompts, steps: int) -> Timed:
         torch.set_num_threads(self.threads)
         return super().run(prompts, steps)
+
+
+class Cut:
+    """Stages on several ranks, with each step cut in so many pieces."""
+
+    def __init__(self, side: Zoo, name: str, pieces: int) -> None:
+        self.side, self.name, self.pieces = side, name, pieces
+
+    def run(self, prompts: Prompts, steps: int) -> Timed:
+        with patch.object(self.side.model.engine.parts[1].decoder, "pieces", lambda rows: min(rows, self.pieces)):
+            return self.side.run(prompts, steps)
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        return self.side.logits(tokens)
+
+    def close(self) -> None: ...
 
 
 class Transformers:

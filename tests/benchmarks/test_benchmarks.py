@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks import gates, traffic
+from tests.benchmarks import gates, ranks, traffic
 from tests.benchmarks.cases import CASES, Bench
 from tests.benchmarks.report import report
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.sides import Transformers
 from zoo.bench import arrivals
+from zoo.engine import runner
+from zoo.engine.pack import Batch, split
 
 ABOUT: dict[str, Any] = {
     "date": "2026-01-01",
@@ -51,8 +53,43 @@ def test_ranks_are_measured(bench: Bench) -> None:
     found = CASES["devices"](replace(bench, batches=(2,)))
     torch.set_num_threads(before)
     names = {"1 process, 1 thread", "1 process, 2 threads", "tp=2", "pp=2"}
-    for rates in ("decode_tokens_per_second", "prefill_tokens_per_second"):
-        assert {name for name, rate in found[rates].items() if rate > 0} == names
+    for rates in (found["decode_tokens_per_second"]["2"], found["prefill_tokens_per_second"]):
+        assert {name for name, rate in rates.items() if rate > 0} == names
+
+
+def test_stages_are_measured_by_how_steps_are_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts: list[int] = []
+
+    def noted(batch: Batch, count: int) -> list[Batch]:
+        cuts.append(min(count, 99))
+        return split(batch, count)
+
+    monkeypatch.setattr(runner, "split", noted)
+    before = torch.get_num_threads()
+    found = CASES["pieces"](replace(bench, batches=(8,)))
+    torch.set_num_threads(before)
+    names = ["as zoo cuts them", "not cut", *(f"each step cut in {count}" for count in (2, 4, 8))]
+    assert [*found["decode_tokens_per_second"]["8"]] == names
+    assert {1, 2, 4, 8} <= {*cuts}
+
+
+def test_shares_of_ranks_become_a_table(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "KINDS", ("none",))
+    monkeypatch.setattr(ranks, "LAYOUTS", {"tp=2": 1})
+    found = CASES["shares"](bench)
+    [rank] = found["ranks"]
+    files = (bench.folder / "model.safetensors").stat().st_size
+    assert 0.4 * files < rank["holds"] <= rank["reads"] < 0.7 * files
+    assert rank["grows"] >= 0
+    decode, prompt = {"2": {"x": 4.4}}, {"x": 5.6}
+    speeds = {"prompt": 3, "decode_tokens_per_second": decode, "prefill_tokens_per_second": prompt}
+    for page, marks in (("benchmarks", ["results"]), ("devices", ["shares", "speeds"])):
+        places = [f"<!-- {mark}: here -->\nold\n<!-- end of {mark} -->\n" for mark in marks]
+        (tmp_path / f"{page}.md").write_text("\n".join(places))
+    (tmp_path / "benchmarks").mkdir()
+    report({"shares": ABOUT | found, "devices": ABOUT | speeds, "pieces": ABOUT | speeds}, tmp_path)
+    text = (tmp_path / "devices.md").read_text()
+    assert "| x | 4 | 6 |" in text and "| each of `tp=2` | none |" in text and "old" not in text
 
 
 def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from zoo.registry.card import Card, load_card
 from zoo.registry.errors import RequestError
 from zoo.registry.plan import Plan
 from zoo.registry.resolve import resolve
-from zoo.registry.spec import Spec
+from zoo.registry.spec import Spec, StateSpec
 from zoo.testing import TOLERANCE, prefill, relative_error, share_out, step_through
 
 PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
@@ -140,6 +141,11 @@ def test_two_ranks_give_the_logits_of_one(name: str) -> None:
         assert relative_error(stepped, expected[:6]) < TOLERANCE
 
 
+def cache_bytes(states: Sequence[StateSpec | None]) -> int:
+    """Of a sequence of 100 tokens in float32."""
+    return sum(state.nbytes(100, 4) for state in states if state)
+
+
 @pytest.mark.parametrize("name", ["mistral-large-4", "zamba2-2.7b"])
 def test_every_layer_may_be_a_stage(name: str) -> None:
     """What later layers read of earlier ones passes through the stages between."""
@@ -150,8 +156,8 @@ def test_every_layer_may_be_a_stage(name: str) -> None:
     mesh = Mesh(1, count, borders=tuple(range(count + 1)))
     [found] = share_out(plan, module, mesh, lambda rank: step_through(rank, [TOKENS], 7)[0]).unsqueeze(0)
     assert relative_error(found, prefill(module, TOKENS)) < TOLERANCE
-    kept = [Part.of(plan, mesh, rank).cache_bytes(100, 4) for rank in range(count)]
-    whole = sum(state.nbytes(100, 4) for state in decoder(plan).states() if state)
+    kept = [cache_bytes(Part.of(plan, mesh, rank).states) for rank in range(count)]
+    whole = cache_bytes(decoder(plan).states())
     assert sum(kept) >= whole
     assert (sum(kept) > whole) == (name == "mistral-large-4")
 
@@ -165,4 +171,4 @@ def test_loads_are_what_stages_hold(name: str) -> None:
         rank = mesh.borders.index(start)
         part = Part.of(plan, mesh, rank)
         params = {n: p for n, p in part.local.model.all_parameters().items() if n != "lerope.alpha"}
-        assert loads.of(start, stop) == load.weights(params) + part.cache_bytes(100, 4)
+        assert loads.of(start, stop) == load.weights(params) + cache_bytes(part.states)

@@ -23,7 +23,7 @@ from zoo.devices.peer import Peer
 from zoo.devices.worker import follow_to_the_end
 from zoo.engine.engine import Engine
 from zoo.engine.memory import MIRRORED
-from zoo.engine.request import Request, SamplingParams
+from zoo.engine.request import Completion, Request, SamplingParams
 from zoo.registry.plan import Plan
 from zoo.testing import Rank, ranks_of
 
@@ -31,8 +31,11 @@ WINDOW = {**ATTENTION, "window": 7}
 MODELS: dict[str, list[dict[str, Any]]] = {
     "full": [{"repeat": 2, "mixer": ATTENTION, "ffn": GATED}],
     "moving": [{"mixer": mixer, "ffn": GATED} for mixer in (WINDOW, MAMBA1, ATTENTION, {**MAMBA2, "num_groups": 1})],
+    "unlike": [{"mixer": mixer, "ffn": GATED} for mixer in (ATTENTION, ATTENTION, MAMBA1, WINDOW)],
 }
-STORAGE = {"full": "pages", "moving": "slab"}
+STORAGE = {"full": "pages", "moving": "slab", "unlike": "slab"}
+SHARED_OUT, STAGES = Mesh(2), Mesh(1, 2)
+
 CONTEXTS = 2.1
 """How many whole sequences a cache has room for."""
 
@@ -69,32 +72,45 @@ def requests() -> list[list[Request]]:
     return [[Request(p, short)] for p in (other, start, [*start, 3])] + [several, several[::-1]]
 
 
+def completions(engine: Engine) -> list[Completion]:
+    return [completion for asked in requests() for completion in engine.generate(asked)]
+
+
 def answers(engine: Engine) -> list[list[int]]:
-    return [completion.tokens for asked in requests() for completion in engine.generate(asked)]
+    return [completion.tokens for completion in completions(engine)]
 
 
-def sizes(name: str) -> dict[str, Any]:
+def sizes(name: str, module: Decoder, plan: Plan) -> dict[str, Any]:
     """Of an engine with a small cache."""
-    module, plan = built(name)
     with Engine(module, plan) as engine:
         whole = engine.memory["cache_budget"] // 64
-    own = {"chunk_tokens": 48, "max_batch_size": 3, "storage": STORAGE[name]}
-    return {**own, "draft": "lookup", "memory_bytes": int(CONTEXTS * whole)}
+    return {
+        "chunk_tokens": 48,
+        "max_batch_size": 3,
+        "storage": STORAGE[name],
+        "memory_bytes": int(CONTEXTS * whole),
+    }
 
 
 @contextmanager
-def led(name: str) -> Iterator[Engine]:
-    """An engine over two ranks: this thread's, and one in another thread that follows it."""
+def led(name: str, mesh: Mesh = SHARED_OUT, spare: tuple[int, int] = (1, 1)) -> Iterator[Engine]:
+    """An engine over two ranks: this thread's, and one in another thread that follows it.
+
+    spare: how many times as large as small caches theirs are.
+    """
     module, plan = built(name)
-    first, second = ranks_of(plan, module, Mesh(2))
+    first, second = ranks_of(plan, module, mesh)
+    own, others = (sizes(name, rank.module, rank.part.local) for rank in (first, second))
+    for size, times in zip((own, others), spare, strict=True):
+        size["memory_bytes"] *= times
     near, far = channels()
-    # Each rank holds half of the heads, and of the channels.
-    budget = {**sizes(name), "memory_bytes": sizes(name)["memory_bytes"] // 2}
-    follower = threading.Thread(target=followed, args=(second, far, budget), daemon=True)
+    follower = threading.Thread(target=followed, args=(second, far, others), daemon=True)
     follower.start()
     ranks = Ranks({1: near}, {}, 20.0)
+    if mesh.pp > 1:
+        ranks.elsewhere = [(second.part.states, others["memory_bytes"])]
     try:
-        with Engine(first.module, first.part.fronted, others=ranks, **budget) as engine:
+        with Engine(first.module, first.part.fronted, draft="lookup", others=ranks, **own) as engine:
             yield engine
     finally:
         first.abort()
@@ -104,9 +120,8 @@ def led(name: str) -> Iterator[Engine]:
 
 def followed(rank: Rank, channel: Channel, budget: dict[str, Any]) -> None:
     """What the other rank does; whatever ends it early ends the first one too."""
-    own = {name: value for name, value in budget.items() if name != "draft"}
     try:
-        with Engine(rank.module, rank.part.local, follows=True, **own) as engine:
+        with Engine(rank.module, rank.part.local, follows=True, **budget) as engine:
             follow_to_the_end(Peer(0, channel), engine, rank.world, no_adapter)
     except (Exception, ClosedError):
         rank.abort()
@@ -119,11 +134,11 @@ def no_adapter(ref: str) -> Any:
 
 @cache
 def expected(name: str) -> list[list[int]]:
-    with Engine(*built(name), **sizes(name)) as engine:
+    with Engine(*built(name), draft="lookup", **sizes(name, *built(name))) as engine:
         return answers(engine)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["full", "moving"])
 def test_ranks_change_their_caches_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = set[str]()
     noted = lead.Ranks._noted
@@ -142,6 +157,18 @@ def test_ranks_change_their_caches_alike(name: str, monkeypatch: pytest.MonkeyPa
         assert answers(engine) == expected(name)
         assert engine._scheduler.preemptions > 0 or name == "full"
     assert told >= {method for method, shown in SHOWN_BY.items() if shown == name}
+
+
+@pytest.mark.parametrize("spare", [(1, 100), (100, 1)])
+@pytest.mark.usefixtures("always_guess")
+def test_unlike_stages_reuse_prefixes_and_check_guesses(spare: tuple[int, int]) -> None:
+    """Whichever stage has a small cache: rows of the first one fill it, states of the second one from the start."""
+    with led("unlike", STAGES, spare) as engine:
+        found = completions(engine)
+        assert (engine._scheduler.preemptions > 0) == (spare[0] == 1)
+    assert [completion.tokens for completion in found] == expected("unlike")
+    assert sum(completion.usage.cached_tokens > 0 for completion in found) > 1
+    assert sum(completion.usage.drafted_tokens for completion in found) > 0
 
 
 @pytest.mark.parametrize("method", MIRRORED)

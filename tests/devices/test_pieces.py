@@ -14,7 +14,7 @@ from zoo.components.decoder.model import Decoder
 from zoo.devices import stage
 from zoo.devices.mesh import Mesh
 from zoo.devices.shares import Chain
-from zoo.engine.memory import Memory
+from zoo.engine.memory import Kept, Memory
 from zoo.engine.pack import Batch, split
 from zoo.engine.runner import Runner
 from zoo.registry.spec import StateSpec
@@ -51,7 +51,7 @@ def stepped(module: Decoder) -> Tensor:
     def make(spec: StateSpec, layers: int, budget: int | None) -> Store:
         return make_store(spec, layers, torch.float32, CPU, "slab", budget)
 
-    memory = Memory(module.spec.states(), make, budget=None, batch=3, context=32, pooled=False)
+    memory = Memory(Kept(module.spec.states(), make, None), batch=3, context=32, pooled=False)
     runner = Runner(module, memory, CPU)
     for seq in range(3):
         memory.reserve(seq, 20)
@@ -60,7 +60,7 @@ def stepped(module: Decoder) -> Tensor:
 
 @pytest.mark.parametrize("mesh", [Mesh(1, 2), Mesh(1, 3), Mesh(2, 2)], ids=str)
 def test_pieces_give_what_the_whole_gives(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "PIECE", 2)
+    monkeypatch.setattr(stage, "PIECE", {"cpu": 2})
     plan = make_plan(layers=EVERYTHING)
     module = filled(plan)
     expected = stepped(module)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from zoo.engine.memory import MIRRORED, Memory
+from zoo.engine.memory import MIRRORED, Kept, Memory
 from zoo.registry.spec import StateSpec
 
 
@@ -63,7 +63,8 @@ LONG, SHORT = Bounded(limit=1000), Bounded(limit=32)
 def memory(
     budget: int | None, states: Sequence[StateSpec | None] = (LONG, SHORT, None, LONG), **options: Any
 ) -> Memory:
-    return Memory(states, CountingStore, **{"budget": budget, "batch": 4, "context": 160, "pooled": False, **options})
+    here = Kept(states, CountingStore, budget)
+    return Memory(here, **{"batch": 4, "context": 160, "pooled": False, **options})
 
 
 def test_layers_of_one_state_share_a_store_and_views_come_back_in_layer_order() -> None:

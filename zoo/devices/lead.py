@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep
 from types import FrameType
@@ -22,6 +22,7 @@ from zoo.engine.leading import Message
 from zoo.engine.memory import MIRRORED, Memory
 from zoo.registry import errors
 from zoo.registry.errors import RankError, ZooError
+from zoo.registry.spec import StateSpec
 
 GRACE = 3.0
 """Seconds in which the others end by themselves, and in which the cause of a broken connection becomes known."""
@@ -45,6 +46,7 @@ class Ranks:
         self.waits = Waits() if waits is None else waits
         self.peers = [Peer(rank, channel) for rank, channel in sorted(channels.items())]
         self.groups: tuple[ProcessGroup, ProcessGroup] | None = None
+        self.elsewhere: Sequence[tuple[Sequence[StateSpec | None], int | None]] = ()
         self.at_end: list[Callable[[], None]] = []
         self._queue: list[tuple[str, Any]] = []
         self._inside = False

@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import torch
 
-from zoo.components.cache.store import stored_parts
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.costs.memory import CACHE_SHARE
@@ -67,22 +66,6 @@ class Spread:
                 hint="`--device cpu` runs each rank as a process on the CPU",
             )
         return f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}" if kind == "cuda" else "cpu"
-
-    def uniform(self, plan: Plan) -> bool:
-        """Whether all stages keep the same kinds of state, so that what the first one can do, all can."""
-        firsts = [stage * self.mesh.tp for stage in range(self.mesh.pp)]
-        kept = [{*stored_parts(Part.of(plan, self.mesh, rank).states), None} for rank in firsts]
-        return all(kinds == kept[0] for kinds in kept)
-
-    def refuse(self, plan: Plan, draft: object) -> None:
-        """Raises RequestError for what unlike stages do not do."""
-        if draft not in (None, "none") and not self.uniform(plan):
-            raise RequestError(
-                "tokens are guessed only where all stages keep the same kinds of state",
-                where="draft",
-                found=f"a model over {self.mesh.size} devices ({self.mesh})",
-                hint="leave draft out, or use tensor parallelism alone",
-            )
 
     def laid(self, plan: Plan, placement: Placement, quantize: str | None, context: int) -> Self:
         """With the stages cut for what their devices hold, and have free where that is known."""
@@ -190,28 +173,15 @@ class Run:
         self.frees = [free // (1 if self.placement.device.type == "cuda" else self.spread.near) for free in frees]
 
     def begin(self, sizes: Mapping[str, Any]) -> tuple[Ranks, dict[str, Any]]:
-        """All make their engines; the first one's sizes: its cache never takes more than the others' have room for."""
-        budgets = [int(CACHE_SHARE * free) for free in self.frees]
-        if self.spread.mesh.pp == 1:
-            budgets = [min(budgets)] * len(budgets)
-        else:
-            budgets[0] = self._within(budgets, sizes["max_context"])
+        """All make their engines; the first one's sizes. Of a stage's devices, the one with the least room counts."""
+        mesh, whole = self.spread.mesh, self.part.whole
+        stages = [mesh.near(stage * mesh.tp) for stage in range(mesh.pp)]
+        budgets = [int(CACHE_SHARE * min(self.frees[rank] for rank in ranks)) for ranks in stages]
         for rank, channel in self.ranks.channels.items():
-            channel.send({**sizes, "memory_bytes": budgets[rank]})
+            channel.send({**sizes, "memory_bytes": budgets[mesh.stage(rank)]})
+        kept = (Part.of(whole, mesh, ranks[0]).states for ranks in stages)
+        self.ranks.elsewhere = [*zip(kept, budgets, strict=True)][1:]
         return self.ranks, {**sizes, "memory_bytes": budgets[0]}
-
-    def _within(self, budgets: Sequence[int], context: int) -> int:
-        """What the first stage may take so that no other stage, whose layers keep more or less, needs too much."""
-        lengths = [min(16 << power, context) for power in range(20)]
-        itemsize = self.placement.dtype.itemsize
-        first = [self.part.cache_bytes(tokens, itemsize) for tokens in lengths]
-        found = budgets[0]
-        for rank, budget in enumerate(budgets):
-            own = Part.of(self.part.whole, self.spread.mesh, rank)
-            for tokens, cost in zip(lengths, first, strict=True):
-                taken = own.cache_bytes(tokens, itemsize)
-                found = min(found, budget * cost // taken) if taken else found
-        return found
 
     def __str__(self) -> str:
         return f"{self.spread.mesh.size} devices ({self.spread.mesh})"

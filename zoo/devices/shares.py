@@ -65,10 +65,6 @@ class Part:
         """The plan that the first rank's engine sees: its own part, with the vocabulary of the whole."""
         return replace(self.local, model=self.local.model.model_copy(update={"vocab_size": self.model.vocab_size}))
 
-    def cache_bytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes that its layers keep of a sequence."""
-        return sum(state.nbytes(tokens, itemsize) for state in self.states if state is not None)
-
     @property
     def states(self) -> tuple[StateSpec | None, ...]:
         """What each of its layers keeps of a sequence."""

@@ -25,8 +25,8 @@ from zoo.components.rope.spec import RopeSpec
 from zoo.components.step import EMBEDDINGS, Cached, LatentState, Step
 from zoo.registry.spec import Borrowed, Param, Spec, StateSpec
 
-PIECE = 128
-"""Rows of a piece of a step at least."""
+PIECE, OTHER_PIECE = {"cpu": 16}, 128
+"""Rows of a piece of a step at least: fewer take nearly as long, since each piece reads all weights again."""
 
 ENTERED = -1
 """Stands for what entered the first layer, among the numbers of layers of which something travels."""
@@ -171,9 +171,9 @@ class Stage(Decoder):
         self.head = None if spec.tied_embeddings or not spec.ends else Linear(spec.dim, spec.vocab_size)
 
     def pieces(self, rows: int) -> int:
-        """Of prompts, so that all stages work: a stage computes one piece while the next one computes the one before.
-        Few rows are not cut, since each piece reads all weights again."""
-        return max(1, min(2 * self.stages, rows // PIECE))
+        """So many that all stages work: a stage computes one piece while the next one computes the one before."""
+        least = PIECE.get(next(self.parameters()).device.type, OTHER_PIECE)
+        return max(1, min(2 * self.stages, rows // least))
 
     def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
         """The stream behind this stage's layers, (T, D); of the last stage normalised."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
-from zoo.components.cache.store import Store, make_store
+from zoo.components.cache.store import make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.costs.work import chunk_tokens as usual_chunk
@@ -28,7 +28,7 @@ from zoo.engine.drafting import Drafting, Source
 from zoo.engine.leading import Leading, Others
 from zoo.engine.lookup import Lookup
 from zoo.engine.media import Placed, place
-from zoo.engine.memory import Memory, shares
+from zoo.engine.memory import Kept, Memory, StoreFactory, shares
 from zoo.engine.outcome import Outcome
 from zoo.engine.prefixes import Prefixes
 from zoo.engine.request import Chunk, Completion, Media, Request, token_ids
@@ -38,7 +38,6 @@ from zoo.engine.sequence import Sequence as Running
 from zoo.engine.stream import Stream
 from zoo.registry.errors import CapacityError, RequestError, ZooError
 from zoo.registry.plan import Plan
-from zoo.registry.spec import StateSpec
 
 DRAFT_ROWS = {"cpu": native.FEW}
 OTHER_DRAFT_ROWS = 128
@@ -88,25 +87,25 @@ class Engine:
         self.sizes = Sizes(max_batch_size, context, chunk)
         self.sizes.check(model.context_length)
 
-        def make(spec: StateSpec, layers: int, budget: int | None) -> Store:
-            return make_store(spec, layers, dtype, device, storage, budget)
+        pooled = storage == "pages" or (storage == "auto" and device.type != "cpu")
+        stored, counted = (_stores(dtype, place, pooled) for place in (device, torch.device("meta")))
+        elsewhere = [] if others is None else [Kept(states, counted, room) for states, room in others.elsewhere]
 
-        def memory(spec: DecoderSpec, budget: int | None, pooled: bool) -> Memory:
-            length = min(context, spec.context_length)
-            return Memory(spec.states(), make, budget=budget, batch=max_batch_size, context=length, pooled=pooled)
+        def memory(spec: DecoderSpec, budget: int | None, pooled: bool, elsewhere: Sequence[Kept] = ()) -> Memory:
+            here, length = Kept(spec.states(), stored, budget), min(context, spec.context_length)
+            return Memory(here, batch=max_batch_size, context=length, pooled=pooled, elsewhere=elsewhere)
 
         def runner(decoder: Decoder, memory: Memory, spread: bool = False) -> Runner:
             way = captures(device, spread)
             return Runner(decoder, memory, device, Captured(decoder, memory, device, way) if way else None)
 
-        pooled = storage == "pages" or (storage == "auto" and device.type != "cpu")
         source: Source | None = Lookup() if draft == "lookup" else None
         if isinstance(draft, tuple):
             other = cast(DecoderSpec, draft[1].model)
             memory_bytes, rest = shares(memory_bytes, *(memory(spec, None, False).budget for spec in (model, other)))
             own = memory(other, rest, pooled)
             source = DraftModel(runner(draft[0], own), own, context=min(context, other.context_length), rows=chunk)
-        self._memory = memory(model, memory_bytes, pooled)
+        self._memory = memory(model, memory_bytes, pooled, elsewhere)
         # A pool's memory is taken anyway; where each sequence takes its own, the rest is for others to use.
         limit = None if pooled else max(self._memory.cost(context), self._memory.budget // KEPT)
         prefixes = Prefixes(self._memory, on=prefix_cache, limit=limit)
@@ -386,6 +385,11 @@ class Engine:
             self._scheduler.drop(seq, sound=sound)
         if chunk is not None:
             self._post(chunk)
+
+
+def _stores(dtype: torch.dtype, device: torch.device, pooled: bool) -> StoreFactory:
+    storage = "pages" if pooled else "slab"
+    return lambda spec, layers, budget: make_store(spec, layers, dtype, device, storage, budget)
 
 
 def _no_memory(device: torch.device, error: BaseException) -> CapacityError:

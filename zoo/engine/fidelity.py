@@ -7,7 +7,7 @@ import torch
 from zoo.components.cache.store import Store, fresh_step, make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.step import Step
-from zoo.engine.memory import Memory
+from zoo.engine.memory import Kept, Memory
 from zoo.registry.spec import StateSpec
 
 TOKENS = 64
@@ -40,7 +40,7 @@ def cache_error(decoder: Decoder, dtype: torch.dtype, device: torch.device | str
     def make(state: StateSpec, layers: int, budget: int | None) -> Store:
         return make_store(state, layers, dtype, device)
 
-    memory = Memory(spec.states(), make, budget=None, batch=1, context=count, pooled=False)
+    memory = Memory(Kept(spec.states(), make, None), batch=1, context=count, pooled=False)
     memory.reserve(0, count)
     step = Step(torch.arange(count, device=device), [count], [0], memory.states([0], [count], [0]))
     plain_TV = decoder(tokens_T, fresh_step(spec, [count], device))

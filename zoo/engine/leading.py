@@ -21,6 +21,7 @@ from zoo.engine.pack import Batch
 from zoo.engine.runner import Runner
 from zoo.loading.adapters.read import Adapter
 from zoo.registry.errors import CapacityError
+from zoo.registry.spec import StateSpec
 
 Message = dict[str, Any]
 
@@ -41,6 +42,11 @@ class Spreads(Protocol):
 
 class Others(Spreads, Protocol):
     """The other ranks, as the first one knows them."""
+
+    @property
+    def elsewhere(self) -> Sequence[tuple[Sequence[StateSpec | None], int | None]]:
+        """What layers of other stages keep of sequences, and the bytes that their caches may take."""
+        ...
 
     def mirror(self, memory: Memory) -> None:
         """From now on they repeat what changes this memory."""
@@ -69,11 +75,12 @@ class Leading(Runner):
         others.mirror(runner.memory)
 
     @torch.inference_mode()
-    def compute(self, batch: Batch, media: Rows | None) -> Tensor:
+    def compute(self, batch: Batch, media: Rows | None, pieces: int | None = None) -> Tensor:
         batch = replace(batch, adapters=[*map(self.adapters.resolve, batch.adapters)])
-        with self.others.together("compute", _told(batch) | _shape(media)):
+        pieces = self.pieces(batch, media) if pieces is None else pieces
+        with self.others.together("compute", _told(batch) | {"pieces": pieces} | _shape(media)):
             _handed_on(media, self.others)
-            return super().compute(batch, media)
+            return super().compute(batch, media, pieces)
 
     def whole(self, tokens: Sequence[int], media: Rows | None, adapter: str | None, *, head: bool) -> Tensor:
         adapter = self.adapters.resolve(adapter)
@@ -119,7 +126,8 @@ def follow(runner: Runner, group: Spreads, task: str, message: Any, reads: Reads
         if getattr(runner.memory, task)(*message) is False:
             raise CapacityError("the cache of this device is full", hint="load with a smaller max_batch_size")
     elif task == "compute":
-        runner.compute(_batch(message, runner.device), _media(message, runner, group))
+        batch = _batch(message, runner.device)
+        runner.compute(batch, _media(message, runner, group), message["pieces"])
     else:
         assert task == "whole", task
         media = _media(message, runner, group)

@@ -1,4 +1,8 @@
-"""The cache of all sequences within a budget: layers that keep the same state share one Store."""
+"""The cache of all sequences within a budget: layers that keep the same state share one Store.
+
+Of a model in stages on several devices, the first one's memory also counts what the others take, so that a change is
+made where all have room for it, and knows what the layers of all of them need to be entered anew or taken back.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,27 @@ StoreFactory = Callable[[StateSpec, int, int | None], Store]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers, or parts of them, that keep the same state, and the bytes that they may take.
+    """Layers of a device, or parts of them, that keep the same state, and the bytes that they may take.
 
-    places: where they stand among what all layers store. moves: a sequence that has gone on no longer has the state
-    of all tokens before; None where the store cannot say.
+    device: 0 for this one. places: where they stand among what all layers store. moves: a sequence that has gone on no
+    longer has the state of all tokens before; None where the store cannot say.
     """
 
     store: Store
+    device: int
     places: list[int]
     budget: int
     moves: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a device keeps of sequences. states: of its layers, in their order; None keeps nothing. budget: bytes that
+    it may take, or None for all that is needed at most."""
+
+    states: Sequence[StateSpec | None]
+    make: StoreFactory
+    budget: int | None
 
 
 class Held(Protocol):
@@ -78,39 +93,25 @@ class Memory:
     What changes it takes and returns numbers only, does the same wherever the same was done before, and calls nothing
     else of that kind.
 
-    states: what each layer keeps, in layer order; None keeps nothing.
-    budget: the bytes allowed, cut to what `batch` sequences of `context` tokens need; None: just that.
-    pooled: stores take their memory at once, so that the budget is divided among them as a sequence of `context`
+    here: what this device keeps; the budget is cut to what `batch` sequences of `context` tokens need.
+    elsewhere: what the devices of other stages keep, by stores that only count. Bytes are those of all together.
+    pooled: stores take their memory at once, so that a device's budget is divided among them as a sequence of `context`
     tokens would need it; else they share it.
     """
 
-    def __init__(
-        self,
-        states: Sequence[StateSpec | None],
-        make: StoreFactory,
-        *,
-        budget: int | None,
-        batch: int,
-        context: int,
-        pooled: bool,
-    ) -> None:
-        groups: dict[StateSpec, list[int]] = {}
-        for place, spec in enumerate(stored_parts(states)):
-            if spec is not None:
-                groups.setdefault(spec, []).append(place)
-        stores = {spec: make(spec, len(places), None) for spec, places in groups.items()}
-        costs = {spec: store.cost(_rounded(context)) for spec, store in stores.items()}
-        most = batch * sum(costs.values())
-        self.budget = most if budget is None else min(budget, most)
-        self.layers, self.peak = states, 0
-        self._groups: list[Group] = []
-        for spec, places in groups.items():
-            share = self.budget * costs[spec] // sum(costs.values()) if pooled else self.budget
-            store = make(spec, len(places), share) if pooled else stores[spec]
-            moves = not store.serves(context, 1) if isinstance(store, Reusable) else None
-            self._groups.append(Group(store, places, share, moves))
+    def __init__(self, here: Kept, *, batch: int, context: int, pooled: bool, elsewhere: Sequence[Kept] = ()) -> None:
+        self.layers, self.peak = here.states, 0
+        devices = [_grouped(kept, number, batch, context, pooled) for number, kept in enumerate((here, *elsewhere))]
+        self._budgets = [budget for budget, _ in devices]
+        self._groups = [group for _, groups in devices for group in groups]
+        self._here = devices[0][1]
         self._rooms: dict[int, int] = {}
         self._none = [0] * len(self._groups)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that may be taken."""
+        return sum(self._budgets)
 
     @property
     def used(self) -> int:
@@ -221,22 +222,22 @@ class Memory:
 
     def states(self, seqs: Sequence[int], rows: Sequence[int], past: Sequence[int]) -> list[Any]:
         """One state per layer of the model for a step of these sequences."""
-        views = ((group.places, group.store.views(seqs, rows, past)) for group in self._groups)
+        views = ((group.places, group.store.views(seqs, rows, past)) for group in self._here)
         return _by_layer(self.layers, views)
 
     def hold(self, batch: int, tokens: int) -> HeldStep | None:
         """A step of single rows that is run many times; None where a store keeps nothing at a fixed place."""
         parts: list[Held] = []
-        for group in self._groups:
+        for group in self._here:
             part: Held | None = getattr(group.store, "hold", _nothing)(batch, tokens)
             if part is None:
                 return None
             parts.append(part)
-        return HeldStep(parts, [group.places for group in self._groups], self.layers)
+        return HeldStep(parts, [group.places for group in self._here], self.layers)
 
     def close(self) -> None:
         """Let go of all memory."""
-        self._groups = []
+        self._groups, self._here = [], []
         self._rooms.clear()
 
     @property
@@ -266,8 +267,31 @@ class Memory:
 
     def _fits(self, added: list[int], taken: list[int]) -> bool:
         totals = [t + a for t, a in zip(taken, added, strict=True)]
-        within = all(total <= group.budget for total, group in zip(totals, self._groups, strict=True))
-        return within and sum(totals) <= self.budget
+        left = [*self._budgets]
+        for total, group in zip(totals, self._groups, strict=True):
+            left[group.device] -= total
+            if total > group.budget:
+                return False
+        return min(left) >= 0
+
+
+def _grouped(kept: Kept, device: int, batch: int, context: int, pooled: bool) -> tuple[int, list[Group]]:
+    """A device's budget, and its layers by what they keep."""
+    places: dict[StateSpec, list[int]] = {}
+    for place, spec in enumerate(stored_parts(kept.states)):
+        if spec is not None:
+            places.setdefault(spec, []).append(place)
+    stores = {spec: kept.make(spec, len(found), None) for spec, found in places.items()}
+    costs = {spec: store.cost(_rounded(context)) for spec, store in stores.items()}
+    most = batch * sum(costs.values())
+    budget = most if kept.budget is None else min(kept.budget, most)
+    groups = []
+    for spec, found in places.items():
+        share = budget * costs[spec] // sum(costs.values()) if pooled else budget
+        store = kept.make(spec, len(found), share) if pooled else stores[spec]
+        moves = not store.serves(context, 1) if isinstance(store, Reusable) else None
+        groups.append(Group(store, device, found, share, moves))
+    return budget, groups
 
 
 def _reusable(group: Group) -> Reusable:

@@ -45,18 +45,21 @@ class Runner:
             return self.compute(batch, self._media(batch))
 
     @torch.inference_mode()
-    def compute(self, batch: Batch, media: Rows | None) -> Tensor:
-        """As `run`, with what encoders made of the batch's images and sounds."""
+    def compute(self, batch: Batch, media: Rows | None, pieces: int | None = None) -> Tensor:
+        """As `run`, with what encoders made of the batch's images and sounds. pieces: in how many the step is cut."""
         with on(self.device):
-            return self._compute(batch, media)
+            return self._compute(batch, media, self.pieces(batch, media) if pieces is None else pieces)
 
-    def _compute(self, batch: Batch, media: Rows | None) -> Tensor:
+    def pieces(self, batch: Batch, media: Rows | None) -> int:
+        """In how many pieces the step is to be cut."""
+        return 1 if media is not None else self.decoder.pieces(len(batch.tokens_T))
+
+    def _compute(self, batch: Batch, media: Rows | None, pieces: int) -> Tensor:
         if self.captured is not None and media is None and not any(map(self.adapters.resolve, batch.adapters)):
             replayed_RV = self.captured.run(batch)
             if replayed_RV is not None:
                 return replayed_RV
-        pieces = split(batch, 1 if media is not None else self.decoder.pieces(len(batch.tokens_T)))
-        hidden = [self._hidden(piece, media) for piece in pieces]
+        hidden = [self._hidden(piece, media) for piece in split(batch, pieces)]
         hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         return self.decoder.logits(hidden_TD if batch.rows_R is None else hidden_TD[batch.rows_R])
 
