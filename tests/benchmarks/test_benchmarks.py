@@ -84,12 +84,12 @@ def test_shares_of_ranks_become_a_table(bench: Bench, tmp_path: Path, monkeypatc
     decode, prompt = {"2": {"x": 4.4}}, {"x": 5.6}
     speeds = {"prompt": 3, "decode_tokens_per_second": decode, "prefill_tokens_per_second": prompt}
     for page, marks in (("benchmarks", ["results"]), ("devices", ["shares", "speeds"])):
-        places = [f"<!-- {mark}: here -->\nold\n<!-- end of {mark} -->\n" for mark in marks]
+        places = [f"<!-- {mark}: here -->\nearlier\n<!-- end of {mark} -->\n" for mark in marks]
         (tmp_path / f"{page}.md").write_text("\n".join(places))
     (tmp_path / "benchmarks").mkdir()
     report({"shares": ABOUT | found, "devices": ABOUT | speeds, "pieces": ABOUT | speeds}, tmp_path)
     text = (tmp_path / "devices.md").read_text()
-    assert "| x | 4 | 6 |" in text and "| each of `tp=2` | none |" in text and "old" not in text
+    assert "| x | 4 | 6 |" in text and "| each of `tp=2` | none |" in text and "earlier" not in text
 
 
 def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:
@@ -103,12 +103,12 @@ def test_results_become_tables_and_plots(bench: Bench, tmp_path: Path) -> None:
     right = rows["a model, always right"]
     assert right["accepted_tokens"] == right["drafted_tokens"]
     page = tmp_path / "benchmarks.md"
-    page.write_text("before\n<!-- results: here -->\nold\n<!-- end of results -->\nafter\n")
+    page.write_text("before\n<!-- results: here -->\nearlier\n<!-- end of results -->\nafter\n")
     (tmp_path / "benchmarks").mkdir()
     report(results, tmp_path)
     report(results, tmp_path)
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "earlier" not in text
     assert "| a model, always right |" in text
     assert text.count("| batch | zoo | transformers | of read limit |") == 1
     assert text.count("| zoo int4 |") == 1

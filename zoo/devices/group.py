@@ -19,7 +19,8 @@ class Waits:
     it does. None: it does not."""
 
     def __init__(self) -> None:
-        self.worked, self.since, self._ended = 0.0, None, monotonic()
+        self.worked, self._ended = 0.0, monotonic()
+        self.since: float | None = None
 
     def begin(self) -> None:
         """A step begins."""
@@ -33,8 +34,6 @@ class Waits:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.since, self._ended = None, monotonic()
-
-    since: float | None
 
 
 class Group(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.devices.channel import Channel, ClosedError
+from zoo.devices.channel import Channel, ClosedError, error_of
 from zoo.devices.group import LostError, Waits
 from zoo.devices.peer import MEETING, Peer, Watch
 from zoo.devices.process_group import ProcessGroup
@@ -20,7 +20,6 @@ from zoo.devices.processes import Worker
 from zoo.devices.pulse import Pulse
 from zoo.engine.leading import Message
 from zoo.engine.memory import MIRRORED, Memory
-from zoo.registry import errors
 from zoo.registry.errors import RankError, ZooError
 from zoo.registry.spec import StateSpec
 
@@ -225,22 +224,6 @@ class Ranks:
             worker.end(limit)
         for call in self.at_end:
             call()
-
-
-def fields_of(error: ZooError) -> dict[str, str | None]:
-    """An error in plain data, for another rank."""
-    details = {name: getattr(error, name) for name in ("message", "where", "found", "expected", "hint")}
-    plain = {name: None if value is None else str(value) for name, value in details.items()}
-    return {"kind": type(error).__name__, **plain}
-
-
-def error_of(rank: int, fields: Mapping[str, Any]) -> ZooError:
-    """Another rank's error, as its own kind."""
-    kind = getattr(errors, str(fields.get("kind")), ZooError)
-    details = {name: fields.get(name) for name in ("found", "expected", "hint")}
-    where = f"rank {rank}" + (f", {fields['where']}" if fields.get("where") else "")
-    found: ZooError = kind(str(fields.get("message")), where=where, **details)
-    return found
 
 
 @contextmanager

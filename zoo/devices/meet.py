@@ -18,9 +18,9 @@ import torch.distributed
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from zoo.devices.channel import Channel, Door, knock
+from zoo.devices.channel import Channel, Door, error_of, fields_of, knock
 from zoo.devices.group import LostError, Waits
-from zoo.devices.lead import Ranks, error_of, fields_of
+from zoo.devices.lead import Ranks
 from zoo.devices.mesh import Mesh
 from zoo.devices.peer import MEETING
 from zoo.devices.process_group import ProcessGroup

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from zoo.device import memory_free
-from zoo.devices.channel import Channel
+from zoo.devices.channel import Channel, fields_of
 from zoo.devices.group import Group, LostError, Waits
-from zoo.devices.lead import fields_of
 from zoo.devices.likeness import compare
 from zoo.devices.meet import Meeting, come, deadline
 from zoo.devices.peer import MEETING, Peer, Watch

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
-from zoo.components.cache.store import make_store
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.costs.work import chunk_tokens as usual_chunk
@@ -28,7 +27,7 @@ from zoo.engine.drafting import Drafting, Source
 from zoo.engine.leading import Leading, Others
 from zoo.engine.lookup import Lookup
 from zoo.engine.media import Placed, place
-from zoo.engine.memory import Kept, Memory, StoreFactory, shares
+from zoo.engine.memory import Kept, Memory, shares, stores
 from zoo.engine.outcome import Outcome
 from zoo.engine.prefixes import Prefixes
 from zoo.engine.request import Chunk, Completion, Media, Request, token_ids
@@ -88,7 +87,7 @@ class Engine:
         self.sizes.check(model.context_length)
 
         pooled = storage == "pages" or (storage == "auto" and device.type != "cpu")
-        stored, counted = (_stores(dtype, place, pooled) for place in (device, torch.device("meta")))
+        stored, counted = (stores(dtype, place, pooled) for place in (device, torch.device("meta")))
         elsewhere = [] if others is None else [Kept(states, counted, room) for states, room in others.elsewhere]
 
         def memory(spec: DecoderSpec, budget: int | None, pooled: bool, elsewhere: Sequence[Kept] = ()) -> Memory:
@@ -385,11 +384,6 @@ class Engine:
             self._scheduler.drop(seq, sound=sound)
         if chunk is not None:
             self._post(chunk)
-
-
-def _stores(dtype: torch.dtype, device: torch.device, pooled: bool) -> StoreFactory:
-    storage = "pages" if pooled else "slab"
-    return lambda spec, layers, budget: make_store(spec, layers, dtype, device, storage, budget)
 
 
 def _no_memory(device: torch.device, error: BaseException) -> CapacityError:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from zoo.components.cache.store import Reusable, Store, by_layer, stored_parts
+import torch
+
+from zoo.components.cache.store import Reusable, Store, by_layer, make_store, stored_parts
 from zoo.registry.spec import StateSpec
 
 # Room is asked for in steps of so many tokens, so that a decode step seldom has to ask.
@@ -311,6 +313,12 @@ def _by_layer(layers: Sequence[StateSpec | None], groups: Iterable[tuple[list[in
 def shares(budget: int | None, *needs: int) -> tuple[int | None, ...]:
     """A budget divided among caches as what they need at most; no budget leaves all of them without."""
     return tuple(None if budget is None else budget * need // max(sum(needs), 1) for need in needs)
+
+
+def stores(dtype: torch.dtype, device: torch.device, pooled: bool) -> StoreFactory:
+    """What makes stores on a device: pages that sequences share, or slabs."""
+    storage = "pages" if pooled else "slab"
+    return lambda spec, layers, budget: make_store(spec, layers, dtype, device, storage, budget)
 
 
 def _nothing(batch: int, tokens: int) -> None:
