@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zoo.components import native
 from zoo.costs.work import usual_dtype
 from zoo.machine import free_memory, processor
 from zoo.registry.errors import RequestError, nearest
@@ -33,14 +34,24 @@ def choose(device: str, dtype: str, card_dtype: str) -> Placement:
     if dtype != "auto":
         if dtype not in DTYPES:
             raise RequestError(
-                "unknown dtype", where="dtype", found=repr(dtype), expected=f"auto or one of {', '.join(DTYPES)}"
+                "unknown dtype",
+                where="dtype",
+                found=repr(dtype),
+                expected=f"auto or one of {', '.join(DTYPES)}",
+                hint=nearest(dtype, DTYPES),
             )
         _refuse_missing(chosen, DTYPES[dtype])
-        return Placement(chosen, DTYPES[dtype], f"{chosen}, {dtype} as asked")
+        return Placement(chosen, DTYPES[dtype], f"{chosen}, {dtype} as asked{_without_kernels(chosen)}")
     best = _best_dtype(chosen, card_dtype)
     name = str(best).removeprefix("torch.")
     why = "" if name == card_dtype else f" (the weights are {card_dtype}, which this device does not compute well)"
-    return Placement(chosen, best, f"{chosen}, {name}{why}")
+    return Placement(chosen, best, f"{chosen}, {name}{why}{_without_kernels(chosen)}")
+
+
+def _without_kernels(device: torch.device) -> str:
+    """What a CPU is slowed by that an installation could mend."""
+    reason = native.lost() if device.type == "cpu" else None
+    return "" if reason is None else f" (without the native kernels: {reason})"
 
 
 def memory_free(device: torch.device) -> int:

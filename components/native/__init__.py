@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.components.compiled import kernels_file
 from zoo.components.native.calls import Library
 from zoo.registry.errors import ZooError
 
@@ -33,6 +33,10 @@ FEW = 8
 
 NONE, MULTIPLY_ADD, DOT, TILES = range(4)
 """What `zoo_level` in kernels.c answers."""
+
+OFF, PLAIN = "ZOO_NATIVE=off", "this processor has no AVX-512"
+NOT_BUILT = "not built when zoo was installed, `zoo doctor` says why"
+"""What `missing` answers, beside faults that the check finds."""
 
 LEVELS = {"multiply-add": MULTIPLY_ADD, "dot": DOT, "tiles": TILES}
 
@@ -101,13 +105,15 @@ def missing() -> str | None:
     """Why the kernels are not in use, None where they are. Raises ZooError for a ZOO_NATIVE that cannot be."""
     choice = _choice()
     if choice == "off":
-        return "ZOO_NATIVE=off"
-    if _file() is None:
-        return "not built: there was no C compiler when zoo was installed"
+        return OFF
+    if kernels_file() is None:
+        # Nobody misses what the processor could not run either.
+        capability = torch.backends.cpu.get_cpu_capability()
+        return NOT_BUILT if any(name in capability for name in ("AVX512", "AMX")) else PLAIN
     if library().level == NONE:
-        return "this processor has no AVX-512"
+        return PLAIN
     if library().absent:
-        return "built from older sources than these: install zoo again"
+        return "built from older sources than these, install zoo again"
     if choice in LEVELS:
         library().use(LEVELS[choice])
     from zoo.components.native.check import differences, settle_tiles
@@ -118,6 +124,12 @@ def missing() -> str | None:
         log.warning("zoo: the native kernels are left out on this processor: %s", "; ".join(wrong))
         return f"on this processor {wrong[0]}"
     return None
+
+
+def lost() -> str | None:
+    """Why the kernels are not in use on a processor that could run them, and for which nobody has asked; else None."""
+    reason = missing()
+    return None if reason in (OFF, PLAIN) else reason
 
 
 def _choice() -> str:
@@ -201,11 +213,6 @@ class Kernels:
 
 @cache
 def library() -> Kernels:
-    path = _file()
+    path = kernels_file()
     assert path is not None, "asked for without `missing`"
     return Kernels(path)
-
-
-def _file() -> Path | None:
-    names = (Path(__file__).parent / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in names if path.is_file()), None)

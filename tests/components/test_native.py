@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.components import native
+from zoo.components.compiled import kernels_file
 from zoo.components.attention.kernels import attention, reference
 from zoo.components.linear import Linear
 from zoo.components.native import measure, prompts, small
@@ -31,7 +32,7 @@ needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=f"no nat
 
 @pytest.fixture(params=[native.MULTIPLY_ADD, native.DOT], ids=["multiply-add", "dot"])
 def kernels(request: pytest.FixtureRequest) -> native.Kernels:
-    path = native._file()
+    path = kernels_file()
     assert path is not None
     if request.param > native.Kernels(path).level:
         pytest.skip("not on this processor")
@@ -254,17 +255,17 @@ def test_switch(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_absence_is_said(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZOO_NATIVE", raising=False)
-    monkeypatch.setattr(native, "_file", lambda: None)
+    monkeypatch.setattr(native, "kernels_file", lambda: None)
     assert str(native.missing()).startswith("not built")
 
 
 @needs_kernels
 def test_older_kernels_are_left_out(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = native._file()
+    path = kernels_file()
     assert path is not None
     monkeypatch.setitem(native._ARGUMENTS, "zoo_of_tomorrow", [])
     monkeypatch.setattr(native, "library", lambda: native.Kernels(path))
-    assert native.missing() == "built from older sources than these: install zoo again"
+    assert native.missing() == "built from older sources than these, install zoo again"
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zoo.cli import system
 from zoo.components import native
+from zoo.components.compiled import kernels_file
 from zoo.components.kinds import INT4, KINDS, Kind
 from zoo.components.native import check, measure, quantised
 from zoo.components.native.panels import Panels
@@ -58,7 +59,7 @@ def tiles(emulated_file: Path) -> Iterator[native.Kernels]:
 
 @pytest.fixture
 def multiply_adds() -> native.Kernels:
-    path = native._file()
+    path = kernels_file()
     assert path is not None
     return native.Kernels(path, native.MULTIPLY_ADD)
 

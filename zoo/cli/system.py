@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from zoo.components.compiled import unbuilt
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
@@ -84,8 +86,9 @@ def _native() -> str:
         few = native.library().single if native.library().level == native.TILES else 0
         way = f"by {_WAYS[native.library().level]}" + (f", up to {few} rows by multiply-adds" if few else "")
         return f"{way}: one token reads weights at {rates['native']} GB/s, by torch's kernels at {rates['torch']}"
+    reason = f"not built: {unbuilt()}" if reason == native.NOT_BUILT else reason
     limit = f"{plain_read_rate() / 1e9:.0f}"
-    return f"{reason}: one token reads weights at {rates['torch']} GB/s, where memory gives {limit} or more"
+    return f"{reason}; one token reads weights at {rates['torch']} GB/s, where memory gives {limit} or more"
 
 
 def _quantised() -> str:

@@ -7,13 +7,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import EXTENSION_SUFFIXES
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
+from zoo.components import compiled
 from zoo.machine import cache_folder, cores, processor
 from zoo.registry.errors import ZooError
 
@@ -204,8 +203,4 @@ def stored(device: str, accelerator: str | None = None) -> Profile:
 
 def kernels_file() -> Path | None:
     """Zoo's kernels in C, found without importing them; None where they are not built or left out by ZOO_NATIVE."""
-    found = find_spec("zoo.components.native")
-    if not found or not found.origin or os.environ.get("ZOO_NATIVE") == "off":
-        return None
-    files = (Path(found.origin).with_name(f"kernels{suffix}") for suffix in EXTENSION_SUFFIXES)
-    return next((file for file in files if file.is_file()), None)
+    return None if os.environ.get("ZOO_NATIVE") == "off" else compiled.kernels_file()

@@ -1,0 +1,47 @@
+"""The compiled kernels' file, found without loading it, and why an installation has none. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "native"
+
+FLAGS = ("-O3", "-fopenmp")
+"""With which pyproject.toml lets the sources be compiled."""
+
+
+def kernels_file() -> Path | None:
+    """Zoo's kernels in C; None where they were not built."""
+    files = (FOLDER / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def compiler() -> list[str] | None:
+    """The command that an installation would compile with; None where there is none."""
+    words = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    return words if words and shutil.which(words[0]) else None
+
+
+def unbuilt() -> str | None:
+    """Why there are no kernels, which is found by building them once more, away from here; None where they are."""
+    if kernels_file() is not None:
+        return None
+    command = compiler()
+    if command is None:
+        return "there is no C compiler here; with one, install zoo again"
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [str(file) for file in sorted(FOLDER.glob("*.c"))]
+        out = ["-shared", "-fPIC", "-o", str(Path(folder) / "kernels.so")]
+        built = subprocess.run([*command, *FLAGS, *sources, *out], capture_output=True, text=True, errors="replace")
+    if built.returncode == 0:
+        return f"{command[0]} compiles them now: install zoo again, with `pip install -v` to see what it says"
+    lines = [line.strip() for line in built.stderr.splitlines() if line.strip()]
+    first = next((line for line in lines if "error" in line), lines[0] if lines else f"status {built.returncode}")
+    return f"{command[0]} fails on them: {first}"
