@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.components import native
-from zoo.components.compiled import kernels_file
 from zoo.components.attention.kernels import attention, reference
+from zoo.components.compiled import kernels_file
 from zoo.components.linear import Linear
 from zoo.components.native import measure, prompts, small
 from zoo.components.native.measure import plain_read_rate, product_rates, read_limit
