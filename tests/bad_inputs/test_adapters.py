@@ -237,3 +237,26 @@ def test_a_closed_model_has_no_adapters(native_file: Write) -> None:
     loaded.close()
     with pytest.raises(zoo.ZooError, match="the model was closed"):
         loaded.load_adapter(native_file(pair("layers.0.attention.wq")))
+
+
+MAMBA2 = {
+    "kind": "mamba2",
+    "num_heads": 3,
+    "head_dim": 8,
+    "num_groups": 1,
+    "state_size": 4,
+    "conv_size": 4,
+    "norm_eps": 1e-5,
+}
+
+
+def test_names_are_read_by_the_table_that_means_the_model(native_file: Write) -> None:
+    """zoo's own names of state-space layers: other tables know more of them than the short list that zoo goes by."""
+    card = {**CARD, "model": {**CARD["model"], "layers": [{"repeat": 2, "mixer": MAMBA2, "ffn": None}]}}
+    names = [f"layers.{i}.mixer.{part}" for i in range(2) for part in ("in_proj", "out_proj")]
+    with zoo.load(card, weights="random", device="cpu", dtype="float32") as model:
+        found = {name: model.module.get_parameter(f"{name}.weight").shape for name in names}
+        factors = (pair(name, inputs, outputs) for name, (outputs, inputs) in found.items())
+        before = model.logits([1, 2, 3])
+        name = model.load_adapter(native_file({name: shape for some in factors for name, shape in some.items()}))
+        assert not torch.equal(model.logits([1, 2, 3], adapter=name), before)

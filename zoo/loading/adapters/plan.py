@@ -78,7 +78,7 @@ def plan_adapter(ref: str | Path, plan: Plan, module: nn.Module) -> AdapterPlan:
     Raises WeightsError as `open_adapter`, and one that names what does not belong to the model or is not there.
     """
     files = open_adapter(ref)
-    matching = _Matching(files, _layout(files), plan, module)
+    matching = _Matching(files, plan, module)
     for pair in files.pairs:
         matching.pair(pair)
     for name, info in files.whole.items():
@@ -95,9 +95,10 @@ def plan_adapter(ref: str | Path, plan: Plan, module: nn.Module) -> AdapterPlan:
 class _Matching:
     """Looks for the tensors' places, and collects what has none."""
 
-    def __init__(self, files: AdapterFiles, layout: Layout, plan: Plan, module: nn.Module) -> None:
-        self.files, self.layout, self.plan, self.module = files, layout, plan, module
+    def __init__(self, files: AdapterFiles, plan: Plan, module: nn.Module) -> None:
+        self.files, self.plan, self.module = files, plan, module
         self.tensors = {tensor.name: tensor for tensor in plan.model.tensors()}
+        self.layout = _layout(files, self.tensors)
         self.pieces: dict[str, list[Piece]] = {}
         self.whole: list[Placement] = []
         self.problems: list[str] = []
@@ -171,7 +172,7 @@ class _Matching:
         return WeightsError(title, where=self.files.where, found="; ".join(self.problems[:SHOWN]) + more, hint=hint)
 
     def _find(self, name: str) -> tuple[Row, list[Tensor]] | None:
-        meanings = [self._meant(row, holes) for row, holes in self.layout.meanings(name)]
+        meanings = [_meant(row, holes) for row, holes in self.layout.meanings(name)]
         if not meanings:
             known = (file for tensor in self.tensors for file in self.layout.file_names(tensor))
             hint = nearest(name, list(known)[:400], count=1)
@@ -183,11 +184,6 @@ class _Matching:
         lost = next(target for target in meanings[0][1] if target not in self.tensors)
         self.problems.append(f"{name}, which would be {lost}, a tensor that the card has not")
         return None
-
-    def _meant(self, row: Row, holes: dict[str, str]) -> tuple[Row, list[str]]:
-        """A row with the model's names; of a stack, the first."""
-        filled = {**holes, row.stacked: "0"} if row.stacked else holes
-        return row, [fill(target, filled) for target in row.targets]
 
     def _claimed(self, name: str, tensors: Sequence[Tensor]) -> bool:
         """Whether one of the tensors is changed already; they are from now on."""
@@ -202,10 +198,22 @@ class _Matching:
         return not wrong
 
 
-def _layout(files: AdapterFiles) -> Layout:
-    """The table that knows most of the adapter's names."""
+def _layout(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> Layout:
+    """The table by which most of the adapter's names mean tensors of the model; of equals, the one that knows more."""
     names = [*(f"{pair.name}.{ADAPTED}" for pair in files.pairs), *files.whole]
-    return max(layouts().values(), key=lambda layout: layout.score(names))
+
+    def fits(layout: Layout) -> tuple[int, int]:
+        meant = ([_meant(row, holes) for row, holes in layout.meanings(name)] for name in names)
+        found = sum(any(all(target in tensors for target in own) for _, own in rows) for rows in meant)
+        return found, layout.score(names)
+
+    return max(layouts().values(), key=fits)
+
+
+def _meant(row: Row, holes: Mapping[str, str]) -> tuple[Row, list[str]]:
+    """A row with the model's names; of a stack, the first."""
+    filled = {**holes, row.stacked: "0"} if row.stacked else holes
+    return row, [fill(target, filled) for target in row.targets]
 
 
 def _note(found: AdapterPlan, plan: Plan) -> str:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from zoo.registry.environment import switch
+
 _TRUE = {"1", "on", "yes", "true"}
-_OFFLINE = ("ZOO_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_OWN = "ZOO_OFFLINE"
+_OTHERS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def offline() -> str | None:
     """The environment variable that forbids the network ("HF_HUB_OFFLINE=1"), or None.
 
-    The client reads its variable once, at import: a program that sets it later would go on calling the hub.
+    The client reads its variable once, at import: a program that sets it later would go on calling the hub. Raises
+    RequestError for a ZOO_OFFLINE that is neither on nor off.
     """
-    for name in _OFFLINE:
+    if switch(_OWN):
+        return f"{_OWN}={os.environ[_OWN]}"
+    for name in _OTHERS:
         value = os.environ.get(name, "")
         if value.lower() in _TRUE:
             return f"{name}={value}"
