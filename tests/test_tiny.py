@@ -13,8 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import zoo
+from zoo.components import native
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "docs" / "tiny"
@@ -82,6 +84,16 @@ def test_right_answers_to_questions(tiny: Any) -> None:
     said = {question: done.text for question, done in zip(ANSWERS, answers, strict=True)}
     assert {q: a for q, a in said.items() if ANSWERS[q] not in a} == {}
     assert {done.finish_reason for done in answers} == {"stop"}
+
+
+@pytest.mark.skipif(
+    native.missing() is not None or native.library().level != native.DOT, reason="attention is PyTorch's here"
+)
+@pytest.mark.parametrize("rows", [1, 9, 17, 65, 257])
+def test_logits_of_a_beginning_are_those_of_the_whole(tiny: Any, rows: int) -> None:
+    """In bfloat16, to the last bit: few rows, a window that is full, a block and a row of the next."""
+    tokens = [20 + i * i % 1400 for i in range(300)]
+    assert torch.equal(tiny.logits(tokens[:rows]), tiny.logits(tokens)[:rows])
 
 
 def test_the_answers_agree_with_the_cards(scripts: dict[str, ModuleType]) -> None:

@@ -63,12 +63,12 @@ def attention(
     how: Scores = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
     if window is not None:
         k_GSd, v_GSd, past = _trimmed(k_GSd, v_GSd, past, window)
-        if q_THd.shape[0] > max(window, BLOCK):
+        if q_THd.shape[0] >= max(window, BLOCK) + prompts.FEWEST:
             return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, how)
         if past + q_THd.shape[0] <= window:
             how["window"] = window = None
     if softcap is not None or sinks_H is not None:
-        if q_THd.shape[0] > max(window or 0, BLOCK):
+        if q_THd.shape[0] >= max(window or 0, BLOCK) + prompts.FEWEST:
             return _in_blocks(q_THd, k_GSd, v_GSd, past, memo, how)
         return reference(q_THd, k_GSd, v_GSd, scale, past, window, memo, softcap, sinks_H)
     return _kernel(memo)(q_THd, k_GSd, v_GSd, scale, past, window, memo)
@@ -140,9 +140,10 @@ def _shares(scores: Tensor, sinks: Tensor | None) -> Tensor:
 def _in_blocks(q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor, past: int, memo: Memo, how: Scores) -> Tensor:
     """Block by block: rows need the keys of their own block and of one window before it, not a mask of T by S."""
     blocks = []
-    size = max(how["window"] or 0, BLOCK)
-    for start in range(0, len(q_THd), size):
-        q_block = q_THd[start : start + size]
+    rows, size = len(q_THd), max(how["window"] or 0, BLOCK)
+    # A rest of few rows goes with the block before it: few rows may be computed in another way.
+    for start in range(0, rows - prompts.FEWEST + 1, size):
+        q_block = q_THd[start : start + size if rows - start >= size + prompts.FEWEST else rows]
         end = past + start + len(q_block)
         blocks.append(attention(q_block, k_GSd[:, :end], v_GSd[:, :end], past=past + start, memo=memo, **how))
     return torch.cat(blocks)

@@ -29,10 +29,8 @@ class FreshKV:
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Causal attention within each sequence, (T, H, d)."""
-        parts = zip(
-            torch.split(q_THd, self.rows), torch.split(k_TGd, self.rows), torch.split(v_TGd, self.rows), strict=True
-        )
+        # The native kernels read the positions of a head side by side, as caches keep them.
+        k_GTd, v_GTd = (x.transpose(0, 1).contiguous() for x in (k_TGd, v_TGd))
+        parts = zip(torch.split(q_THd, self.rows), k_GTd.split(self.rows, 1), v_GTd.split(self.rows, 1), strict=True)
         how: Scores = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
-        return torch.cat(
-            [attention(q, k.transpose(0, 1), v.transpose(0, 1), past=0, memo=self.memo, **how) for q, k, v in parts]
-        )
+        return torch.cat([attention(q, k, v, past=0, memo=self.memo, **how) for q, k, v in parts])

@@ -13,7 +13,7 @@ from zoo.components.native.panels import LANES
 from zoo.components.native.small import runs
 
 FEWEST = 17
-"""Rows from which bringing keys and values into panels pays."""
+"""Rows from which bringing keys and values into panels pays, where earlier positions are cached."""
 
 WIDEST = 256
 """The largest head."""
@@ -23,10 +23,10 @@ TOGETHER = 8
 
 
 def attends(q_THd: Tensor, k_GSd: Tensor, v_GSd: Tensor) -> bool:
-    """Whether `attend` takes these: many bfloat16 rows, and a cache whose positions lie together."""
+    """Whether `attend` takes these: many bfloat16 rows, or a whole prompt, and keys whose positions lie together."""
     rows, _, width = q_THd.shape
     return (
-        rows >= FEWEST
+        (rows >= FEWEST or rows == k_GSd.shape[1])
         and width <= WIDEST
         and width % LANES == 0
         and all(t.dtype is torch.bfloat16 and t.stride()[1:] == (width, 1) for t in (k_GSd, v_GSd))

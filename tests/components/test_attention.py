@@ -65,10 +65,12 @@ def test_kernels_equal_loops(
     close(found, _loops(q, k, v, past, window, oracle))
 
 
+@pytest.mark.parametrize("fewest", [1, 3])
 @pytest.mark.parametrize("block", [1, 2, 4])
 @pytest.mark.parametrize("window", [1, 2, 3, 5])
 @pytest.mark.parametrize(("rows", "past"), [(9, 0), (9, 1), (7, 6)])
 def test_blocks_equal_loops(
+    fewest: int,
     block: int,
     window: int,
     rows: int,
@@ -77,13 +79,25 @@ def test_blocks_equal_loops(
     close: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Many rows behind a small window never see a mask of all rows by all keys."""
+    """Many rows behind a small window never see a mask of all rows by all keys, and no block has but a few rows."""
     monkeypatch.setattr(kernels, "BLOCK", block)
+    monkeypatch.setattr(kernels.prompts, "FEWEST", fewest)
+    lengths: list[int] = []
+    real = kernels.KERNELS["auto"]
+
+    def noted(q_THd: Tensor, *rest: Any) -> Tensor:
+        lengths.append(len(q_THd))
+        return real(q_THd, *rest)
+
+    monkeypatch.setitem(kernels.KERNELS, "auto", noted)
     q, k, v = _qkv(rows, past)
     memo: kernels.Memo = {}
     found = attention(q, k, v, scale=WIDTH**-0.5, past=past, window=window, memo=memo)
     close(found, _loops(q, k, v, past, window, oracle))
-    assert all(x.shape[1] < max(window, block) + window for x in memo.values() if isinstance(x, Tensor))
+    most = max(window, block) + fewest - 1
+    assert sum(lengths) == rows
+    assert all(min(fewest, max(window, block)) <= length <= most for length in lengths)
+    assert all(x.shape[1] < most + window for x in memo.values() if isinstance(x, Tensor))
 
 
 @pytest.mark.parametrize("kernel", ["reference", "sdpa"])
@@ -101,6 +115,7 @@ def test_sinks_equal_loops(
     """Whichever kernel is chosen, and in blocks of rows."""
     monkeypatch.setenv("ZOO_ATTENTION", kernel)
     monkeypatch.setattr(kernels, "BLOCK", 4)
+    monkeypatch.setattr(kernels.prompts, "FEWEST", 1)
     q, k, v = _qkv(rows, past)
     sinks = torch.linspace(-1.0, 30.0, HEADS)
     found = attention(q, k, v, scale=WIDTH**-0.5, past=past, window=window, sinks_H=sinks)
@@ -261,6 +276,7 @@ def test_a_window_that_hides_nothing_yet_ends_in_blocks_too(
 ) -> None:
     """More rows than a block and fewer than the window, by the formula."""
     monkeypatch.setattr(kernels, "BLOCK", 4)
+    monkeypatch.setattr(kernels.prompts, "FEWEST", 1)
     q, k, v = _qkv(rows, 0)
     sinks = torch.linspace(-1.0, 30.0, HEADS)
     found = attention(q, k, v, scale=WIDTH**-0.5, past=0, window=12, sinks_H=sinks)
