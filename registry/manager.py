@@ -25,7 +25,8 @@ from zoo.registry.catalog import (
     clash,
     one_line,
 )
-from zoo.registry.errors import PluginError, ZooError
+from zoo.registry.environment import switch
+from zoo.registry.errors import PluginError, ZooError, nearest
 
 BUILT_IN = ("zoo.components", "zoo.text", "zoo.loading", "zoo.cards", "zoo.cli")
 GROUP = "zoo"
@@ -216,4 +217,10 @@ def manager() -> Manager:
     """The process's plugins, discovered once. ZOO_DISABLE_PLUGINS=a,b leaves plugins out; ZOO_STRICT_PLUGINS=1
     makes a failing plugin an error. Worker processes call this too and so find the same plugins."""
     disabled = frozenset(name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip())
-    return Manager(strict=os.environ.get(STRICT, "") not in ("", "0"), disabled=disabled)
+    found = Manager(strict=switch(STRICT), disabled=disabled)
+    for name in sorted(disabled - {plugin.name for plugin in found.plugins()}):
+        hint = nearest(name, (plugin.name for plugin in found.plugins()))
+        log.warning(
+            "zoo: there is no plugin %r to leave out, as %s says%s", name, DISABLE, f"; {hint}" if hint else "."
+        )
+    return found

@@ -269,3 +269,24 @@ def test_media_are_refused_before_the_model_is_loaded(
     done = zoo_command(*(str(sound) if a == "SOUND" else a for a in arguments), "--weights", "random")
     assert done.code == 2
     assert words in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seed", "1", "--seed", "2"), "--seed is given twice"),
+        (("-p", "hi", "--prompt", "ho"), "--prompt / -p is given twice"),
+        (("--set", "context_length=5", "--set", "context_length=6"), "the field is set twice; found 5 and 6"),
+    ],
+)
+def test_what_can_be_said_once_is_not_said_twice(
+    arguments: tuple[str, ...], message: str, zoo_command: Command
+) -> None:
+    done = zoo_command("run", "tiny", *arguments, stdin="hi")
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_a_misspelt_variable_is_told(zoo_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_NATVE", "off")
+    assert "zoo: nothing reads the variable ZOO_NATVE; did you mean 'ZOO_NATIVE'?" in zoo_command("list").err

@@ -15,6 +15,7 @@ from zoo.components.attention import kernels, memory_efficient
 from zoo.components.attention.kernels import attention, attention_rows
 from zoo.components.cache.fresh import FreshKV
 from zoo.components.cache.store import fresh_step
+from zoo.components.native import prompts
 from zoo.registry.errors import ZooError
 
 HEADS, GROUPS, WIDTH = 6, 2, 8
@@ -81,7 +82,7 @@ def test_blocks_equal_loops(
 ) -> None:
     """Many rows behind a small window never see a mask of all rows by all keys, and no block has but a few rows."""
     monkeypatch.setattr(kernels, "BLOCK", block)
-    monkeypatch.setattr(kernels.prompts, "FEWEST", fewest)
+    monkeypatch.setattr(prompts, "FEWEST", fewest)
     lengths: list[int] = []
     real = kernels.KERNELS["auto"]
 
@@ -115,7 +116,7 @@ def test_sinks_equal_loops(
     """Whichever kernel is chosen, and in blocks of rows."""
     monkeypatch.setenv("ZOO_ATTENTION", kernel)
     monkeypatch.setattr(kernels, "BLOCK", 4)
-    monkeypatch.setattr(kernels.prompts, "FEWEST", 1)
+    monkeypatch.setattr(prompts, "FEWEST", 1)
     q, k, v = _qkv(rows, past)
     sinks = torch.linspace(-1.0, 30.0, HEADS)
     found = attention(q, k, v, scale=WIDTH**-0.5, past=past, window=window, sinks_H=sinks)
@@ -276,7 +277,7 @@ def test_a_window_that_hides_nothing_yet_ends_in_blocks_too(
 ) -> None:
     """More rows than a block and fewer than the window, by the formula."""
     monkeypatch.setattr(kernels, "BLOCK", 4)
-    monkeypatch.setattr(kernels.prompts, "FEWEST", 1)
+    monkeypatch.setattr(prompts, "FEWEST", 1)
     q, k, v = _qkv(rows, 0)
     sinks = torch.linspace(-1.0, 30.0, HEADS)
     found = attention(q, k, v, scale=WIDTH**-0.5, past=0, window=12, sinks_H=sinks)

@@ -152,11 +152,15 @@ def test_gates_equal_the_formula(close: Callable[..., None]) -> None:
 
 @needs_kernels
 def test_gates_of_extremes_are_the_formulas() -> None:
-    extremes = torch.tensor([-3e38, -200, -89, 0, 89, 3e38, float("nan"), float("inf"), -float("inf")]).bfloat16()
+    extremes = torch.tensor(
+        [-3e38, -1e30, -200, -89, 0, 89, 3e38, float("nan"), float("inf"), -float("inf")]
+    ).bfloat16()
     with torch.inference_mode():
         found = small.gate(torch.cat([extremes, torch.ones_like(extremes)])[None])[0]
     assert torch.equal(found.nan_to_num(7.0), F.silu(extremes).nan_to_num(7.0))
     assert torch.equal(found.isnan(), F.silu(extremes).isnan())
+    numbers = ~found.isnan()
+    assert torch.equal(found[numbers].signbit(), F.silu(extremes)[numbers].signbit())
 
 
 @needs_kernels

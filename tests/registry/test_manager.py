@@ -308,6 +308,17 @@ def test_a_disabled_plugin_is_not_even_imported(
     assert not caplog.messages
 
 
+def test_a_plugin_to_leave_out_that_is_not_there_is_told(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(bad=RuntimeError("broken"))
+    monkeypatch.setenv("ZOO_DISABLE_PLUGINS", "bat,bad")
+    assert info(manager(), "bad").status == "disabled"
+    assert caplog.messages == [
+        "zoo: there is no plugin 'bat' to leave out, as ZOO_DISABLE_PLUGINS says; did you mean 'bad'?"
+    ]
+
+
 def test_the_warning_goes_to_stderr_as_one_line(
     install: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import click
 
 from zoo import __version__
 from zoo.registry.catalog import load_path
+from zoo.registry.environment import strangers
 from zoo.registry.errors import PluginError, ZooError, nearest
 from zoo.registry.hooks import RegisterCommand, hookimpl
 
@@ -63,13 +64,25 @@ class Commands(click.Group):
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             hint = nearest(args[0], self.list_commands(ctx)) or "see `zoo --help`"
             raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _refuse_repeated(command, click.Context(command, ctx, name), rest)
+        return name, command, rest
 
     @staticmethod
     def _from_plugins() -> "dict[str, Command]":
         from zoo.registry.manager import manager
 
         return {name: command for name, command in manager().commands().items() if name not in BUILTIN}
+
+
+def _refuse_repeated(command: click.Command, ctx: click.Context, args: Sequence[str]) -> None:
+    """An option that takes one value and is given two would quietly use the last."""
+    _, _, given = command.make_parser(ctx).parse_args([*args])
+    options = [o for o in given if isinstance(o, click.Option) and not (o.is_flag or o.multiple or o.count)]
+    for option in options:
+        if options.count(option) > 1:
+            raise click.UsageError(f"{' / '.join(option.opts)} is given twice.", ctx)
 
 
 def _imported(path: str, owner: str, name: str) -> click.Command:
@@ -147,6 +160,8 @@ def _leave(ended: list[int]) -> None:
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments[: arguments.index("--")] if "--" in arguments else "--debug" in arguments
     arguments = [a for i, a in enumerate(arguments) if a != "--debug" or "--" in arguments[:i]]
+    for stranger in strangers():
+        click.echo(f"zoo: {stranger}", err=True)
     try:
         with cli.make_context("zoo", arguments) as context:
             result = cli.invoke(context)

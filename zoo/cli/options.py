@@ -105,6 +105,8 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any] | None:
                 found=repr(pair),
                 expected="FIELD=VALUE, such as model.layers.0.mixer.window=1024",
             )
+        if name in overrides:
+            raise RequestError("the field is set twice", where=f"--set {name}", found=f"{overrides[name]!r} and {text}")
         try:
             overrides[name] = json.loads(text)
         except json.JSONDecodeError:

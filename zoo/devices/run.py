@@ -26,6 +26,7 @@ from zoo.devices.setup import Setup
 from zoo.devices.shares import Part, join
 from zoo.inspection import Inspection
 from zoo.loading.hub.types import human_bytes
+from zoo.registry.environment import whole
 from zoo.registry.errors import RequestError
 from zoo.registry.plan import Plan
 
@@ -108,7 +109,7 @@ class Spread:
     @property
     def near(self) -> int:
         """Ranks on this machine."""
-        return self.mesh.size if self.own else int(os.environ.get("LOCAL_WORLD_SIZE", self.mesh.size))
+        return self.mesh.size if self.own else whole("LOCAL_WORLD_SIZE", self.mesh.size)
 
 
 def load_of(placement: Placement, quantize: str | None, context: int) -> Load:
@@ -151,7 +152,7 @@ def spread(plan: Plan, wanted: Wanted) -> Spread | None:
             found=f"{asked.count} devices and {size} processes",
             hint="leave devices out, or start as many processes: torchrun --nproc-per-node",
         )
-    near = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    near = whole("LOCAL_WORLD_SIZE", size)
     return None if size == 1 else Spread(lay_out(plan.model, asked, near), asked, rank, own=False)
 
 
