@@ -290,3 +290,10 @@ def test_what_can_be_said_once_is_not_said_twice(
 def test_a_misspelt_variable_is_told(zoo_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_NATVE", "off")
     assert "zoo: nothing reads the variable ZOO_NATVE; did you mean 'ZOO_NATIVE'?" in zoo_command("list").err
+
+
+@pytest.mark.parametrize("size", ["nan", "0", "inf", "-1"])
+def test_sizes_of_files_are_numbers(size: str, zoo_command: Command, tmp_path: Path) -> None:
+    done = zoo_command("save", "tiny", str(tmp_path / "it"), "--max-file-size", size)
+    assert done.code == 2
+    assert "is not a number above 0" in done.err

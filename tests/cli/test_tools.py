@@ -171,5 +171,6 @@ def test_fim(
 )
 def test_fim_is_refused(zoo_command: Command, arguments: tuple[str, ...], words: list[str]) -> None:
     found = zoo_command("fim", "tiny", *arguments)
+    assert "random weights" not in found.err, "a model was loaded for nothing"
     assert (found.code, found.out) == (2, "")
     assert [word for word in words if word not in found.err] == []

@@ -392,7 +392,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as ended:
         main(["save", "tiny", str(tmp_path / "it")])
     assert ended.value.code == 2
-    assert "Choose another folder, or say overwrite=True (`--overwrite`)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Choose another folder, or say overwrite=True (`--overwrite`)" in told
+    assert "weights:" not in told, "a model was loaded for nothing"
     with zoo.load(tmp_path / "it") as model:
         assert model.placement.dtype_name == "float32"
 

@@ -7,6 +7,12 @@ import click
 GIGA = 10**9
 
 
+def _positive(ctx: click.Context, option: click.Parameter, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise click.BadParameter(f"{value} is not a number above 0.", ctx, option)
+    return value
+
+
 @click.command()
 @click.argument("ref")
 @click.argument("folder")
@@ -14,13 +20,17 @@ GIGA = 10**9
 @click.option("--layout", default="auto", show_default=True, help="mistral, huggingface, zoo, or as the files have it.")
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or the card's.")
 @click.option("--weights", default="auto", show_default=True, help="A folder or file, `random`, or auto.")
-@click.option("--max-file-size", default=50.0, show_default=True, help="Gigabytes of one weight file.")
+@click.option(
+    "--max-file-size", default=50.0, show_default=True, callback=_positive, help="Gigabytes of one weight file."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a model that is in FOLDER.")
 def save(ref: str, folder: str, adapters: tuple[str, ...], max_file_size: float, **flags: Any) -> None:
     """Write REF's weights, settings, card and tokenizer to FOLDER: merged, converted or renamed."""
     from zoo.api import load
     from zoo.cli.console import loading_bar, note
+    from zoo.saving.save import check_free
 
+    check_free(folder, flags["overwrite"])
     options = {"layout": flags["layout"], "overwrite": flags["overwrite"]}
     with loading_bar(f"loading {ref}") as progress:
         model = load(

@@ -63,10 +63,9 @@ def save(
     progress: Progress | None = None,
 ) -> Saved:
     """Writes the model into a folder, as `Model.save` says."""
-    target = local_path(folder)
+    target = check_free(folder, overwrite)
     if file_bytes < 1:
         raise RequestError("no file can be that small", where="file_bytes", found=str(file_bytes))
-    _check_free(target, overwrite)
     name, settings = _layout(source, layout)
     kept = source.files and source.files.layout == name and (settings is None or settings.own)
     present = source.files.headers if source.files and kept else ()
@@ -124,8 +123,9 @@ def _fill(
     return tuple(file.name for file in files)
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
-    """Raises RequestError for a folder that holds a model already, and for what is no folder."""
+def check_free(folder: str | Path, overwrite: bool) -> Path:
+    """The folder as a path. Raises RequestError for one that holds a model already, and for what is no folder."""
+    target = local_path(folder)
     if target.exists() and not target.is_dir():
         raise RequestError("not a folder", where=str(target), found="a file", expected="a folder to save into")
     there = sorted(_replaced(target))
@@ -136,6 +136,7 @@ def _check_free(target: Path, overwrite: bool) -> None:
             found=", ".join(file.name for file in there[:5]),
             hint="choose another folder, or say overwrite=True (`--overwrite`)",
         )
+    return target
 
 
 def _replaced(folder: Path) -> Iterator[Path]:
