@@ -62,7 +62,13 @@ def wanted() -> frozenset[str]:
             expected=f"'auto', 'off', or some of {', '.join(KERNELS)} with commas between",
             hint=nearest(word, ("auto", "off", *KERNELS)),
         )
-    return named if find_spec("triton") is not None else frozenset()
+    if find_spec("triton") is not None:
+        return named
+    if named and words != ["auto"]:
+        raise ZooError(
+            "Triton is not installed", where="ZOO_FUSED", found=repr(",".join(words)), expected="'auto' or 'off'"
+        )
+    return frozenset()
 
 
 @cache

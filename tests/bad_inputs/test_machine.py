@@ -296,13 +296,16 @@ def test_a_conversation_of_nothing(desk: Desk, parrot: Callable[[str], Path]) ->
     assert (found.code, found.out) == (0, "")
 
 
-def test_a_conversation_of_faults(desk: Desk, parrot: Callable[[str], Path]) -> None:
+def test_a_conversation_of_faults(desk: Desk, parrot: Callable[[str], Path], tmp_path: Path) -> None:
     """Each faulty line costs one message; the conversation goes on."""
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps({"system": None, "messages": [{"role": "user", "content": "hi"}]}))
     lines = [
         "",
         "/nope",
         "hi\udcff",
         "/load nope.json",
+        f"/load {odd}",
         "/undo",
         "/retry",
         "/save nowhere/x",
@@ -317,6 +320,8 @@ def test_a_conversation_of_faults(desk: Desk, parrot: Callable[[str], Path]) -> 
         "no command /nope",
         "half a character",
         "no saved conversation",
+        "other than questions and answers in turn",
+        "no question to take back",
         "no question to ask again",
         "cannot be saved",
     ]

@@ -329,6 +329,18 @@ def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         zoo.load("tiny", device="cpu")
 
 
+def test_kernels_asked_for_by_name_are_not_left_out_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    for words in ("auto", "off"):
+        monkeypatch.setenv("ZOO_FUSED", words)
+        assert fused.wanted.__wrapped__() == set()
+    monkeypatch.setenv("ZOO_FUSED", "rope,norm")
+    with pytest.raises(
+        ZooError, match="ZOO_FUSED: Triton is not installed; found 'rope,norm'; expected 'auto' or 'off'"
+    ):
+        fused.wanted.__wrapped__()
+
+
 ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope": {"theta": 50.0}}
 MAMBA2 = {"kind": "mamba2", "num_heads": 4, "head_dim": 8, "num_groups": 2, "state_size": 5, "conv_size": 4}
 GATED: dict[str, Any] = {"kind": "gated", "hidden_dim": 160}

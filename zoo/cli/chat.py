@@ -143,6 +143,8 @@ class Conversation:
         self.system = text or None
 
     def _undo(self, _: str) -> None:
+        if not self.messages:
+            raise RequestError("there is no question to take back", where="/undo")
         self.messages = self.messages[:-2]
 
     def _retry(self, _: str) -> None:
@@ -172,12 +174,15 @@ class Conversation:
         try:
             Path(name).expanduser().write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
         except OSError as error:
-            raise TextError("the conversation cannot be saved", where=name or "/save", found=str(error)) from None
+            raise TextError("the conversation cannot be saved", where=name or "/save", found=error.strerror) from None
 
     def _load(self, name: str) -> None:
         try:
             data = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-            self.system, self.messages = data["system"], [*data["messages"]]
+            system, messages = data["system"], data["messages"]
+            if [message["role"] for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+                raise ValueError("other than questions and answers in turn")
+            self.system, self.messages = system, messages
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TextError(
                 "this is no saved conversation", where=name or "/load", found=str(error), expected="a file from /save"

@@ -48,7 +48,10 @@ def doctor() -> None:
     click.echo(columns(facts, heading=False))
 
 
-_OPTIONAL = {"xformers": "ZOO_ATTENTION=xformers is not available; torch's own attention is the default everywhere"}
+_OPTIONAL = {
+    "triton": "on a GPU, zoo's own kernels are left out and PyTorch's operations run",
+    "xformers": "ZOO_ATTENTION=xformers is not available; torch's own attention is the default everywhere",
+}
 
 
 def _optional(name: str, cost: str) -> str:
