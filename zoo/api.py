@@ -286,7 +286,9 @@ def _source(
     if weights == "random":
         return "random"
     if weights != "auto":
-        return Path(weights).expanduser()
+        from zoo.loading.files import local_path
+
+        return local_path(weights)
     if found.folder is not None:
         return found.folder
     source = found.card.source

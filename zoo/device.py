@@ -38,7 +38,7 @@ def choose(device: str, dtype: str, card_dtype: str) -> Placement:
                 where="dtype",
                 found=repr(dtype),
                 expected=f"auto or one of {', '.join(DTYPES)}",
-                hint=nearest(dtype, DTYPES),
+                hint=nearest(str(dtype).removeprefix("torch."), DTYPES),
             )
         _refuse_missing(chosen, DTYPES[dtype])
         return Placement(chosen, DTYPES[dtype], f"{chosen}, {dtype} as asked{_without_kernels(chosen)}")
@@ -73,13 +73,13 @@ def _device(name: str) -> torch.device:
     known = ["auto", "cpu", "cuda", "cuda:N", "mps"]
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise RequestError(
             "unknown device",
             where="device",
             found=repr(name),
             expected=f"one of {', '.join(known)}",
-            hint=nearest(name, known),
+            hint=nearest(str(name), known),
         ) from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= count.get(device.type, 0):

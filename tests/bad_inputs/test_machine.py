@@ -16,7 +16,7 @@ import torch
 
 import zoo
 from zoo.cli import main
-from zoo.registry.errors import CapacityError, CardError, RequestError, TextError, ZooError
+from zoo.registry.errors import CapacityError, CardError, RequestError, TextError, WeightsError, ZooError
 
 if TYPE_CHECKING:
     from tests.bad_inputs.conftest import Desk
@@ -101,6 +101,18 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
         RequestError,
         ["device: unknown device; found 'gpu'; expected one of auto, cpu, cuda, cuda:N, mps"],
     ),
+    "no word for a device": (lambda desk: {"device": None}, RequestError, ["device: unknown device; found None"]),
+    "a type of torch's": (
+        lambda desk: {"dtype": torch.float32},
+        RequestError,
+        ["dtype: unknown dtype; found torch.float32", "Did you mean 'float32'?"],
+    ),
+    "half a sequence": (
+        lambda desk: {"max_batch_size": 2.5},
+        RequestError,
+        ["max_batch_size is out of range; found 2.5; expected at least 1"],
+    ),
+    "no place of weights": (lambda desk: {"weights": None}, WeightsError, ["None: no such folder or file"]),
     "a busy GPU": (
         on("cuda:0", 1, free=300_000),
         CapacityError,

@@ -89,8 +89,8 @@ class Sizes:
     def check(self, context_length: int) -> None:
         """Refuse sizes below 1 and a max_context beyond the model's. Raises RequestError naming the size."""
         for name, size in asdict(self).items():
-            if size < 1:
-                raise RequestError(f"{name} is out of range", where=name, found=str(size), expected="at least 1")
+            if not isinstance(size, int) or size < 1:
+                raise RequestError(f"{name} is out of range", where=name, found=repr(size), expected="at least 1")
         if self.max_context > context_length:
             raise RequestError(
                 "max_context is out of range",
