@@ -49,9 +49,9 @@ def choose(device: str, dtype: str, card_dtype: str) -> Placement:
 
 
 def _without_kernels(device: torch.device) -> str:
-    """What a CPU is slowed by that an installation could mend."""
-    reason = native.lost() if device.type == "cpu" else None
-    return "" if reason is None else f" (without the native kernels: {reason})"
+    """What a CPU is slowed by that an installation could mend; what the kernels' check finds is told by itself."""
+    reason = native.unusable() if device.type == "cpu" else None
+    return f" (without the native kernels: {reason})" if reason in (native.NOT_BUILT, native.OLDER) else ""
 
 
 def memory_free(device: torch.device) -> int:

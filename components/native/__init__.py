@@ -36,7 +36,8 @@ NONE, MULTIPLY_ADD, DOT, TILES = range(4)
 
 OFF, PLAIN = "ZOO_NATIVE=off", "this processor has no AVX-512"
 NOT_BUILT = "not built when zoo was installed, `zoo doctor` says why"
-"""What `missing` answers, beside faults that the check finds."""
+OLDER = "built from older sources than these, install zoo again"
+"""What `unusable` answers."""
 
 LEVELS = {"multiply-add": MULTIPLY_ADD, "dot": DOT, "tiles": TILES}
 
@@ -103,17 +104,10 @@ def product_reference(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = N
 @cache
 def missing() -> str | None:
     """Why the kernels are not in use, None where they are. Raises ZooError for a ZOO_NATIVE that cannot be."""
+    reason = unusable()
+    if reason is not None:
+        return reason
     choice = _choice()
-    if choice == "off":
-        return OFF
-    if kernels_file() is None:
-        # Nobody misses what the processor could not run either.
-        capability = torch.backends.cpu.get_cpu_capability()
-        return NOT_BUILT if any(name in capability for name in ("AVX512", "AMX")) else PLAIN
-    if library().level == NONE:
-        return PLAIN
-    if library().absent:
-        return "built from older sources than these, install zoo again"
     if choice in LEVELS:
         library().use(LEVELS[choice])
     from zoo.components.native.check import differences, settle_tiles
@@ -126,10 +120,17 @@ def missing() -> str | None:
     return None
 
 
-def lost() -> str | None:
-    """Why the kernels are not in use on a processor that could run them, and for which nobody has asked; else None."""
-    reason = missing()
-    return None if reason in (OFF, PLAIN) else reason
+def unusable() -> str | None:
+    """Why there are no kernels that could be checked, found without any work; None where there are."""
+    if _choice() == "off":
+        return OFF
+    if kernels_file() is None:
+        # Nobody misses what the processor could not run either.
+        capability = torch.backends.cpu.get_cpu_capability()
+        return NOT_BUILT if any(name in capability for name in ("AVX512", "AMX")) else PLAIN
+    if library().level == NONE:
+        return PLAIN
+    return OLDER if library().absent else None
 
 
 def _choice() -> str:

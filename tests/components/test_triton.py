@@ -75,7 +75,8 @@ each_kernel = pytest.mark.skipif(
         (4, 4, 1, 64, 33, None, 5.0),
         (2, 4, 2, 80, 18, 260, 3.0),
         (2, 40, 2, 128, 17, 1, None),
-        (2, 3, 3, 9, 330, None, None),
+        (2, 3, 3, 9, 17, None, None),
+        (1, 2, 1, 9, 330, None, None),
     ],
 )
 def test_attention_over_pages(

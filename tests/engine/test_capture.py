@@ -20,6 +20,7 @@ from zoo.engine.capture import Captured, Recorded, captures, row_bucket, token_b
 from zoo.engine.engine import Engine
 from zoo.engine.request import Request, SamplingParams
 from zoo.engine.runner import Runner
+from zoo.engine.sequence import NOWHERE
 from zoo.registry.errors import ZooError
 
 VOCABULARY, CONTEXT = 67, 600
@@ -201,6 +202,7 @@ def test_steps_begun_ahead_give_the_same_tokens(kind: str, batch: int, monkeypat
     following = Steps._next
 
     def counted(self: Steps, runner: Runner, step: Begun) -> Begun | None:
+        assert NOWHERE not in [seq.cache for seq in step.sequences], "a step behind one that has ended"
         found = following(self, runner, step)
         begun.append(found is not None)
         return found
@@ -249,3 +251,47 @@ def test_what_was_begun_is_forgotten_with_the_weights_and_after_an_interruption(
 
 def _interrupted(self: Engine, *rest: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_what_more_than_tokens_is_asked_of_is_not_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True, "logprobs": 2}
+    with load("full", monkeypatch, "pages") as plain:
+        expected = plain.generate([[1, 2, 3]], **ask)[0]
+    monkeypatch.undo()
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    with load("full", monkeypatch, "pages") as model:
+        found = model.generate([[1, 2, 3]], **ask)[0]
+    assert found.logprobs is not None
+    assert found.logprobs == pytest.approx(expected.logprobs, rel=1e-4)
+    assert [top.keys() for top in found.top_logprobs or ()] == [top.keys() for top in expected.top_logprobs or ()]
+
+
+def test_no_step_is_begun_behind_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    steps: list[int] = []
+    run = Captured.run
+
+    def counted(self: Captured, batch: Any) -> torch.Tensor | None:
+        logits_RV = run(self, batch)
+        steps.extend(() if logits_RV is None else batch.past)
+        return logits_RV
+
+    monkeypatch.setattr(Captured, "run", counted)
+    with load("full", monkeypatch, "pages") as model:
+        model.generate([[1, 2, 3]], max_tokens=5, ignore_eos=True)
+    assert steps == [3, 4, 5, 6]
+
+
+def test_what_is_not_finite_is_told_by_its_position_in_steps_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CAPTURE", "on")
+    with load("full", monkeypatch, "pages") as model:
+        assert model.engine._steps.ahead
+        hidden = model.module.hidden
+
+        def broken(tokens_T: torch.Tensor, step: Any) -> torch.Tensor:
+            found: torch.Tensor = hidden(tokens_T, step)
+            return found.masked_fill((step.positions_T >= 6).unsqueeze(-1), torch.nan)
+
+        monkeypatch.setattr(model.module, "hidden", broken)
+        with pytest.raises(ZooError, match="position 6: the model computed logits that are not finite"):
+            model.generate([[1, 2, 3]], max_tokens=9, ignore_eos=True)

@@ -9,7 +9,7 @@ import pytest
 
 from zoo.engine.drafting import LONGEST_PAUSE, MOST, TRIES, Asked, Pace
 from zoo.engine.engine import Engine
-from zoo.engine.ledger import LEAST, STALE, Ledger
+from zoo.engine.ledger import DEEPEST, LEAST, READING, STALE, Ledger
 from zoo.engine.ledger import MOST as MOST_BALANCE
 from zoo.engine.lookup import Lookup
 
@@ -156,3 +156,17 @@ def test_the_balance_stays_between_its_ends() -> None:
     assert not ledger.may_begin, "what was read is to be paid"
     ledger.gain(3.0)
     assert ledger.may_begin
+
+
+def test_what_looking_costs_is_not_what_reading_costs() -> None:
+    ledger = Ledger()
+    ledger.step(1, 0, 1.0, 0.0)
+    for _ in range(60):
+        ledger.step(1, 0, 1.0, 0.014)
+    assert ledger.may_begin
+    for _ in range(9):
+        ledger.step(1, 0, 1.0, 5.0)
+    assert not ledger.may_begin
+    for _ in range(int(DEEPEST / READING) + 1):
+        ledger.step(1, 0, 1.0, 0.0)
+    assert ledger.may_begin, "and reading is not remembered for ever"

@@ -178,3 +178,14 @@ def test_best_breaks_ties_by_id_at_any_size() -> None:
     flat_RV[1, 400] = 1.0
     assert best(flat_RV, 3).tolist() == [[0, 1, 2], [400, 0, 1]]
     assert best(flat_RV, 0).shape == (2, 0)
+
+
+def test_sums_that_round_differently_leave_the_token_within_its_block() -> None:
+    """A block's sum in one number format and its running sum in another: numbers near 1 fall between the two."""
+    logits_RV = torch.randn(300, 2 * BLOCK, generator=torch.Generator().manual_seed(5))
+    first_RV = logits_RV[:, :BLOCK]
+    plain = [SamplingParams(temperature=1.0)] * 300
+    for number in (1 - 1e-12, 1 - 2**-53):
+        assert int(choose(first_RV, plain, [number] * 300).max()) < BLOCK
+        lone_RV = F.pad(first_RV, (0, BLOCK), value=-1e4)
+        assert int(choose(lone_RV, plain, [number] * 300).max()) < BLOCK
