@@ -68,7 +68,7 @@ python:
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard components/native/*.[ch]) $(VENV)/python-$(VERSION)
 	$(PIP) install -c constraints.txt -e .
-	@$(BIN)/python -c 'from zoo.components.compiled import unbuilt; why = unbuilt(); why and print("zoo: the native kernels were not built, so a CPU is slower than it could be:", why)' >&2
+	@$(BIN)/python -c 'from zoo.components.compiled import unbuilt; why = unbuilt(); why and print("zoo: the native kernels were not built, so a CPU with AVX-512 is slower than it could be:", why)' >&2
 	touch $@
 
 # mistral-inference is compared with in tests. Its xformers has no CPU kernels, and a tree of requirements of its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -30,8 +31,9 @@ def compiler() -> list[str] | None:
 
 
 def unbuilt() -> str | None:
-    """Why there are no kernels, which is found by building them once more, away from here; None where they are."""
-    if kernels_file() is not None:
+    """Why there are no kernels, which is found by building them once more, away from here; None where they are, and on
+    processors of a kind for which there are none."""
+    if kernels_file() is not None or platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     command = compiler()
     if command is None:
