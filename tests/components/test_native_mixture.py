@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.components import native
 from zoo.components.build import build
+from zoo.components.compiled import kernels_file
 from zoo.components.ffn.moe import MoE
 from zoo.components.ffn.spec import ClampedSpec, Expert, GatedSpec, MLPSpec, MoESpec, SigmoidSpec, SoftmaxTopkSpec
 from zoo.components.kinds import INT4, INT8
@@ -186,7 +187,7 @@ def test_what_the_kernels_do_not_know_goes_expert_by_expert(used: list[int], clo
 @pytest.mark.parametrize("level", ["multiply-add", "dot"])
 def test_products_of_other_processors(level: str, monkeypatch: pytest.MonkeyPatch, close: Callable[..., None]) -> None:
     moe, x_TD = stored(), rows(19)
-    expected_TD, path = moe(x_TD), native._file()
+    expected_TD, path = moe(x_TD), kernels_file()
     assert path is not None
     if native.LEVELS[level] > native.Kernels(path).level:
         pytest.skip("not on this processor")

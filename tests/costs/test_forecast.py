@@ -63,6 +63,14 @@ def test_a_mixture_costs_the_experts_that_are_chosen() -> None:
     assert many - one == pytest.approx((8 * (1 - 0.75**6) - 2) * experts * 1e-10)
 
 
+def test_each_expert_multiplies_its_share_of_the_rows() -> None:
+    """Where a product takes as long as it has rows, a mixture takes as long as its tokens' choices."""
+    steep = (FLAT[0], Product(elements=1000, rows=512, seconds=512e-10))
+    found, step = work(ATTENTION, MOE), Step(1, 100, 0, 0)
+    choices = sum(count * m.numel * m.rows(step) * m.chosen for m, count in found.matrices.items())
+    assert known(found, products={"plain": steep}).step(step).products == pytest.approx(choices * 1e-10)
+
+
 def test_calls_are_counted_by_layers_sequences_and_experts() -> None:
     paces = {"attention": Pace(call_s=1.0, item_s=0.01), "moe": Pace(call_s=100.0, item_s=10.0)}
     found = known(work(ATTENTION, MOE), paces=paces, step_s=1000.0, sequence_s=0.1)

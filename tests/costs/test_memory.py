@@ -107,6 +107,12 @@ def test_advice_names_what_would_fit() -> None:
     assert plan("mistral-7b-v0.3", 4096, 1 << 30).advice == []
 
 
+def test_advice_does_not_name_more_bits_than_there_are() -> None:
+    found = plan("mistral-7b-v0.3", 32768, 8 << 30, quantize="int4").advice
+    assert found
+    assert "--quantize" not in " ".join(found)
+
+
 def test_advice_names_no_kind_that_the_device_refuses() -> None:
     for device, kinds in (("cpu", True), ("cuda", True), ("mps", False)):
         words = " ".join(plan("mistral-7b-v0.3", 4096, 10 << 30, device=device, process=0).advice)
