@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,8 +13,9 @@ from zoo.components.attention.kernels import Memo, Scores, attention, attention_
 from zoo.components.attention.paged import attention_pages
 from zoo.components.cache.code import RowCode
 from zoo.components.cache.fresh import FreshKV
-from zoo.components.cache.pages import PAGE, HeldPages, PageRows, Pages
-from zoo.components.cache.slab import Planes, SlabRows, Slabs
+from zoo.components.cache.pages import PAGE, HeldPages, Pages
+from zoo.components.cache.plan import Run, StepPlan, row_slots
+from zoo.components.cache.slab import Planes, Slabs
 from zoo.components.cache.spec import FullCacheSpec, LatentCacheSpec, SharedCacheSpec, WindowCacheSpec
 from zoo.components.native.attention import attend_slabs, attends, serves
 
@@ -79,7 +78,7 @@ class Storage(Protocol):
 class KVStore:
     """Keys and values of all sequences for a group of attention layers.
 
-    READS_SLABS: whether views read slabs where they lie, by the kernel of single rows.
+    READS_SLABS: whether views read slabs where they lie, by the kernel of few rows.
     """
 
     READS_SLABS: ClassVar[bool] = True
@@ -199,77 +198,6 @@ class KVStore:
         return tokens if self.ring is None else min(tokens, self.ring)
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """Which sequences a step works on, and what its layers share. One that checks guesses stands in it several times.
-
-    ring: slots after which positions begin anew. page_rows, slab_rows: where the rows go, if the step is one of single
-    rows and its places were prepared.
-    """
-
-    ring: int | None
-    seqs: list[int]
-    rows: list[int]
-    past: list[int]
-    memo: Memo = field(default_factory=dict)
-    page_rows: PageRows | None = None
-    slab_rows: SlabRows | None = None
-
-    @cached_property
-    def single(self) -> int:
-        """How many sequences, from the first one on, have one row each: a scheduler puts those that decode first."""
-        if self.page_rows is not None:
-            return self.page_rows.batch
-        if self.slab_rows is not None:
-            return self.slab_rows.slabs_LB.shape[1]
-        return next((i for i, count in enumerate(self.rows) if count > 1), len(self.rows))
-
-    @cached_property
-    def waves(self) -> list[slice]:
-        """Those rows, in runs that can be written before any of them is read: all, but for a ring, in which the next
-        row of a sequence takes a slot that the one before may still see."""
-        starts, met = [0], set[int]()
-        for place, seq in enumerate(self.seqs[: self.single] if self.ring is not None else ()):
-            if seq in met:
-                starts.append(place)
-                met.clear()
-            met.add(seq)
-        return [slice(start, stop) for start, stop in pairwise([*starts, self.single])]
-
-    def places(self, pages: Pages, wave: slice) -> PageRows:
-        """Where the rows of a wave go, made once for all layers."""
-        if self.page_rows is not None:
-            return self.page_rows
-        key = ("page rows", wave.start)
-        if key not in self.memo:
-            seqs = self.seqs[wave]
-            slots, filled = _row_slots(self.past[wave], self.ring)
-            numbers = pages.row_numbers(seqs, slots, filled)
-            self.memo[key] = PageRows(torch.tensor(numbers).to(pages.device, non_blocking=True), len(seqs))
-        rows: PageRows = self.memo[key]
-        return rows
-
-    def slots(self, slabs: Slabs, wave: slice) -> SlabRows:
-        """Where the rows of a wave go, made once for all layers."""
-        if self.slab_rows is not None:
-            return self.slab_rows
-        key = ("slots", wave.start)
-        if key not in self.memo:
-            seqs = self.seqs[wave]
-            self.memo[key] = slabs.rows(len(seqs))
-            self.memo[key].fill(slabs, seqs, *_row_slots(self.past[wave], self.ring))
-        rows: SlabRows = self.memo[key]
-        return rows
-
-    def seen(self, rows: PageRows, wave: slice, slots: int, window: int | None) -> Tensor:
-        """Which of the slots 0 .. `slots` - 1 each row of a wave sees, (B, S) bool, made once for all layers."""
-        key = ("seen", wave.start, window)
-        if key not in self.memo:
-            self.memo[key] = _seen(rows.filled_B, slots, window)
-        mask: Tensor = self.memo[key]
-        return mask
-
-
 class UnpreparedError(Exception):
     """A step that was prepared to be run many times cannot be run so."""
 
@@ -292,7 +220,7 @@ class HeldRows:
 
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """The step's next run is one row of each of these sequences, at most `batch`, after `past` cached tokens."""
-        self._held.fill(seqs, *_row_slots(past, self._ring))
+        self._held.fill(seqs, *row_slots(past, self._ring))
 
 
 class HeldSlabs:
@@ -307,12 +235,12 @@ class HeldSlabs:
         return [self._store.view(layer, plan) for layer in range(self._store.num_layers)]
 
     def fits(self, seqs: Sequence[int]) -> bool:
-        """Whether rows of these sequences can be run at once: of a ring, not several of one."""
-        return len(seqs) == self._batch and (self._store.ring is None or len(set(seqs)) == len(seqs))
+        """Whether rows of these sequences can be run at once."""
+        return len(seqs) == self._batch
 
     def fill(self, seqs: Sequence[int], past: Sequence[int]) -> None:
         """The step's next run is one row of each of these sequences after `past` cached tokens."""
-        self._rows.fill(self._slabs, seqs, *_row_slots(past, self._store.ring))
+        self._rows.fill(self._slabs, seqs, *row_slots(past, self._store.ring))
 
 
 @dataclass(frozen=True)
@@ -337,37 +265,40 @@ class KVView:
         """Appends the step's keys and values, then attends causally within each sequence, (T, H, d)."""
         plan = self.plan
         how: Scores = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
-        single = plan.single if self._takes_rows(q_THd, k_TGd, v_TGd) else 0
-        if plan.slab_rows is not None and not single:
+        new = (q_THd, k_TGd, v_TGd)
+        parts: list[Tensor] = []
+        if isinstance(self.storage, Pages):
+            parts = [self._attend_pages(wave, how, *(x[wave] for x in new)) for wave in plan.waves if plan.single]
+            rest = slice(plan.single, None)
+            runs = [Run(False, rest, rest)] if plan.single < len(q_THd) else []
+        elif by_slabs(plan.memo) and attends(q_THd, k_TGd, v_TGd, self.storage.code):
+            runs = plan.runs
+        elif plan.slab_rows is not None:
             raise UnpreparedError("these rows are not the kernel's")
-        waves = plan.waves if single else []
-        parts = [self._attend_rows(wave, q_THd[wave], k_TGd[wave], v_TGd[wave], how) for wave in waves]
-        if single < len(q_THd):
-            parts.append(self._attend_each(single, q_THd[single:], k_TGd[single:], v_TGd[single:], how))
+        else:
+            runs = [Run(False, slice(None), slice(None))]
+        for run in runs:
+            parts += (self._attend_few if run.few else self._attend_each)(run, how, *(x[run.rows] for x in new))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _attend_each(self, first: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, how: Scores) -> Tensor:
-        """The sequences from number `first` on, one after the other."""
-        seqs, past, rows = (values[first:] for values in (self.plan.seqs, self.plan.past, self.plan.rows))
-        if len(seqs) == 1:
-            return self._attend_one(seqs[0], past[0], q_THd, k_TGd, v_TGd, how)
+    def _attend_each(self, run: Run, how: Scores, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> list[Tensor]:
+        """A run of sequences, one after the other."""
+        seqs, past, rows = (values[run.sequences] for values in (self.plan.seqs, self.plan.past, self.plan.rows))
         parts = zip(seqs, past, *(torch.split(x, rows) for x in (q_THd, k_TGd, v_TGd)), strict=True)
-        return torch.cat([self._attend_one(seq, before, q, k, v, how) for seq, before, q, k, v in parts])
+        return [self._attend_one(seq, before, q, k, v, how) for seq, before, q, k, v in parts]
 
-    def _takes_rows(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> bool:
-        """Whether single rows of several sequences are worked on at once: on pages, and on slabs by a kernel."""
-        if isinstance(self.storage, Pages):
-            return True
-        return by_slabs(self.plan.memo) and attends(q_THd, k_TGd, v_TGd, self.storage.code)
+    def _attend_few(self, run: Run, how: Scores, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> list[Tensor]:
+        """A run of sequences of few rows, all at once, from slabs as they lie."""
+        slabs, ring = self.storage, self.plan.ring
+        assert isinstance(slabs, Slabs)
+        at, window = self.plan.slots(slabs, run), None if ring is not None else how["window"]
+        slabs_B = at.slabs_LB[self.layer]
+        return [attend_slabs(q_THd, k_TGd, v_TGd, slabs_B, at.numbers_N, slabs.code, {**how, "window": window})]
 
-    def _attend_rows(self, wave: slice, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, how: Scores) -> Tensor:
-        """The single rows of a wave, all at once: from slabs or pages as they lie where a kernel can, else over pages
+    def _attend_pages(self, wave: slice, how: Scores, q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor) -> Tensor:
+        """The single rows of a wave, all at once: from pages as they lie where a kernel can, else over pages that are
         gathered to equal lengths."""
         plan, pages, window = self.plan, self.storage, None if self.plan.ring is not None else how["window"]
-        if isinstance(pages, Slabs):
-            at = plan.slots(pages, wave)
-            slabs_B = at.slabs_LB[self.layer]
-            return attend_slabs(q_BHd, k_BGd, v_BGd, slabs_B, at.numbers_N, pages.code, {**how, "window": window})
         assert isinstance(pages, Pages)
         rows, pool = plan.places(pages, wave), pages.pool(self.layer)
         pages.write_rows(self.layer, rows, (k_BGd, v_BGd))
@@ -421,21 +352,6 @@ class KVView:
             self.storage.write(self.layer, seq, start, last, memo)
             done += count
         return k_GSd, v_GSd, past - first
-
-
-def _row_slots(past: Sequence[int], ring: int | None) -> tuple[list[int], list[int]]:
-    """The slot that each sequence's next row takes, and how many are filled with it."""
-    if ring is None:
-        return list(past), [count + 1 for count in past]
-    return [count % ring for count in past], [min(count + 1, ring) for count in past]
-
-
-def _seen(filled_B: Tensor, slots: int, window: int | None) -> Tensor:
-    """Which of the slots 0 .. `slots` - 1 each sequence's last token sees, (B, S) bool."""
-    slots_S = torch.arange(slots, device=filled_B.device)
-    filled_B1 = filled_B.unsqueeze(1)
-    seen_BS = slots_S < filled_B1
-    return seen_BS if window is None else seen_BS & (slots_S >= filled_B1 - window)
 
 
 def _spans(start: int, stop: int, ring: int) -> list[tuple[int, int]]:

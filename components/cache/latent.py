@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoo.components.cache.kv import KVStore, StepPlan, Storage
+from zoo.components.cache.kv import KVStore, Storage
 from zoo.components.cache.pages import Pages
+from zoo.components.cache.plan import StepPlan
 from zoo.components.step import Cached
 
 

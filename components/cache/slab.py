@@ -21,10 +21,10 @@ STEP = 256
 
 @dataclass(frozen=True)
 class SlabRows:
-    """One new row of each of B sequences: where slabs lie, and where in them the rows go.
+    """B new rows of sequences: where slabs lie, and where in them the rows go.
 
     slabs_LB: int64, the address of each layer's slab. numbers_N: int64, for each row the slots of its slab, the one
-    that it takes, and how many are filled with it.
+    that it takes, how many are filled with it, and the first row of the same sequence.
     """
 
     slabs_LB: Tensor
@@ -32,8 +32,10 @@ class SlabRows:
 
     def fill(self, slabs: Slabs, seqs: Sequence[int], slots: Sequence[int], filled: Sequence[int]) -> None:
         """The rows are of these sequences, take these slots, and so many are filled with them."""
-        triples = zip((slabs.room(seq) for seq in seqs), slots, filled, strict=True)
-        self.numbers_N.copy_(torch.tensor([number for triple in triples for number in triple]))
+        leaders: dict[int, int] = {}
+        first = (leaders.setdefault(seq, row) for row, seq in enumerate(seqs))
+        numbers = zip((slabs.room(seq) for seq in seqs), slots, filled, first, strict=True)
+        self.numbers_N.copy_(torch.tensor([number for row in numbers for number in row]))
         self.slabs_LB.copy_(torch.tensor([slabs.places(seq) for seq in seqs]).T)
 
 
@@ -135,8 +137,8 @@ class Slabs:
         return self._places[seq]
 
     def rows(self, count: int) -> SlabRows:
-        """Places of single rows of so many sequences, still to be filled."""
-        return SlabRows(*(torch.zeros(size, dtype=torch.int64) for size in ((self.layers, count), (3 * count,))))
+        """Places of so many rows, still to be filled."""
+        return SlabRows(*(torch.zeros(size, dtype=torch.int64) for size in ((self.layers, count), (4 * count,))))
 
     def room(self, seq: int) -> int:
         """How many slots a sequence has."""

@@ -1,14 +1,20 @@
-/* Attention of single rows over slabs of keys and values, plain or coded, for x86-64 with AVX-512.
+/* Attention of a few rows over slabs of keys and values, plain or coded, for x86-64 with AVX-512.
  *
  * A slab holds one sequence's rows of one layer: (2, groups, capacity, row), keys, then values. A row is `width` numbers
- * of bfloat16 or float32, or a bfloat16 scale and `width` codes of a byte (zoo.components.cache.code). Keys are taken in
- * splits of fixed length, which are added up in their order at the end: a result depends neither on the other sequences
- * nor on the number of threads (Dao et al., "Flash-Decoding", 2023). Sums are kept in float32.
+ * of bfloat16 or float32, or a bfloat16 scale and `width` codes of a byte (zoo.components.cache.code). All new rows of a
+ * sequence, and all query heads of a key head, read it together, in splits of fixed length at fixed places, whose sums
+ * are added up in their order at the end (Dao et al., "Flash-Decoding", 2023). Within a split, too, the order of a row's
+ * sums does not depend on the others, and what it does not see never meets it: a result is the same whatever the other
+ * rows, sequences and threads.
+ *
+ * Keys are turned so that sixteen of them lie side by side. Bfloat16 and codes are multiplied in pairs of sixteen bits:
+ * by dot products, with weights rounded to bfloat16, or by two multiply-adds. Sums are kept in float32.
  */
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #include <immintrin.h>
+#include <limits.h>
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -17,29 +23,39 @@
 
 #include "numbers.h"
 
-#define AHEAD 2048 /* bytes by which keys are fetched in advance */
+/* Of AVX512-BF16 only what functions use that are asked for dot products. */
+#define DOTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+#define AHEAD _MM_HINT_T0 /* where to values are fetched while keys are worked on, and the next keys meanwhile */
 
 enum { BF16, F32, INT8, FP8 };
-enum { SPLIT = 256, TILE = 16, TOGETHER = 4 };
+enum { SPLIT = 256, TILE = 32, TOGETHER = 4, WIDEST = 256 };
 
 INLINE long row_bytes(int kind, long width) {
     return kind == BF16 ? 2 * width : kind == F32 ? 4 * width : 2 + width + width % 2;
 }
 
-/* Sixteen numbers of a row, from number i on, without the row's scale. */
-AVX512 INLINE __m512 numbers(int kind, const char *row, long i) {
-    if (kind == F32) return _mm512_loadu_ps((const float *)row + i);
-    if (kind == BF16) {
-        __m256i bits = _mm256_loadu_si256((const void *)(row + 2 * i));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
-    __m128i codes = _mm_loadu_si128((const void *)(row + 2 + i));
-    if (kind == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+/* Words of 32 bits that a turned key has: numbers, neighbouring pairs of them, or, of codes, pairs that lie sixteen apart. */
+INLINE long words_of(int kind, long width) { return kind == F32 ? width : kind == BF16 ? width / 2 : (width + 31) / 32 * 16; }
+
+/* Sixteen codes as numbers, without the row's scale. */
+AVX512 INLINE __m512 decoded(int kind, const char *codes) {
+    __m128i bytes = _mm_loadu_si128((const void *)codes);
+    if (kind == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
     /* The bits of a float of sixteen bits that is 2^8 times as small, which row_scale makes good. */
-    __m256i wide = _mm256_cvtepu8_epi16(codes);
-    __m256i bits = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7),
-                                   _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8));
-    return _mm512_cvtph_ps(bits);
+    __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(bits, _mm256_set1_epi16((short)0xbfff)));
+}
+
+/* The upper halves of two vectors of floats, as pairs. */
+AVX512 INLINE __m512i paired(__m512 low, __m512 high) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
+}
+
+AVX512 INLINE __m512 low_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+
+AVX512 INLINE __m512 high_of(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
 }
 
 INLINE float row_scale(int kind, const char *row) {
@@ -57,108 +73,199 @@ AVX512 INLINE __m512 capped(__m512 x, float cap) {
     return _mm512_mask_sub_ps(size, _mm512_movepi32_mask(_mm512_castps_si512(half)), _mm512_setzero_ps(), size);
 }
 
-/* Scores of `shared` queries with `count` keys into `scores`, SPLIT for each query; beyond the keys they are -inf. */
-AVX512 INLINE void score(int kind, long shared, long width, const float *q, const char *k, long count, float softcap,
-                         float *scores) {
-    float tile[TILE * 256] __attribute__((aligned(64)));
-    long row = row_bytes(kind, width), tiles = (count + TILE - 1) / TILE;
-    memset(tile, 0, TILE * width * sizeof(float));
-    for (long t = 0; t < tiles; t++) {
-        long keys = count - t * TILE < TILE ? count - t * TILE : TILE;
-        __mmask16 there = (__mmask16)((1u << keys) - 1);
-        float scales[TILE] = {0};
-        for (long key = 0; key < keys; key++) {
-            const char *at = k + (t * TILE + key) * row;
-            for (long ahead = 0; ahead < row; ahead += 64) _mm_prefetch(at + AHEAD + ahead, _MM_HINT_T0);
-            scales[key] = row_scale(kind, at);
-            for (long i = 0; i < width; i += 16) _mm512_store_ps(tile + i * TILE + key * 16, numbers(kind, at, i));
+/* Sixteen words of a key, from word w on. */
+AVX512 INLINE __m512i words(int kind, const char *row, long w, long width) {
+    if (kind == BF16 || kind == F32) return _mm512_maskz_loadu_epi32(part_of(words_of(kind, width) - w), row + 4 * w);
+    __m512 high = 2 * w + 16 < width ? decoded(kind, row + 2 + 2 * w + 16) : _mm512_setzero_ps();
+    return paired(decoded(kind, row + 2 + 2 * w), high);
+}
+
+/* Sixteen vectors of sixteen words, of which lines become columns. */
+AVX512 INLINE void turn(__m512i *x) {
+    __m512i a[16], b[16];
+    UNROLLED(int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    UNROLLED(int i = 0; i < 16; i += 4)
+        UNROLLED(int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
         }
-        for (long n = 0; n < shared; n++) {
-            __m512 sums[TILE];
-            UNROLLED(int key = 0; key < TILE; key++) sums[key] = _mm512_setzero_ps();
-            for (long i = 0; i < width; i += 16) {
-                __m512 lanes = _mm512_loadu_ps(q + n * width + i);
-                UNROLLED(int key = 0; key < TILE; key++)
-                    sums[key] = _mm512_fmadd_ps(lanes, _mm512_load_ps(tile + i * TILE + key * 16), sums[key]);
-            }
-            __m512 found = _mm512_mul_ps(lane_sums(sums), _mm512_loadu_ps(scales));
-            if (softcap > 0) found = capped(found, softcap);
-            _mm512_storeu_ps(scores + n * SPLIT + t * TILE, _mm512_mask_blend_ps(there, _mm512_set1_ps(-INFINITY), found));
-        }
+    UNROLLED(int i = 0; i < 4; i++) {
+        __m512i even = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), odd = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+        __m512i even2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), odd2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+        x[i] = _mm512_shuffle_i32x4(even, even2, 0x88);
+        x[4 + i] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+        x[8 + i] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+        x[12 + i] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
     }
 }
 
-/* Scores as weights relative to the largest one, times the scales of the values; the largest score, and the sum of the
- * weights without these scales. */
-AVX512 INLINE void weigh(long count, const float *scales, float *scores, float *peak, float *total) {
-    long tiles = (count + TILE - 1) / TILE;
-    __m512 high = _mm512_loadu_ps(scores), sum = _mm512_setzero_ps();
-    for (long t = 1; t < tiles; t++) high = _mm512_max_ps(high, _mm512_loadu_ps(scores + t * TILE));
+/* `count` keys of a tile, turned: of each word 32 lanes, zero beyond the keys. Fetches as many bytes of `next` meanwhile. */
+AVX512 INLINE void turn_keys(int kind, long width, const char *k, long count, const char *next, __m512i *tile) {
+    long row = row_bytes(kind, width), bytes = kind == BF16 || kind == F32 ? 4 : 2;
+    for (long half = 0; half < 2; half++, k += 16 * row, next += 16 * row, count -= 16)
+        for (long w = 0; w < words_of(kind, width); w += 16) {
+            __m512i x[16];
+            if (count >= 16)
+                UNROLLED(int key = 0; key < 16; key++) {
+                    x[key] = words(kind, k + key * row, w, width);
+                    _mm_prefetch(next + key * row + w * bytes, AHEAD);
+                }
+            else
+                UNROLLED(int key = 0; key < 16; key++)
+                    x[key] = key < count ? words(kind, k + key * row, w, width) : _mm512_setzero_si512();
+            turn(x);
+            UNROLLED(int i = 0; i < 16; i++) tile[2 * (w + i) + half] = x[i];
+        }
+}
+
+/* Scores of N queries with a tile of keys. q: `words` words for each, or of pairs multiplied one by one twice as many. */
+DOTS INLINE void score(int kind, int dot, int queries, long words, const char *q, const __m512i *tile, const float *scales,
+                       float softcap, float *scores) {
+    __m512 sums[8][2];
+    long next = words * (kind != F32 && !dot ? 8 : 4);
+    UNROLLED(int n = 0; n < queries; n++) sums[n][0] = sums[n][1] = _mm512_setzero_ps();
+    for (long w = 0; w < words; w++) {
+        UNROLLED(int half = 0; half < 2; half++) {
+            __m512i keys = tile[2 * w + half];
+            UNROLLED(int n = 0; n < queries; n++) {
+                const float *own = (const float *)(q + n * next);
+                __m512 *sum = &sums[n][half];
+                if (dot) {
+                    *sum = _mm512_dpbf16_ps(*sum, (__m512bh)keys, (__m512bh)_mm512_set1_epi32(((const int *)own)[w]));
+                } else if (kind == F32) {
+                    *sum = _mm512_fmadd_ps(_mm512_castsi512_ps(keys), _mm512_set1_ps(own[w]), *sum);
+                } else {
+                    *sum = _mm512_fmadd_ps(low_of(keys), _mm512_set1_ps(own[2 * w]), *sum);
+                    *sum = _mm512_fmadd_ps(high_of(keys), _mm512_set1_ps(own[2 * w + 1]), *sum);
+                }
+            }
+        }
+    }
+    UNROLLED(int n = 0; n < queries; n++) UNROLLED(int half = 0; half < 2; half++) {
+        __m512 found = _mm512_mul_ps(sums[n][half], _mm512_loadu_ps(scales + 16 * half));
+        if (softcap > 0) found = capped(found, softcap);
+        _mm512_storeu_ps(scores + n * SPLIT + 16 * half, found);
+    }
+}
+
+/* The lanes of first .. last - 1 among the sixteen from `at` on. */
+INLINE __mmask16 lanes(long at, long first, long last) {
+    unsigned upto = last <= at ? 0 : part_of(last - at), before = first <= at ? 0 : part_of(first - at);
+    return (__mmask16)(upto & ~before);
+}
+
+/* Scores of the keys first .. last - 1 as weights relative to the largest one, times the scales of the values, zero for
+ * other keys of their tiles; the largest score, and the sum of the weights without these scales. */
+DOTS INLINE void weigh(int dot, long first, long last, const float *scales, float *scores, float *peak, float *total) {
+    __m512 high = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long at = first / 16 * 16; at < last; at += 16)
+        high = _mm512_mask_max_ps(high, lanes(at, first, last), high, _mm512_loadu_ps(scores + at));
     *peak = _mm512_reduce_max_ps(high);
-    for (long t = 0; t < tiles; t++) {
-        long keys = count - t * TILE < TILE ? count - t * TILE : TILE;
-        __mmask16 there = (__mmask16)((1u << keys) - 1);
-        __m512 x = _mm512_sub_ps(_mm512_loadu_ps(scores + t * TILE), _mm512_set1_ps(*peak));
-        __m512 weights = _mm512_maskz_mov_ps(there, exponential(x));
+    for (long at = first / 16 * 16; at < last; at += 16) {
+        __mmask16 seen = lanes(at, first, last);
+        __m512 x = _mm512_sub_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(*peak));
+        __m512 weights = _mm512_maskz_mov_ps(seen, exponential(x));
         sum = _mm512_add_ps(sum, weights);
-        _mm512_storeu_ps(scores + t * TILE, _mm512_mul_ps(weights, _mm512_maskz_loadu_ps(there, scales + t * TILE)));
+        weights = _mm512_maskz_mul_ps(seen, weights, _mm512_loadu_ps(scales + at));
+        /* Pairs of bfloat16 take half the room: they lie where scores have been read already. */
+        if (dot)
+            _mm256_storeu_si256((void *)(scores + at / 2), (__m256i)_mm512_cvtneps_pbh(weights));
+        else
+            _mm512_storeu_ps(scores + at, weights);
     }
     *total = _mm512_reduce_add_ps(sum);
 }
 
-/* Sums of `count` values by the weights of N queries, for 16 PARTS lanes. */
-AVX512 INLINE void add_values(int kind, int queries, int parts, const char *v, long row, long i, long count,
-                              const float *weights, float *o, long width) {
+/* 32 lanes of two neighbouring values, in pairs; of bfloat16 in an order of its own. part: which of them there are. */
+AVX512 INLINE void pairs_of(int kind, const char *even, const char *odd, long i, __mmask32 part, __m512i *x) {
+    if (kind == BF16) {
+        __m512i low = _mm512_maskz_loadu_epi16(part, even + 2 * i), high = _mm512_maskz_loadu_epi16(part, odd + 2 * i);
+        x[0] = _mm512_unpacklo_epi16(low, high);
+        x[1] = _mm512_unpackhi_epi16(low, high);
+    } else {
+        x[0] = paired(decoded(kind, even + 2 + i), decoded(kind, odd + 2 + i));
+        x[1] = _mm512_setzero_si512();
+        if (part >> 16) x[1] = paired(decoded(kind, even + 2 + i + 16), decoded(kind, odd + 2 + i + 16));
+    }
+}
+
+/* 32 sums, brought from their natural order into that of pairs_of, and back. */
+AVX512 INLINE void in_pairs(int kind, __m512 *x) {
+    if (kind != BF16) return;
+    __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    __m512 first = _mm512_permutex2var_ps(x[0], low, x[1]);
+    x[1] = _mm512_permutex2var_ps(x[0], _mm512_add_epi32(low, _mm512_set1_epi32(4)), x[1]);
+    x[0] = first;
+}
+
+AVX512 INLINE void in_order(int kind, __m512 *x) {
+    if (kind != BF16) return;
+    __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    __m512 first = _mm512_permutex2var_ps(x[0], low, x[1]);
+    x[1] = _mm512_permutex2var_ps(x[0], _mm512_add_epi32(low, _mm512_set1_epi32(8)), x[1]);
+    x[0] = first;
+}
+
+static const char NOTHING[4 * WIDEST];
+
+/* Adds the values first .. last - 1, by the weights of N queries, to lanes i .. i + 32 CHUNKS of sums. */
+DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const char *v, long row, long i, __mmask32 part,
+                            long first, long last, const char *next, const float *weights, float *o, long width) {
     __m512 sums[TOGETHER][4];
-    UNROLLED(int n = 0; n < queries; n++) UNROLLED(int p = 0; p < parts; p++) sums[n][p] = _mm512_setzero_ps();
-    for (long key = 0; key < count; key++) {
-        __m512 lanes[4];
-        UNROLLED(int p = 0; p < parts; p++) lanes[p] = numbers(kind, v + key * row, i + 16 * p);
-        UNROLLED(int n = 0; n < queries; n++) {
-            __m512 weight = _mm512_set1_ps(weights[n * SPLIT + key]);
-            UNROLLED(int p = 0; p < parts; p++) sums[n][p] = _mm512_fmadd_ps(weight, lanes[p], sums[n][p]);
+    __mmask16 low = (__mmask16)part, high = (__mmask16)(part >> 16);
+    UNROLLED(int n = 0; n < queries; n++) UNROLLED(int c = 0; c < chunks; c++) {
+        const float *from = o + n * width + i + 32 * c;
+        sums[n][2 * c] = _mm512_maskz_loadu_ps(low, from);
+        sums[n][2 * c + 1] = _mm512_maskz_loadu_ps(high, from + 16);
+        if (kind != F32) in_pairs(kind, sums[n] + 2 * c);
+    }
+    if (kind == F32) {
+        for (long key = first; key < last; key++) {
+            const float *at = (const float *)(v + key * row) + i;
+            UNROLLED(int c = 0; c < chunks; c++) {
+                if (next) _mm_prefetch(next + key * row + 4 * (i + 32 * c), AHEAD);
+                if (next) _mm_prefetch(next + key * row + 4 * (i + 32 * c) + 64, AHEAD);
+                __m512 x = _mm512_maskz_loadu_ps(low, at + 32 * c), y = _mm512_maskz_loadu_ps(high, at + 32 * c + 16);
+                UNROLLED(int n = 0; n < queries; n++) {
+                    __m512 weight = _mm512_set1_ps(weights[n * SPLIT + key]);
+                    sums[n][2 * c] = _mm512_fmadd_ps(weight, x, sums[n][2 * c]);
+                    sums[n][2 * c + 1] = _mm512_fmadd_ps(weight, y, sums[n][2 * c + 1]);
+                }
+            }
+        }
+    } else {
+        for (long pair = first / 2; 2 * pair < last; pair++) {
+            const char *even = 2 * pair < first ? NOTHING : v + 2 * pair * row;
+            const char *odd = 2 * pair + 1 < last ? v + (2 * pair + 1) * row : NOTHING;
+            UNROLLED(int c = 0; c < chunks; c++) {
+                __m512i x[2];
+                if (next) _mm_prefetch(next + 2 * pair * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
+                if (next) _mm_prefetch(next + (2 * pair + 1) * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
+                pairs_of(kind, even, odd, i + 32 * c, part, x);
+                UNROLLED(int n = 0; n < queries; n++) UNROLLED(int half = 0; half < 2; half++) {
+                    const float *own = weights + n * SPLIT;
+                    __m512 *sum = &sums[n][2 * c + half];
+                    if (dot) {
+                        __m512bh both = (__m512bh)_mm512_set1_ps(own[pair]);
+                        *sum = _mm512_dpbf16_ps(*sum, (__m512bh)x[half], both);
+                    } else {
+                        *sum = _mm512_fmadd_ps(low_of(x[half]), _mm512_set1_ps(own[2 * pair]), *sum);
+                        *sum = _mm512_fmadd_ps(high_of(x[half]), _mm512_set1_ps(own[2 * pair + 1]), *sum);
+                    }
+                }
+            }
         }
     }
-    UNROLLED(int n = 0; n < queries; n++) UNROLLED(int p = 0; p < parts; p++) _mm512_storeu_ps(o + n * width + i + 16 * p, sums[n][p]);
-}
-
-#define ADD_VALUES(QUERIES)                                                                                              \
-    case QUERIES:                                                                                                        \
-        for (; i + 64 <= width; i += 64) add_values(kind, QUERIES, 4, v, row, i, count, weights, o, width);              \
-        for (; i < width; i += 16) add_values(kind, QUERIES, 1, v, row, i, count, weights, o, width);                    \
-        break;
-
-AVX512 INLINE void values(int kind, long queries, long width, const char *v, long count, const float *weights, float *o) {
-    long row = row_bytes(kind, width), i = 0;
-    switch (queries) {
-        ADD_VALUES(1)
-        ADD_VALUES(2)
-        ADD_VALUES(3)
-        ADD_VALUES(4)
+    UNROLLED(int n = 0; n < queries; n++) UNROLLED(int c = 0; c < chunks; c++) {
+        float *to = o + n * width + i + 32 * c;
+        if (kind != F32) in_order(kind, sums[n] + 2 * c);
+        _mm512_mask_storeu_ps(to, low, sums[n][2 * c]);
+        _mm512_mask_storeu_ps(to + 16, high, sums[n][2 * c + 1]);
     }
 }
-
-/* One split of one key head. part: for each query its sum of values, then its largest score and its sum of weights. */
-#define SPLIT_OF(NAME, KIND)                                                                                             \
-    AVX512 static void NAME(long shared, long width, const float *q, const char *k, const char *v, long count,           \
-                            float softcap, float *scores, float *part) {                                                 \
-        float scales[SPLIT], *peaks = part + shared * width, *totals = peaks + shared;                                   \
-        score(KIND, shared, width, q, k, count, softcap, scores);                                                        \
-        for (long key = 0; key < count; key++) scales[key] = row_scale(KIND, v + key * row_bytes(KIND, width));          \
-        for (long n = 0; n < shared; n++) weigh(count, scales, scores + n * SPLIT, peaks + n, totals + n);               \
-        for (long n = 0; n < shared; n += TOGETHER)                                                                      \
-            values(KIND, shared - n < TOGETHER ? shared - n : TOGETHER, width, v, count, scores + n * SPLIT,             \
-                   part + n * width);                                                                                    \
-    }
-
-typedef void (*split_of)(long, long, const float *, const char *, const char *, long, float, float *, float *);
-
-SPLIT_OF(split_bf16, BF16)
-SPLIT_OF(split_f32, F32)
-SPLIT_OF(split_int8, INT8)
-SPLIT_OF(split_fp8, FP8)
-
-static const split_of SPLITS[] = {split_bf16, split_f32, split_int8, split_fp8};
 
 INLINE float number(int wide, const void *x, long i) { return wide ? ((const float *)x)[i] : widened(((const bf16 *)x)[i]); }
 
@@ -197,6 +304,164 @@ static void keep(int kind, int wide, long width, const void *x, long start, char
     if (width % 2) row[2 + width] = 0;
 }
 
+
+/* What the items of a call share. */
+typedef struct {
+    int wide;
+    long groups, shared, width, window;
+    const void *q, *k, *v;
+    long q_next, k_next, v_next;
+    char **slabs;
+    const long *numbers;
+    float scale, softcap;
+} call;
+
+/* The new rows of one sequence, and the splits in which they see or take slots. items: how many items come before its
+ * own. parts: where its sums begin. */
+typedef struct {
+    long *rows, count, first, splits, items, parts;
+    int turns; /* whether a row takes a slot that one before it sees */
+} sequence;
+
+typedef struct {
+    long first, last;
+} span;
+
+/* The first slot that a row sees; the last one is the last that is filled with it. */
+INLINE long first_seen(const call *c, long b) {
+    long filled = c->numbers[4 * b + 2];
+    return c->window && filled > c->window ? filled - c->window : 0;
+}
+
+/* The slots that a row sees in the split from slot `from` on, counted from there. */
+INLINE span seen_by(const call *c, long b, long from) {
+    long first = first_seen(c, b) - from, last = c->numbers[4 * b + 2] - from;
+    return (span){first < 0 ? 0 : first, last > SPLIT ? SPLIT : last};
+}
+
+INLINE int is_empty(span x) { return x.first >= x.last; }
+
+/* A row's queries of one key head as words, for multiply-adds of pairs as floats in their order. */
+INLINE void as_words(const call *c, int kind, int dot, long b, long g, char *to) {
+    long words = words_of(kind, c->width), start = b * c->q_next + g * c->shared * c->width;
+    for (long n = 0; n < c->shared; n++, start += c->width)
+        for (long w = 0; w < words; w++) {
+            long i = kind == BF16 ? 2 * w : kind == F32 ? w : w / 16 * 32 + w % 16, beside = i + (kind == BF16 ? 1 : 16);
+            if (kind == F32) {
+                ((float *)to)[n * words + w] = number(c->wide, c->q, start + i);
+            } else if (dot) {
+                const bf16 *q = (const bf16 *)c->q + start;
+                ((bf16 *)to)[2 * (n * words + w)] = q[i];
+                ((bf16 *)to)[2 * (n * words + w) + 1] = beside < c->width ? q[beside] : 0;
+            } else {
+                ((float *)to)[2 * (n * words + w)] = number(c->wide, c->q, start + i);
+                ((float *)to)[2 * (n * words + w) + 1] = beside < c->width ? number(c->wide, c->q, start + beside) : 0;
+            }
+        }
+}
+
+#define ADD(QUERIES, CHUNKS, PART)                                                                                       \
+    add_values(kind, dot, QUERIES, CHUNKS, v, row_bytes(kind, width), i, PART, first, last, next, weights, o, width)
+
+#define ADD_ALL(QUERIES)                                                                                                 \
+    case QUERIES:                                                                                                        \
+        for (; i + 64 <= width; i += 64) ADD(QUERIES, 2, ~0u);                                                           \
+        for (; i < width; i += 32) ADD(QUERIES, 1, i + 16 < width ? ~0u : 0xffff);                                       \
+        break;
+
+/* Adds the values first .. last - 1, by the weights of some queries, to their sums. */
+DOTS INLINE void add_all(int kind, int dot, long queries, long width, const char *v, long first, long last, const char *next,
+                         const float *weights, float *o) {
+    for (; first < last && queries > 0; queries -= TOGETHER, weights += TOGETHER * SPLIT, o += TOGETHER * width, next = NULL) {
+        long i = 0;
+        switch (queries < TOGETHER ? queries : TOGETHER) {
+            ADD_ALL(1)
+            ADD_ALL(2)
+            ADD_ALL(3)
+            ADD_ALL(4)
+        }
+    }
+}
+
+#define SCORE(QUERIES)                                                                                                   \
+    for (; n + QUERIES <= queries; n += QUERIES)                                                                         \
+        score(kind, dot, QUERIES, words, room + n * size, tile, scales, c->softcap, scores + n * SPLIT + at);
+
+/* Scores of some rows' queries, which lie in `room`, with the keys first .. last - 1 of a split. */
+DOTS INLINE void score_all(const call *c, int kind, int dot, long queries, const char *room, const char *k, const char *v,
+                           span all, float *scores) {
+    long row = row_bytes(kind, c->width), words = words_of(kind, c->width), size = words * (kind != F32 && !dot ? 8 : 4);
+    __m512i tile[2 * WIDEST];
+    for (long at = all.first / TILE * TILE; at < all.last; at += TILE) {
+        long keys = all.last - at < TILE ? all.last - at : TILE, n = 0;
+        float scales[TILE] = {0};
+        turn_keys(kind, c->width, k + at * row, keys, v + at * row, tile);
+        for (long key = 0; key < keys; key++) scales[key] = c->scale * row_scale(kind, k + (at + key) * row);
+        SCORE(8)
+        SCORE(4)
+        SCORE(2)
+        SCORE(1)
+    }
+}
+
+/* Some rows of a sequence in one split of one key head. next: the keys of the next item. room: for words of queries, then
+ * for scores. part, peaks, totals: for each query its sum of values, the largest score, the sum of its weights. */
+DOTS INLINE void attend(const call *c, int kind, int dot, const long *rows, long count, long g, long from, const char *next,
+                        char *room, float *part, float *peaks, float *totals) {
+    long width = c->width, shared = c->shared, row = row_bytes(kind, width), capacity = c->numbers[4 * rows[0]];
+    long size = words_of(kind, width) * (kind != F32 && !dot ? 8 : 4);
+    span all = {SPLIT, 0}, common = {0, SPLIT};
+    for (long r = 0; r < count; r++) {
+        span own = seen_by(c, rows[r], from);
+        as_words(c, kind, dot, rows[r], g, room + r * shared * size);
+        all = (span){own.first < all.first ? own.first : all.first, own.last > all.last ? own.last : all.last};
+        common = (span){own.first > common.first ? own.first : common.first, own.last < common.last ? own.last : common.last};
+    }
+    const char *k = c->slabs[rows[0]] + (g * capacity + from) * row, *v = k + c->groups * capacity * row;
+    float *scores = (float *)(room + count * shared * size), scales[SPLIT];
+    score_all(c, kind, dot, count * shared, room, k, v, all, scores);
+    for (long key = all.first / 16 * 16; key < all.last; key++) scales[key] = row_scale(kind, v + key * row);
+    for (long r = 0; r < count; r++) {
+        span own = seen_by(c, rows[r], from);
+        for (long n = r * shared; n < (r + 1) * shared; n++)
+            weigh(dot, own.first, own.last, scales, scores + n * SPLIT, peaks + n, totals + n);
+    }
+    memset(part, 0, count * shared * width * sizeof(float));
+    /* What all rows see, in whole pairs, is added for all together; before and after it, row by row, what some do not see. */
+    if (count > 1) common = (span){common.first + common.first % 2, common.last - common.last % 2};
+    if (common.first >= common.last) common = (span){SPLIT, SPLIT};
+    for (long r = 0; r < count; r++) {
+        span own = seen_by(c, rows[r], from);
+        add_all(kind, dot, shared, width, v, own.first, own.last < common.first ? own.last : common.first, NULL,
+                scores + r * shared * SPLIT, part + r * shared * width);
+    }
+    add_all(kind, dot, count * shared, width, v, common.first, common.last, next, scores, part);
+    for (long r = 0; r < count; r++) {
+        span own = seen_by(c, rows[r], from);
+        add_all(kind, dot, shared, width, v, own.first > common.last ? own.first : common.last, own.last, NULL,
+                scores + r * shared * SPLIT, part + r * shared * width);
+    }
+}
+
+typedef void (*attending)(const call *, const long *, long, long, long, const char *, char *, float *, float *, float *);
+
+#define ATTENDING(NAME, TARGET, KIND, DOT)                                                                               \
+    TARGET static void NAME(const call *c, const long *rows, long count, long g, long from, const char *next, char *room, \
+                            float *part, float *peaks, float *totals) {                                                  \
+        attend(c, KIND, DOT, rows, count, g, from, next, room, part, peaks, totals);                                     \
+    }
+
+ATTENDING(bf16_by_dots, DOTS, BF16, 1)
+ATTENDING(int8_by_dots, DOTS, INT8, 1)
+ATTENDING(fp8_by_dots, DOTS, FP8, 1)
+ATTENDING(bf16_by_multiply_adds, DOTS, BF16, 0)
+ATTENDING(f32_by_multiply_adds, DOTS, F32, 0)
+ATTENDING(int8_by_multiply_adds, DOTS, INT8, 0)
+ATTENDING(fp8_by_multiply_adds, DOTS, FP8, 0)
+
+static const attending WAYS[2][4] = {{bf16_by_multiply_adds, f32_by_multiply_adds, int8_by_multiply_adds, fp8_by_multiply_adds},
+                                     {bf16_by_dots, f32_by_multiply_adds, int8_by_dots, fp8_by_dots}};
+
 /* The splits of one query head, added up, with the share that a sink takes of them. */
 AVX512 static void add_up(long splits, long each, long width, const float *parts, const float *peaks, long next, const float *sink,
                           int wide, void *o, long start) {
@@ -206,7 +471,8 @@ AVX512 static void add_up(long splits, long each, long width, const float *parts
         float share = expf(peaks[s * each] - high);
         total += peaks[s * each + next] * share;
         for (long i = 0; i < width; i += 16)
-            _mm512_storeu_ps(sums + i, _mm512_fmadd_ps(_mm512_set1_ps(share), _mm512_loadu_ps(parts + s * each + i), _mm512_loadu_ps(sums + i)));
+            _mm512_storeu_ps(sums + i, _mm512_fmadd_ps(_mm512_set1_ps(share), _mm512_loadu_ps(parts + s * each + i),
+                                                       _mm512_loadu_ps(sums + i)));
     }
     if (sink) total += expf(*sink - high);
     for (long i = 0; i < width; i += 16) {
@@ -229,68 +495,117 @@ static float *room_for(long count) {
     return room;
 }
 
-/* Writes one new row of keys and values of each of `rows` sequences, then attends to what they hold.
- *
- * kind: of slabs. wide: whether q, k, v, sinks and o are float32, else bfloat16. q, o: (rows, groups * shared, width);
- * k, v: (rows, groups, width); q_next, k_next, v_next: from one row to the next. numbers: for each sequence the capacity
- * of its slab, the slot of the new row, and how many slots are filled with it. window: of the filled slots only the last
- * ones are seen; 0 for all. softcap: 0 for none. Returns 0, or 1 without memory.
- */
-int zoo_attend(int kind, int wide, long rows, long groups, long shared, long width, const void *q, long q_next, const void *k,
-               long k_next, const void *v, long v_next, char **slabs, const long *numbers, long window, float scale, float softcap,
-               const void *sinks, void *o, int threads) {
-    long heads = groups * shared, each = shared * (width + 2), row = row_bytes(kind, width), splits = 0, bytes = 0;
+/* Puts the rows of each sequence together, and returns how many sequences there are. order: rows by sequence. places: of
+ * each row its sequence, and which of its rows it is. */
+static long gathered(const call *c, long rows, long *order, long *places, sequence *all) {
+    long count = 0, before = 0;
     for (long b = 0; b < rows; b++) {
-        long filled = numbers[3 * b + 2], first = window && filled > window ? filled - window : 0;
-        splits += (filled + SPLIT - 1) / SPLIT - first / SPLIT;
-        bytes += 2 * groups * (filled - first) * row;
+        long leader = c->numbers[4 * b + 3];
+        if (leader == b) all[count] = (sequence){.first = LONG_MAX};
+        places[2 * b] = leader == b ? count++ : places[2 * leader];
+        places[2 * b + 1] = all[places[2 * b]].count++;
     }
-    float *room = room_for(rows * heads * width + heads + splits * groups * each + threads * shared * SPLIT);
-    long *tasks = malloc((3 * splits + rows + 1) * sizeof(long)), *starts = tasks + 3 * splits;
-    if (!room || !tasks) {
-        free(tasks);
+    for (long s = 0; s < count; before += all[s++].count) all[s].rows = order + before;
+    for (long b = 0; b < rows; b++) {
+        sequence *own = all + places[2 * b];
+        long slot = c->numbers[4 * b + 1], filled = c->numbers[4 * b + 2], first = first_seen(c, b);
+        long end = own->first + own->splits;
+        order[own->rows - order + places[2 * b + 1]] = b;
+        for (long r = 0; r < places[2 * b + 1]; r++) own->turns |= slot < c->numbers[4 * own->rows[r] + 2];
+        first = (slot < first ? slot : first) / SPLIT, filled = (slot < filled ? filled : slot + 1) + SPLIT - 1;
+        end = own->splits && end > filled / SPLIT ? end : filled / SPLIT;
+        own->first = first < own->first ? first : own->first;
+        own->splits = end - own->first;
+    }
+    return count;
+}
+
+/* One split of one key head of a sequence: new rows are written, then attend. */
+static void attend_split(const call *c, int kind, attending way, const sequence *s, long g, long from, const char *next,
+                         char *room, float *part) {
+    long queries = s->count * c->shared, row = row_bytes(kind, c->width), step = s->count;
+    float *peaks = part + queries * c->width, *totals = peaks + queries;
+    for (long r = 0; s->turns && r < s->count; r++)
+        if (c->numbers[4 * s->rows[r] + 1] / SPLIT == from / SPLIT) step = 1;
+    for (long r = 0; r < s->count; r += step) {
+        long first = r, last = r + step;
+        for (long n = first; n < last; n++) {
+            long b = s->rows[n], capacity = c->numbers[4 * b], slot = c->numbers[4 * b + 1];
+            if (slot / SPLIT != from / SPLIT) continue;
+            char *key = c->slabs[b] + (g * capacity + slot) * row, *value = key + c->groups * capacity * row;
+            keep(kind, c->wide, c->width, c->k, b * c->k_next + g * c->width, key);
+            keep(kind, c->wide, c->width, c->v, b * c->v_next + g * c->width, value);
+        }
+        while (first < last && is_empty(seen_by(c, s->rows[first], from))) first++;
+        while (first < last && is_empty(seen_by(c, s->rows[last - 1], from))) last--;
+        if (first < last)
+            way(c, s->rows + first, last - first, g, from, next, room, part + first * c->shared * c->width,
+                peaks + first * c->shared, totals + first * c->shared);
+    }
+}
+
+/* What an item reads first. */
+INLINE const char *keys_of(const call *c, int kind, const sequence *s, long item) {
+    long capacity = c->numbers[4 * s->rows[0]], from = (s->first + item % s->splits) * SPLIT;
+    return c->slabs[s->rows[0]] + (item / s->splits * capacity + from) * row_bytes(kind, c->width);
+}
+
+/* Writes one new row of keys and values for each of `rows` rows, which then attend to what their sequences hold.
+ *
+ * kind: of slabs. wide: whether q, k, v, sinks and o are float32, else bfloat16. dot: whether bfloat16 is multiplied by
+ * dot products. q, o: (rows, groups * shared, width); k, v: (rows, groups, width); q_next, k_next, v_next: from one row to
+ * the next. slabs: of each row. numbers: for each row the capacity of its slab, the slot that it takes, how many slots are
+ * filled with it, and the first row of the same sequence; those of a sequence come in their order. window: of the filled
+ * slots only the last ones are seen; 0 for all. softcap: 0 for none. Returns 0, or 1 without memory.
+ */
+int zoo_attend(int kind, int wide, int dot, long rows, long groups, long shared, long width, const void *q, long q_next,
+               const void *k, long k_next, const void *v, long v_next, char **slabs, const long *numbers, long window, float scale,
+               float softcap, const void *sinks, void *o, int threads) {
+    call c = {wide, groups, shared, width, window, q, k, v, q_next, k_next, v_next, slabs, numbers, scale, softcap};
+    long heads = groups * shared, items = 0, sums = 0, most = 0, keys = 0;
+    sequence *all = malloc(rows * (sizeof(sequence) + 3 * sizeof(long)));
+    if (!all) return 1;
+    long *order = (long *)(all + rows), *places = order + rows, count = gathered(&c, rows, order, places, all);
+    for (long s = 0; s < count; s++) {
+        sequence *own = all + s;
+        own->items = items, own->parts = sums;
+        items += own->splits * groups, sums += own->splits * groups * own->count * shared * (width + 2);
+        most = own->count > most ? own->count : most, keys += own->splits * own->count;
+    }
+    long each = most * shared * (words_of(kind, width) * 2 + SPLIT);
+    float *room = room_for(heads + sums + threads * each);
+    int *owners = malloc(items * sizeof(int));
+    if (!room || !owners) {
+        free(all), free(owners);
         return 1;
     }
-    float *queries = room, *sunk = queries + rows * heads * width, *parts = sunk + heads, *scores = parts + splits * groups * each;
+    float *sunk = room, *parts = sunk + heads, *own_room = parts + sums;
     for (long h = 0; sinks && h < heads; h++) sunk[h] = number(wide, sinks, h);
-    long count = 0;
-    for (long b = 0; b < rows; b++) {
-        long filled = numbers[3 * b + 2], first = window && filled > window ? filled - window : 0;
-        starts[b] = count;
-        for (long at = first / SPLIT * SPLIT; at < filled; at += SPLIT, count++) {
-            tasks[3 * count] = b;
-            tasks[3 * count + 1] = at > first ? at : first;
-            tasks[3 * count + 2] = at + SPLIT < filled ? at + SPLIT : filled;
-        }
-    }
-    starts[rows] = count;
-    if (bytes < 1 << 16) threads = 1;
+    for (long s = 0; s < count; s++)
+        for (long i = 0; i < all[s].splits * groups; i++) owners[all[s].items + i] = (int)s;
+    if (keys * groups * row_bytes(kind, width) < 128) threads = 1;
+    attending way = WAYS[dot && !wide][kind];
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (long bg = 0; bg < rows * groups; bg++) {
-            long b = bg / groups, g = bg % groups, capacity = numbers[3 * b], slot = numbers[3 * b + 1];
-            keep(kind, wide, width, k, b * k_next + g * width, slabs[b] + (g * capacity + slot) * row);
-            keep(kind, wide, width, v, b * v_next + g * width, slabs[b] + ((groups + g) * capacity + slot) * row);
-            for (long i = 0; i < shared * width; i++)
-                queries[bg * shared * width + i] = scale * number(wide, q, b * q_next + g * shared * width + i);
-        }
-#pragma omp for schedule(dynamic)
-        for (long work = 0; work < splits * groups; work++) {
-            long *task = tasks + work / groups * 3, b = task[0], g = work % groups, capacity = numbers[3 * b];
-            const char *keys = slabs[b] + (g * capacity + task[1]) * row;
-            SPLITS[kind](shared, width, queries + (b * groups + g) * shared * width, keys, keys + groups * capacity * row,
-                         task[2] - task[1], softcap, scores + omp_get_thread_num() * shared * SPLIT, parts + work * each);
+        for (long work = 0; work < items; work++) {
+            const sequence *s = all + owners[work], *then = all + owners[work + 1 < items ? work + 1 : work];
+            long item = work - s->items, size = s->count * shared * (width + 2);
+            const char *next = keys_of(&c, kind, then, work + 1 < items ? work + 1 - then->items : item);
+            attend_split(&c, kind, way, s, item / s->splits, (s->first + item % s->splits) * SPLIT, next,
+                         (char *)(own_room + omp_get_thread_num() * each), parts + s->parts + item * size);
         }
 #pragma omp for schedule(static)
         for (long bh = 0; bh < rows * heads; bh++) {
-            long b = bh / heads, h = bh % heads, g = h / shared, n = h % shared;
-            const float *first = parts + (starts[b] * groups + g) * each;
-            add_up(starts[b + 1] - starts[b], groups * each, width, first + n * width, first + shared * width + n, shared,
-                   sinks ? sunk + h : NULL, wide, o, bh * width);
+            long b = bh / heads, h = bh % heads, first = first_seen(&c, b) / SPLIT;
+            const sequence *s = all + places[2 * b];
+            long queries = s->count * shared, size = queries * (width + 2), own = places[2 * b + 1] * shared + h % shared;
+            const float *from = parts + s->parts + (h / shared * s->splits + first - s->first) * size;
+            add_up((numbers[4 * b + 2] + SPLIT - 1) / SPLIT - first, size, width, from + own * width, from + queries * width + own,
+                   queries, sinks ? sunk + h : NULL, wide, o, bh * width);
         }
     }
-    free(tasks);
+    free(all), free(owners);
     return 0;
 }
 

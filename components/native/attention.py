@@ -1,7 +1,7 @@
-"""Attention of single rows over slabs of keys and values, plain or coded, by the kernel in attention.c.
+"""Attention of a few rows over slabs of keys and values, plain or coded, by the kernel in attention.c.
 
-A slab is read as it lies, once for all query heads of a key head, by all threads however few heads there are; codes
-become numbers on the way. The row's own key and value are written by the same call.
+A slab is read as it lies, once for all new rows of its sequence and all query heads of a key head, by all threads
+however few heads there are; codes become numbers on the way. New keys and values are written by the same call.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ log = logging.getLogger("zoo.components")
 WIDEST = 256
 """The largest head, and the most query heads of a key head, that the kernel has room for."""
 
+FEW = 16
+"""Rows of a sequence up to which the kernel is the way: for more, products of many rows are."""
+
 TOLERANCE = 1e-2
 
 _SIZE, _ADDRESS, _COUNT, _FLOAT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-_ARGUMENTS: list[Any] = [_COUNT, _COUNT, *[_SIZE] * 4, *[_ADDRESS, _SIZE] * 3, _ADDRESS, _ADDRESS, _SIZE]
+_ARGUMENTS: list[Any] = [*[_COUNT] * 3, *[_SIZE] * 4, *[_ADDRESS, _SIZE] * 3, _ADDRESS, _ADDRESS, _SIZE]
 _ARGUMENTS += [_FLOAT, _FLOAT, _ADDRESS, _ADDRESS, _COUNT]
 
 _PLAIN = {torch.bfloat16: 0, torch.float32: 1}
@@ -73,10 +77,11 @@ def attend_slabs(
     how: Scores,
     threads: int | None = None,
 ) -> Tensor:
-    """(B, H, d): one new row of each of B slabs (2, G, slots, row) is written, and attends to what they hold.
+    """(B, H, d): new rows of slabs (2, G, slots, row) are written, and each attends to what its slab holds with it.
 
-    slabs_B: int64, where they lie. numbers_N: int64, for each row the slots of its slab, the one that it takes, and how
-    many are filled with it.
+    slabs_B: int64, where each row's slab lies. numbers_N: int64, for each row the slots of its slab, the one that it
+    takes, how many are filled with it, and the first row that has the same slab. Rows of a slab come in their order,
+    and none sees a later one.
     """
     o_BHd = torch.empty(q_BHd.shape, dtype=q_BHd.dtype)
     sinks_H = None if how["sinks_H"] is None else how["sinks_H"].to(q_BHd.dtype).contiguous()
@@ -85,6 +90,7 @@ def attend_slabs(
     failed = _library().zoo_attend(
         _PLAIN[code.dtype] if code.kind is None else _CODED[code.kind],
         q_BHd.dtype is torch.float32,
+        native.library().level == native.DOT,
         batch,
         groups,
         heads // groups,
@@ -123,18 +129,21 @@ def _library() -> Library:
 
 @torch.no_grad()
 def _error() -> float:
-    """The largest relative error of small cases, of every kind of row."""
+    """The largest relative error of small cases, of every kind of row: the last rows of a sequence, one and three."""
     draw, slots, found = torch.Generator().manual_seed(0), 300, []
     how: Scores = {"scale": 0.2, "window": None, "softcap": None, "sinks_H": None}
-    for code in (RowCode(kind, (32,), torch.float32) for kind in (None, "int8", "fp8")):
-        q_1Hd, new_2Gd, old = (
-            torch.randn(*size, generator=draw) for size in ((1, 6, 32), (2, 2, 32), (2, 2, slots, 32))
+    kinds = [RowCode(kind, (48,), dtype) for kind in (None, "int8", "fp8") for dtype in (torch.float32, torch.bfloat16)]
+    for code, rows in product(kinds, (1, 3)):
+        q_BHd, new_2BGd, old = (
+            torch.randn(*size, generator=draw).to(code.dtype)
+            for size in ((rows, 6, 48), (2, rows, 2, 48), (2, 2, slots, 48))
         )
         slab = code.encode(old)
-        numbers_N = torch.tensor([slots, slots - 1, slots])
-        o_1Hd = attend_slabs(q_1Hd, new_2Gd[:1], new_2Gd[1:], addresses([slab]), numbers_N, code, how)
-        old[:, :, -1] = new_2Gd
+        at = range(slots - rows, slots)
+        numbers_N = torch.tensor([number for slot in at for number in (slots, slot, slot + 1, 0)])
+        o_BHd = attend_slabs(q_BHd, new_2BGd[0], new_2BGd[1], addresses([slab] * rows), numbers_N, code, how)
+        old[:, :, -rows:] = new_2BGd.transpose(1, 2)
         k_GSd, v_GSd = code.rounded(old)
-        expected = reference(q_1Hd, k_GSd, v_GSd, 0.2, slots - 1, None, {})
-        found.append(float((o_1Hd - expected).norm() / expected.norm()))
+        expected = reference(q_BHd, k_GSd, v_GSd, 0.2, slots - rows, None, {})
+        found.append(float((o_BHd.float() - expected.float()).norm() / expected.float().norm()))
     return max(found)
