@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.components import linear, native
 from zoo.components.ffn.spec import SigmoidSpec, SoftmaxSpec, SoftmaxTopkSpec
-from zoo.components.linear import product
+from zoo.components.native import mixture
 
 
 class SoftmaxTopk(nn.Module):
@@ -21,7 +22,8 @@ class SoftmaxTopk(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) to float32 weights (T, K) that sum to one, and int64 experts (T, K), the best first."""
-        logits_TE = product(x_TD, self.weight, self.bias).float()
+        by_kernel = _runs(x_TD, self.weight) and (self.bias is None or self.bias.dtype is x_TD.dtype)
+        logits_TE = (native if by_kernel else linear).product(x_TD, self.weight, self.bias).float()
         best_TK, experts_TK = logits_TE.topk(self.spec.experts_per_token, dim=-1)
         return best_TK.softmax(dim=-1), experts_TK
 
@@ -36,7 +38,7 @@ class Softmax(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) to float32 weights (T, K) and int64 experts (T, K), the best first."""
-        scores_TE = F.linear(x_TD.float(), self.weight.float()).softmax(dim=-1)
+        scores_TE = logits(x_TD, self.weight).softmax(dim=-1)
         _, experts_TK = within_groups(scores_TE, self.spec, best=1).topk(self.spec.experts_per_token, dim=-1)
         return weighted(scores_TE.gather(-1, experts_TK), self.spec), experts_TK
 
@@ -52,10 +54,20 @@ class Sigmoid(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) to float32 weights (T, K) and int64 experts (T, K), the best first."""
-        scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        scores_TE = logits(x_TD, self.weight).sigmoid()
         biased_TE = within_groups(scores_TE + self.bias, self.spec, best=2)
         _, experts_TK = biased_TE.topk(self.spec.experts_per_token, dim=-1)
         return weighted(scores_TE.gather(-1, experts_TK), self.spec), experts_TK
+
+
+def logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W^T in float32, (T, E)."""
+    return mixture.logits(x_TD, weight_ED) if _runs(x_TD, weight_ED) else F.linear(x_TD.float(), weight_ED.float())
+
+
+def _runs(x_TD: Tensor, weight_ED: Tensor) -> bool:
+    """Whether kernels multiply these, however many rows: which experts a row gets must not depend on its neighbours."""
+    return mixture.runs(x_TD) and weight_ED.dtype is x_TD.dtype and weight_ED.is_contiguous()
 
 
 def within_groups(scores_TE: Tensor, spec: SoftmaxSpec | SigmoidSpec, *, best: int) -> Tensor:

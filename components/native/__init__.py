@@ -65,6 +65,7 @@ _ARGUMENTS = {
     "zoo_ssd": [*_STEP, *[_SIZE] * 4, *_ROWS * 4, *[_ADDRESS] * 4, _COUNT],
     "zoo_selective": [*_STEP, *[_SIZE] * 2, *_ROWS * 5, *[_ADDRESS] * 4, _COUNT],
     "zoo_gated_norm": [_COUNT, *[_SIZE] * 3, _ADDRESS, *_ROWS, _ADDRESS, ctypes.c_float, _ADDRESS, _COUNT],
+    "zoo_logits": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _COUNT],
     "zoo_order": [*[_SIZE] * 3, *[_ADDRESS] * 4],
     "zoo_experts": [_COUNT, _SIZE, _COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, *[_ADDRESS] * 7, _COUNT],
     "zoo_weighted": [*[_SIZE] * 4, *[_ADDRESS] * 5, _COUNT],

@@ -55,6 +55,8 @@ def _mixture(draw: torch.Generator) -> Iterator[tuple[str, float]]:
     choices_TK = torch.tensor([[2, 0], [0, 2], [2, 3], [1, 2], [3, 3]])
     experts = mixture.Experts.of([Panels.of(weight_OI) for weight_OI in weights_EOI])
     assert experts is not None
+    expected_TE = x_TI.float() @ weights_EOI[0].float().T
+    yield "logits of experts", _error(mixture.logits(x_TI, weights_EOI[0]), expected_TE)
     order = mixture.order(choices_TK, 3)
     found_NO = mixture.products(experts, x_TI, order, None, ordered=False)
     here_TK, weights_TKOI = shares_TK * (choices_TK < 3), weights_EOI[choices_TK.clamp(max=2)].float()

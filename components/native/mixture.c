@@ -1,4 +1,4 @@
-/* Mixtures of experts: rows put in the order of the experts that were chosen for them, their products with each expert's
+/* Mixtures of experts: what routers choose by, rows put in the order of the experts that were chosen for them, their products with each expert's
  * matrix, and weighted sums.
  *
  * Which experts these are is read from memory, so that a recorded step follows whatever a router chooses. Products are
@@ -14,6 +14,41 @@
 #include "products.h"
 
 enum { DOT = 2, TILES = 3, BFLOAT16 = 1, PIECE = 512, SERIAL = 1 << 17 };
+
+/* R rows with 16 / R experts; of those beyond the last of either, the last once more. */
+AVX512 INLINE void some_logits(const int R, long rows, long experts, long inputs, const bf16 *x, long x_next, const bf16 *w, float *y,
+                               long y_next) {
+    __m512 sum[16];
+    UNROLLED(int s = 0; s < 16; s++) sum[s] = _mm512_setzero_ps();
+    for (long i = 0; i < inputs; i += 16) {
+        __mmask16 part = part_of(inputs - i);
+        __m512 v[4];
+        UNROLLED(int r = 0; r < R; r++) v[r] = load16(x + (r < rows ? r : rows - 1) * x_next + i, part);
+        UNROLLED(int e = 0; e < 16 / R; e++) {
+            __m512 u = load16(w + (e < experts ? e : experts - 1) * inputs + i, part);
+            UNROLLED(int r = 0; r < R; r++) sum[r * (16 / R) + e] = _mm512_fmadd_ps(u, v[r], sum[r * (16 / R) + e]);
+        }
+    }
+    float found[16];
+    _mm512_storeu_ps(found, lane_sums(sum));
+    for (int r = 0; r < R && r < rows; r++)
+        for (int e = 0; e < 16 / R && e < experts; e++) y[r * y_next + e] = found[r * (16 / R) + e];
+}
+
+/* y (rows, experts) = x w^T in float32. A row's sums are added up in an order that does not depend on the others. */
+AVX512 void zoo_logits(long rows, long inputs, long experts, const bf16 *x, long x_next, const bf16 *w, float *y, int threads) {
+    long tall = rows > 1 ? 4 : 1, wide = 16 / tall, lower = (rows + tall - 1) / tall, across = (experts + wide - 1) / wide;
+    long worth = rows * inputs * experts / SERIAL + 1;
+#pragma omp parallel for schedule(static) num_threads(worth < threads ? worth : threads)
+    for (long piece = 0; piece < lower * across; piece++) {
+        long r = piece % lower * tall, e = piece / lower * wide;
+        const bf16 *own = x + r * x_next, *some = w + e * inputs;
+        if (tall == 1)
+            some_logits(1, 1, experts - e, inputs, own, x_next, some, y + r * experts + e, experts);
+        else
+            some_logits(4, rows - r, experts - e, inputs, own, x_next, some, y + r * experts + e, experts);
+    }
+}
 
 /* Sorts `rows` times `chosen` choices by expert, those of one expert by row. Of each choice its place; of each place its row;
  * of each expert the place behind its last. Choices of none of the `experts` come last; ends has room for them. */

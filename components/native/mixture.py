@@ -69,6 +69,15 @@ def runs(x_TD: Tensor) -> bool:
     return x_TD.ndim == 2 and small.runs(x_TD)
 
 
+def logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W^T in float32, (T, E), of rows that the kernels take."""
+    y_TE = torch.empty(len(x_TD), len(weight_ED), dtype=torch.float32)
+    sizes = (*x_TD.shape, len(weight_ED))
+    places = (x_TD.data_ptr(), x_TD.stride(0), weight_ED.data_ptr(), y_TE.data_ptr())
+    native.library().handle.zoo_logits(*sizes, *places, torch.get_num_threads())
+    return y_TE
+
+
 def order(experts_TK: Tensor, count: int) -> Order:
     """Of `count` experts; others are those of another device."""
     places_TK, rows_N, ends_E = (

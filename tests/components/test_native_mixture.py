@@ -14,7 +14,16 @@ from zoo.components import native
 from zoo.components.build import build
 from zoo.components.compiled import kernels_file
 from zoo.components.ffn.moe import MoE
-from zoo.components.ffn.spec import ClampedSpec, Expert, GatedSpec, MLPSpec, MoESpec, SigmoidSpec, SoftmaxTopkSpec
+from zoo.components.ffn.spec import (
+    ClampedSpec,
+    Expert,
+    GatedSpec,
+    MLPSpec,
+    MoESpec,
+    SigmoidSpec,
+    SoftmaxSpec,
+    SoftmaxTopkSpec,
+)
 from zoo.components.kinds import INT4, INT8
 from zoo.components.native import mixture
 from zoo.components.native.calls import Arena, Record
@@ -92,6 +101,40 @@ def test_a_row_does_not_depend_on_its_neighbours(store: str) -> None:
     found_TD = moe(x_TD)
     assert found_TD[7].isnan().all()
     assert torch.equal(found_TD[8:], alone_TD[8:])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("inputs", "experts"), [(16, 1), (75, 3), (1030, 17)])
+def test_logits_equal_the_formula(inputs: int, experts: int, close: Callable[..., None]) -> None:
+    draw = torch.Generator().manual_seed(inputs)
+    x_TD, weight_ED = (torch.randn(*size, generator=draw).bfloat16() for size in ((9, inputs), (experts, inputs)))
+    expected_TE = torch.nn.functional.linear(x_TD.float(), weight_ED.float())
+    alone_TE = torch.cat([mixture.logits(row.unsqueeze(0), weight_ED) for row in x_TD])
+    for count in range(10):
+        found_TE = mixture.logits(x_TD[:count], weight_ED)
+        assert found_TE.dtype is torch.float32
+        assert torch.equal(found_TE, alone_TE[:count])
+    close(alone_TE, expected_TE)
+    apart = torch.full((9, inputs + 3), torch.nan).bfloat16()
+    apart[:, :inputs] = x_TD
+    assert torch.equal(mixture.logits(apart[:, :inputs], weight_ED), alone_TE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("spec", [SoftmaxTopkSpec, SoftmaxSpec, SigmoidSpec])
+def test_what_a_router_chooses_does_not_depend_on_the_rows_beside(
+    spec: type[SoftmaxTopkSpec | SoftmaxSpec | SigmoidSpec], close: Callable[..., None]
+) -> None:
+    """Weights but for the last bits of PyTorch's sigmoid, which differ with a number's place."""
+    router, draw = build(spec(**SIZES | {"dim": 1030}), device="cpu").bfloat16(), torch.Generator().manual_seed(0)
+    for parameter in router.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+    x_TD = torch.randn(70, 1030, generator=draw).bfloat16()
+    alone = [router(row.unsqueeze(0)) for row in x_TD]
+    for count in (2, 9, 70):
+        weights_TK, experts_TK = router(x_TD[:count])
+        assert torch.equal(experts_TK, torch.cat([one[1] for one in alone[:count]])), count
+        close(weights_TK, torch.cat([one[0] for one in alone[:count]]))
 
 
 @pytest.mark.parametrize("chosen", [1, 3])
