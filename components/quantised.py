@@ -27,12 +27,13 @@ from zoo.components import fused, quantised_gpu
 from zoo.components.kinds import GROUP, KINDS, LANES, Kind
 from zoo.components.matrix import Matrix
 from zoo.components.native import quantised as native
+from zoo.components.pages import fresh
 
 log = logging.getLogger("zoo.components")
 
 CPU = torch.device("cpu")
 FOURS = GROUP // 4
-TRIED = torch.linspace(-9.5, -6.5, 8).tolist()
+TRIED = torch.linspace(-9.5, -6.5, 8, device="cpu").tolist()
 """Codes, not rounded, that the largest weight of a group may get: the one with the least error is taken."""
 
 PIECE, MANY = 1 << 19, 1 << 23
@@ -184,9 +185,9 @@ def _native_error(kind: Kind) -> float:
 def _room(kind: Kind, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix, to be filled."""
     blocks, groups = -(-shape[0] // LANES), -(-shape[1] // GROUP)
-    codes = torch.empty(blocks, groups, kind.bits, 4 * LANES, dtype=torch.uint8, device=device)
+    codes = fresh((blocks, groups, kind.bits, 4 * LANES), torch.uint8, device)
     if kind.grouped:
-        return codes, torch.empty(blocks, groups, LANES, dtype=torch.bfloat16, device=device)
+        return codes, fresh((blocks, groups, LANES), torch.bfloat16, device)
     return codes, torch.empty(blocks, LANES, dtype=torch.float32, device=device)
 
 

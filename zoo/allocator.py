@@ -14,6 +14,9 @@ _TRIM, _MAP = -1, -3
 KEPT = 1 << 30
 """Bytes up to which a piece is kept when it is freed, and free memory at the heap's end."""
 
+LARGE = 1 << 20
+"""Bytes from which on a piece that is freed goes back where freed memory is not kept."""
+
 OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 """Variables by which a user has decided on this."""
 
@@ -25,6 +28,14 @@ def keep_freed_memory() -> None:
     if library is not None and not any(name in os.environ for name in OWN):
         library.mallopt(_MAP, KEPT)
         library.mallopt(_TRIM, KEPT)
+
+
+def return_freed_memory() -> None:
+    """Large pieces go back to the system as soon as they are freed, until `keep_freed_memory`: what threads that end
+    have freed nobody uses again."""
+    library = _library()
+    if library is not None and not any(name in os.environ for name in OWN):
+        library.mallopt(_MAP, LARGE)
 
 
 def give_back_memory() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.components import native
 from zoo.components.matrix import Index
+from zoo.components.pages import fresh
 
 LANES = 16
 """Outputs of a panel: a matrix has a multiple of them."""
@@ -71,7 +72,7 @@ class PanelsFilling:
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         assert dtype is torch.bfloat16, "panels hold pairs of sixteen bits"
         outputs, inputs = shape
-        self._made = Panels(torch.empty(outputs // LANES, inputs // 2, LANES, dtype=torch.int32), shape)
+        self._made = Panels(fresh((outputs // LANES, inputs // 2, LANES), torch.int32), shape)
 
     def put(self, first: int, rows_RI: Tensor) -> None:
         panels, words = self._made.words[first // LANES :], rows_RI.shape[1] // 2

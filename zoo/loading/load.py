@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from zoo.allocator import give_back_memory, return_freed_memory
 from zoo.loading.crew import in_order
 from zoo.loading.decode import decoded
 from zoo.loading.files import WeightSet
@@ -82,6 +83,7 @@ def load_weights(
     targets = Targets(module, [*zeros, *(p.tensor for p in placements)], torch.device(device), storing)
     for tensor in zeros:
         _pour(targets, tensor, _constant(0.0, tensor))
+    return_freed_memory()
     with closing(Readers(BUFFER, torch.device(device).type == "cuda")) as readers:
         for job in in_order(partial(_do, readers, targets, Lock()), _jobs(placements, targets)):
             if not job.last:
@@ -90,6 +92,7 @@ def load_weights(
             done += job.placement.nbytes
             if progress:
                 progress(done, total)
+    give_back_memory()
     targets.check()
 
 
@@ -108,7 +111,7 @@ def _jobs(placements: Iterable[Placement], targets: Targets) -> Iterator[_Job]:
         if place is None and (placement.transpose or last - first != tensor.shape[0]):
             yield _Job(placement, None, placement.rows, last=True)
             continue
-        lanes, item = (1, 0) if place is not None else (targets.lanes(tensor), targets.like(tensor).itemsize)
+        lanes, item = (1, 0) if place is not None else (targets.lanes(tensor), _item(targets.like(tensor).dtype))
         for rows in _pieces(placement, placement.rows, lanes, item):
             yield _Job(placement, place, rows, rows[1] == last)
 
@@ -126,8 +129,12 @@ def _do(readers: Readers, targets: Targets, large: Lock, job: _Job) -> None:
             _fill(part.transpose(-2, -1) if placement.transpose else part, placement, job.rows, reader)
             return
         like = targets.like(placement.tensor)
-        values = reader.scratch(like if job.rows == placement.rows else like[: last - first])
-        _fill(values, placement, job.rows, reader)
+        like = like if job.rows == placement.rows else like[: last - first]
+        if _stays(like.dtype, placement):
+            values = reader.rows(placement, first, last).view(like.shape)
+        else:
+            values = reader.scratch(like)
+            _fill(values, placement, job.rows, reader)
         targets.put(placement.tensor, start, values)
 
 
@@ -224,9 +231,19 @@ def _fill(place: torch.Tensor, placement: Placement, rows: tuple[int, int], read
 
 
 def _arrives_as_it_stays(place: torch.Tensor, placement: Placement) -> bool:
+    return place.device.type == "cpu" and place.is_contiguous() and _stays(place.dtype, placement)
+
+
+def _item(dtype: torch.dtype) -> int:
+    """Bytes of a number on its way: what is stored otherwise is made of bfloat16 or float32."""
+    return 2 if dtype == torch.bfloat16 else 4
+
+
+def _stays(dtype: torch.dtype, placement: Placement) -> bool:
+    """Whether the file's bytes are what is wanted, in their order."""
     info = placement.source
     moved = info.pickled or info.coding or placement.columns or placement.transpose or placement.interleaved
-    return not moved and place.device.type == "cpu" and place.dtype == DTYPES[info.dtype] and place.is_contiguous()
+    return not moved and dtype == DTYPES[info.dtype]
 
 
 def _pieces(placement: Placement, rows: tuple[int, int], lanes: int = 1, item: int = 0) -> Iterator[tuple[int, int]]:
@@ -252,7 +269,7 @@ def _put(view: torch.Tensor, rows: torch.Tensor, placement: Placement) -> None:
         _from_interleaved(view, rows, placement.interleaved)
     else:
         view.copy_(rows)
-    if view.dtype == torch.float16 != rows.dtype and not view.isfinite().all():
+    if view.dtype == torch.float16 != rows.dtype and not all(most.isfinite() for most in view.aminmax()):
         raise WeightsError(
             f"tensor {placement.source.name!r} does not fit float16",
             where=str(placement.source.file),

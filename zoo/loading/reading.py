@@ -11,6 +11,7 @@ from queue import LifoQueue
 
 import torch
 
+from zoo.loading.mapped import Mapped
 from zoo.loading.mapping import Placement
 from zoo.loading.pickled import DTYPES, open_archive
 from zoo.loading.reader import TensorInfo
@@ -25,16 +26,20 @@ class Reader:
         self.size, self.pinned = size, pinned
         self.path: Path | None = None
         self.file: FileIO | None = None
+        self.mapped: Mapped | None = None
         self.archive: dict[str, torch.Tensor] = {}
 
     def close(self) -> None:
         """Lets go of the file."""
-        if self.file:
-            self.file.close()
-        self.path, self.file, self.archive = None, None, {}
+        for opened in (self.mapped, self.file):
+            if opened is not None:
+                opened.close()
+        self.path, self.file, self.mapped, self.archive = None, None, None, {}
 
     def shrink(self) -> None:
-        """Lets go of buffers that one large row has made large."""
+        """Lets go of what was read last, and of buffers that one large row has made large."""
+        if self.mapped is not None:
+            self.mapped.let_go()
         if max(len(self.buffer), len(self.made)) > self.size:
             self.buffer = self.made = torch.empty(0, dtype=torch.uint8)
 
@@ -45,14 +50,25 @@ class Reader:
             self.made = torch.empty(max(size, self.size), dtype=torch.uint8)
         return self.made[:size].view(like.dtype).view(like.shape)
 
-    def into(self, place: torch.Tensor, info: TensorInfo, offset: int, ask: bool = True) -> None:
-        """Fills contiguous memory on the CPU with the file's bytes from `offset` on.
+    def into(self, place: torch.Tensor, info: TensorInfo, offset: int) -> None:
+        """Fills contiguous memory on the CPU with the file's bytes from `offset` on."""
+        flat = place.flatten().view(torch.uint8)
+        if (found := self._as_it_lies(info, offset, len(flat))) is not None:
+            flat.copy_(found)
+        else:
+            self._read(flat, info, offset)
 
-        ask: the system is asked for all of them first, which has disks work on many requests at a time.
-        """
+    def _as_it_lies(self, info: TensorInfo, offset: int, size: int) -> torch.Tensor | None:
+        """The file's bytes in the system's own memory; None where they have to be read. Good until the next call."""
+        self._turn_to(info)
+        assert self.mapped is not None
+        return self.mapped.read(offset, size)
+
+    def _read(self, flat: torch.Tensor, info: TensorInfo, offset: int, ask: bool = True) -> None:
+        """ask: the system is asked for all bytes first, which has disks work on many requests at a time."""
         self._turn_to(info)
         assert self.file is not None
-        view = place.flatten().view(torch.uint8).numpy().data
+        view = flat.numpy().data
         try:
             if ask and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self.file.fileno(), offset, len(view), os.POSIX_FADV_WILLNEED)
@@ -74,8 +90,11 @@ class Reader:
             return self.archive[info.name].reshape(-1, *placement.row_shape)[first:last]
         if placement.columns and not info.coding and len(shape) == 2:
             return self._columns(placement, first, last, placement.columns)
-        piece = self._room((last - first) * placement.row_bytes, info)
-        self.into(piece, info, info.start + first * placement.row_bytes)
+        start, size = info.start + first * placement.row_bytes, (last - first) * placement.row_bytes
+        found = None if self.pinned else self._as_it_lies(info, start, size)
+        piece = self._room(size, info) if found is None else found
+        if found is None:
+            self.into(piece, info, start)
         return piece if info.coding else piece.view(DTYPES[info.dtype]).view(shape)
 
     def raw(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
@@ -91,7 +110,7 @@ class Reader:
         piece = self._room((last - first) * width * item, info).view(-1, width * item)
         start = info.start + columns[0] * item
         for row in range(first, last):
-            self.into(piece[row - first], info, start + row * placement.row_bytes, ask=False)
+            self._read(piece[row - first].view(torch.uint8), info, start + row * placement.row_bytes, ask=False)
         return piece.view(DTYPES[info.dtype]).view(last - first, width)
 
     def _room(self, size: int, info: TensorInfo) -> torch.Tensor:
@@ -110,6 +129,7 @@ class Reader:
                 self.archive = open_archive(info.file)
             else:
                 self.file = info.file.open("rb", buffering=0)
+                self.mapped = Mapped(self.file)
         except OSError as error:
             raise WeightsError("cannot read the weights", where=str(info.file), found=error.strerror) from None
         self.path = info.file
@@ -124,9 +144,10 @@ class Readers:
         self._idle: LifoQueue[Reader] = LifoQueue()
 
     def close(self) -> None:
-        """Lets go of every file."""
+        """Lets go of every file and every buffer."""
         for reader in self._all:
             reader.close()
+        self._all, self._idle = [], LifoQueue()
 
     @contextmanager
     def one(self) -> Iterator[Reader]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from zoo.components.matrix import Filling, Holder, Making, Matrix
+from zoo.components.pages import fresh
 from zoo.registry.errors import CapacityError
 from zoo.registry.spec import Tensor
 
@@ -189,7 +190,7 @@ class Targets:
         if not present.is_meta:
             return present
         try:
-            made = torch.empty(present.shape, dtype=present.dtype, device=self.device)
+            made = fresh(present.shape, present.dtype, self.device)
         except (RuntimeError, MemoryError) as error:
             raise self._full(unit.param, present, error) from None
         if self._making(unit.param) is None:

@@ -1,0 +1,154 @@
+"""Files read where the system has them: the same bytes, only while they are needed, and faults told by name."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from zoo.assemble import assemble
+from zoo.components import pages
+from zoo.components.kinds import KINDS, Kind
+from zoo.components.matrix import values
+from zoo.loading import mapped
+from zoo.loading.files import locate
+from zoo.loading.load import load_weights
+from zoo.loading.mapped import Mapped
+from zoo.loading.quantising import storing_of
+from zoo.registry.errors import WeightsError
+from zoo.registry.resolve import Plan
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux")
+
+Plans = Callable[..., Plan]
+Names = Callable[[Plan], dict[str, tuple[int, ...]]]
+Write = Callable[..., Path]
+
+SIZE = 3 << 20
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "bytes"
+    path.write_bytes(torch.arange(SIZE // 4, dtype=torch.int32).numpy().tobytes())
+    return path
+
+
+def absent(first: int, length: int, there: int) -> int:
+    """mincore of a file that has to come from a disk."""
+    ctypes.memset(there, 0, -(-length // 4096))
+    return 0
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Nothing is in the system's cache, and everything is worth a mapping. What was let go of, in bytes."""
+    system, gone = pages.system(), []
+    assert system is not None
+
+    def madvise(first: int, length: int, advice: int) -> int:
+        if advice != mapped._POPULATE_READ:
+            gone.append(length)
+        return int(system.madvise(first, length, advice))
+
+    monkeypatch.setattr(mapped, "system", lambda: SimpleNamespace(madvise=madvise, mincore=absent))
+    monkeypatch.setattr(mapped, "LEAST", 1)
+    return gone
+
+
+def test_bytes_from_anywhere(file: Path, disk: list[int]) -> None:
+    whole = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    with file.open("rb", buffering=0) as opened:
+        reader = Mapped(opened)
+        for first, size in ((0, SIZE), (1, 5), (4095, 2), (SIZE - 1, 1), (777_777, 2 << 20)):
+            found = reader.read(first, size)
+            assert found is not None
+            assert torch.equal(found, whole[first : first + size])
+        assert reader.read(1, SIZE) is None
+        assert len(disk) == 4  # each time the part before was let go of
+        reader.let_go()
+        assert len(disk) == 5
+        reader.close()
+        assert reader.read(0, SIZE) is None
+
+
+def test_few_bytes_and_those_that_are_there_are_read_otherwise(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with file.open("rb", buffering=0) as opened:
+        opened.read()
+        reader = Mapped(opened)
+        assert reader.read(0, SIZE) is None
+        system = pages.system()
+        assert system is not None
+        cold = SimpleNamespace(madvise=system.madvise, mincore=absent)
+        monkeypatch.setattr(mapped, "system", lambda: cold)
+        assert reader.read(0, SIZE) is not None
+        assert reader.read(0, mapped.LEAST - 1) is None
+        reader.close()
+
+
+def test_a_file_that_shrinks_while_it_is_mapped(file: Path, disk: list[int]) -> None:
+    with file.open("rb", buffering=0) as opened:
+        reader = Mapped(opened)
+        os.truncate(file, 4096)
+        assert reader.read(0, SIZE) is None
+        assert reader.read(0, 4096) is not None
+        reader.close()
+
+
+def test_systems_that_map_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(mapped, "LEAST", 1)
+    for name, value in (("mmap", SimpleNamespace(mmap=refuse, PROT_READ=1)), ("system", lambda: None)):
+        with monkeypatch.context() as patch, file.open("rb", buffering=0) as opened:
+            patch.setattr(mapped, name, value)
+            reader = Mapped(opened)
+            assert reader.read(0, SIZE) is None
+            reader.close()
+    (empty := file.with_name("empty")).touch()
+    with empty.open("rb", buffering=0) as opened:
+        assert Mapped(opened).read(0, 0) is None
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS.values()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_the_same(
+    tmp_path: Path,
+    plan_of: Plans,
+    native_names: Names,
+    save: Write,
+    disk: list[int],
+    kind: Kind | None,
+    dtype: torch.dtype,
+) -> None:
+    plan, both = plan_of(), []
+    save(tmp_path / "w.safetensors", native_names(plan), torch.bfloat16)
+    for least in (1 << 20, 1):
+        mapped.LEAST = least  # the fixture's monkeypatch puts it back
+        module = assemble(plan, dtype)
+        load_weights(module, plan, locate(tmp_path), storing=storing_of(plan, kind, torch.device("cpu")))
+        both.append([values(module, tensor.param, tensor.index) for tensor in plan.model.tensors()])
+        assert bool(disk) == (least == 1)
+    assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
+def test_weights_of_a_file_that_shrinks(
+    tmp_path: Path, plan_of: Plans, native_names: Names, save: Write, disk: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, read = plan_of(), Mapped.read
+    file = save(tmp_path / "w.safetensors", native_names(plan))
+
+    def cut(self: Mapped, offset: int, size: int) -> torch.Tensor | None:
+        os.truncate(file, 8192)
+        return read(self, offset, size)
+
+    monkeypatch.setattr(Mapped, "read", cut)
+    with pytest.raises(WeightsError, match=r"cannot read tensor .*; found it ends \d+ bytes too early"):
+        load_weights(assemble(plan, torch.float32), plan, locate(tmp_path))
