@@ -277,23 +277,72 @@ VNNI static void quantise_output(const void *w, int type, long inputs, long grou
     }
 }
 
-/* One output's group in four bits: of the codes tried for its largest weight, the one that leaves the least. */
-VNNI static void quantise_group(__m512 a, __m512 b, const float *tried, int count, uint8_t *codes, bf16 *scale, double *sums) {
-    __m512 size = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
-    float most = _mm512_reduce_max_ps(size), best = -1, found = 0;
-    __m512 top = _mm512_set1_ps(most);
-    if (!(_mm512_cmp_ps_mask(a, top, _CMP_EQ_OQ) | _mm512_cmp_ps_mask(b, top, _CMP_EQ_OQ))) most = -most;
-    __m512 by = _mm512_set1_ps(most > -1e-30f && most < 1e-30f ? 0.0f : 1.0f / most);
-    __m512 c = _mm512_mul_ps(a, by), d = _mm512_mul_ps(b, by), p = _mm512_setzero_ps(), q = p;
+/* The sum of 32 inputs of each lane, given as those of 0 and 16, 1 and 17 and so on: halves, quarters, eighths together. */
+VNNI INLINE __m512 lane_totals(const __m512 *each) {
+    __m512 s[8];
+    UNROLLED(int j = 0; j < 8; j++) s[j] = _mm512_add_ps(each[j], each[j + 8]);
+    for (int n = 4; n; n /= 2)
+        for (int j = 0; j < n; j++) s[j] = _mm512_add_ps(s[j], s[j + n]);
+    return s[0];
+}
+
+/* A group of sixteen outputs in four bits, an output in each lane of its 32 inputs: of the codes tried for the largest
+ * weight of an output, the one that leaves the least. */
+VNNI static void quantise_group(const __m512 *v, const float *tried, int count, uint8_t *codes, bf16 *scales, double *sums) {
+    __m512 size = _mm512_setzero_ps(), least = size, zero = size, one = _mm512_set1_ps(1), c[GROUP], each[16];
+    for (int j = 0; j < GROUP; j++) size = _mm512_max_ps(v[j], size), least = _mm512_min_ps(v[j], least);
+    /* The largest is negative where no positive one is as large. */
+    __m512 most = _mm512_mask_mov_ps(size, _mm512_cmp_ps_mask(_mm512_sub_ps(zero, least), size, _CMP_GT_OQ), least);
+    __mmask16 some = _mm512_cmp_ps_mask(_mm512_abs_ps(most), _mm512_set1_ps(1e-30f), _CMP_NLT_UQ);
+    __m512 by = _mm512_maskz_div_ps(some, one, most), best = _mm512_set1_ps(-1), found = zero, chosen = zero;
+    for (int j = 0; j < GROUP; j++) c[j] = _mm512_mul_ps(v[j], by);
     for (int i = 0; i < count; i++) {
-        __m512 code = _mm512_set1_ps(tried[i]);
-        __m512 u = whole(_mm512_mul_ps(c, code), -8, 7), v = whole(_mm512_mul_ps(d, code), -8, 7);
-        float dot = total_of(_mm512_mul_ps(c, u), _mm512_mul_ps(d, v)), square = total_of(_mm512_mul_ps(u, u), _mm512_mul_ps(v, v));
-        if (square < 1) square = 1;
-        if (dot * dot / square > best) best = dot * dot / square, found = dot / square, p = u, q = v;
+        __m512 code = _mm512_set1_ps(tried[i]), square = zero;
+        for (int j = 0; j < 16; j++) {
+            __m512 u = whole(_mm512_mul_ps(c[j], code), -8, 7), t = whole(_mm512_mul_ps(c[j + 16], code), -8, 7);
+            each[j] = _mm512_add_ps(_mm512_mul_ps(c[j], u), _mm512_mul_ps(c[j + 16], t));
+            square = _mm512_fmadd_ps(u, u, _mm512_fmadd_ps(t, t, square)); /* whole numbers, in any order */
+        }
+        __m512 dot = lane_totals(each);
+        square = _mm512_max_ps(square, one);
+        __m512 good = _mm512_div_ps(_mm512_mul_ps(dot, dot), square);
+        __mmask16 better = _mm512_cmp_ps_mask(good, best, _CMP_GT_OQ);
+        best = _mm512_mask_mov_ps(best, better, good);
+        found = _mm512_mask_div_ps(found, better, dot, square);
+        chosen = _mm512_mask_mov_ps(chosen, better, code);
     }
-    *scale = rounded(found * most);
-    keep(a, b, p, q, widened(*scale), 8, codes, sums);
+    store16(scales, 0xffff, _mm512_mul_ps(found, most));
+    __m512 scale = load16(scales, 0xffff), lost = zero, all = zero;
+    __m512i up = _mm512_set1_epi32(8), four[GROUP / 4];
+    for (int f = 0; f < GROUP / 4; f++) {
+        four[f] = _mm512_setzero_si512();
+        for (int j = 0; j < 4; j++) {
+            __m512 x = v[4 * f + j], u = whole(_mm512_mul_ps(c[4 * f + j], chosen), -8, 7), d = _mm512_fmsub_ps(u, scale, x);
+            lost = _mm512_fmadd_ps(d, d, lost), all = _mm512_fmadd_ps(x, x, all);
+            __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(u), up);
+            four[f] = _mm512_or_si512(four[f], _mm512_sllv_epi32(code, _mm512_set1_epi32(8 * j)));
+        }
+    }
+    for (int f = 0; f < 4; f++)
+        _mm512_storeu_si512(codes + 64 * f, _mm512_or_si512(four[f], _mm512_slli_epi32(four[f + 4], 4)));
+    sums[0] += _mm512_reduce_add_ps(lost), sums[1] += _mm512_reduce_add_ps(all);
+}
+
+/* Sixteen outputs in four bits, `rows` of which there are; their bytes are `next` apart. */
+VNNI static void quantise_outputs(const char *w, long next, int type, long rows, long inputs, long groups, const float *tried,
+                                  int count, uint8_t *codes, bf16 *scales, double *sums) {
+    for (long g = 0; g < groups; g++) {
+        __m512 v[GROUP];
+        for (long at = 0; at < GROUP; at += 16) {
+            __m512i r[16];
+            for (long lane = 0; lane < LANES; lane++)
+                r[lane] = _mm512_castps_si512(
+                    loaded(w + lane * next, type, g * GROUP + at, lanes(lane < rows ? inputs - g * GROUP - at : 0)));
+            turn(r);
+            for (long j = 0; j < 16; j++) v[at + j] = _mm512_castsi512_ps(r[j]);
+        }
+        quantise_group(v, tried, count, codes + g * 256, scales + g * LANES, sums);
+    }
 }
 
 /* Makes a matrix of w, float32 or bfloat16; rows of w are w_next apart. tried: float32, from which four-bit codes are chosen.
@@ -306,29 +355,19 @@ VNNI void zoo_quantise(int bits, long outputs, long inputs, const void *w, long 
 #pragma omp parallel for num_threads(threads) reduction(+ : lost, all)
     for (long block = 0; block < to.blocks; block++) {
         uint8_t *own = (uint8_t *)scratch + omp_get_thread_num() * width * LANES;
+        uint8_t *line = to.codes + block * to.groups * bits * 64;
         double both[2] = {0, 0};
-        for (long lane = 0; lane < LANES; lane++) {
+        if (bits == 4)
+            quantise_outputs((const char *)w + block * LANES * w_next * size, w_next * size, type, outputs - block * LANES,
+                             inputs, to.groups, tried, count, line, (bf16 *)scales + block * to.groups * LANES, both);
+        for (long lane = 0; bits == 8 && lane < LANES; lane++) {
             const char *row = (const char *)w + (block * LANES + lane) * w_next * size;
             long there = block * LANES + lane < outputs ? inputs : 0;
-            uint8_t *codes_of = own + lane * width;
-            if (bits == 8)
-                quantise_output(row, type, there, to.groups, codes_of, (float *)scales + block * LANES + lane, both);
-            else
-                for (long g = 0; g < to.groups; g++)
-                    quantise_group(loaded(row, type, g * GROUP, lanes(there - g * GROUP)),
-                                   loaded(row, type, g * GROUP + 16, lanes(there - g * GROUP - 16)), tried, count,
-                                   codes_of + g * GROUP, (bf16 *)scales + (block * to.groups + g) * LANES + lane, both);
+            quantise_output(row, type, there, to.groups, own + lane * width, (float *)scales + block * LANES + lane, both);
         }
-        uint8_t *line = to.codes + block * to.groups * bits * 64;
-        for (long g = 0; g < to.groups; g++)
+        for (long g = 0; bits == 8 && g < to.groups; g++)
             for (long j = 0; j < bits; j++, line += 64)
-                for (long lane = 0; lane < LANES; lane++) {
-                    uint32_t value, high;
-                    memcpy(&value, own + lane * width + g * GROUP + 4 * j, 4);
-                    memcpy(&high, own + lane * width + g * GROUP + 16 + 4 * (j % 4), 4);
-                    if (bits == 4) value |= high << 4;
-                    memcpy(line + 4 * lane, &value, 4);
-                }
+                for (long lane = 0; lane < LANES; lane++) memcpy(line + 4 * lane, own + lane * width + g * GROUP + 4 * j, 4);
         lost += both[0], all += both[1];
     }
     sums[0] = lost, sums[1] = all;
