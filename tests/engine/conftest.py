@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import zoo.engine.engine as engine_module
+import zoo.engine.memory as memory_module
 from zoo.components.step import Step
 from zoo.engine.engine import Engine
 from zoo.engine.request import Completion, Request, SamplingParams
@@ -182,7 +182,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch, stores: list[FakeStore]) -> Ite
         engines.append(Engine(model, plan, **sizes))
         return engines[-1]
 
-    monkeypatch.setattr(engine_module, "make_store", make_store)
+    monkeypatch.setattr(memory_module, "make_store", make_store)
     yield make
     for engine in engines:
         assert not engine.busy
