@@ -80,28 +80,6 @@ AVX512 INLINE __m512i words(int kind, const char *row, long w, long width) {
     return paired(decoded(kind, row + 2 + 2 * w), high);
 }
 
-/* Sixteen vectors of sixteen words, of which lines become columns. */
-AVX512 INLINE void turn(__m512i *x) {
-    __m512i a[16], b[16];
-    UNROLLED(int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    UNROLLED(int i = 0; i < 16; i += 4)
-        UNROLLED(int j = 0; j < 2; j++) {
-            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
-            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
-        }
-    UNROLLED(int i = 0; i < 4; i++) {
-        __m512i even = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), odd = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
-        __m512i even2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), odd2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
-        x[i] = _mm512_shuffle_i32x4(even, even2, 0x88);
-        x[4 + i] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-        x[8 + i] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-        x[12 + i] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-    }
-}
-
 /* `count` keys of a tile, turned: of each word 32 lanes, zero beyond the keys. Fetches as many bytes of `next` meanwhile. */
 AVX512 INLINE void turn_keys(int kind, long width, const char *k, long count, const char *next, __m512i *tile) {
     long row = row_bytes(kind, width), bytes = kind == BF16 || kind == F32 ? 4 : 2;

@@ -78,25 +78,25 @@ AVX512 static inline void store16(bf16 *p, __mmask16 part, __m512 value) {
 }
 
 /* Sixteen rows of sixteen words become sixteen columns. */
-AVX512 static inline void turn(__m512i r[16]) {
-    __m512i s[16];
-    for (int i = 0; i < 16; i += 2) {
-        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+AVX512 INLINE void turn(__m512i *x) {
+    __m512i a[16], b[16];
+    UNROLLED(int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            r[i + 2 * j] = _mm512_unpacklo_epi64(s[i + j], s[i + j + 2]);
-            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(s[i + j], s[i + j + 2]);
+    UNROLLED(int i = 0; i < 16; i += 4)
+        UNROLLED(int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
         }
-    /* r[4 b + k] has, in its quarter q, of the rows 4 b to 4 b + 3 the word 4 q + k. */
-    for (int k = 0; k < 4; k++) {
-        __m512i a = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x44), b = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x44);
-        __m512i c = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xee), d = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xee);
-        s[k] = _mm512_shuffle_i32x4(a, b, 0x88), s[4 + k] = _mm512_shuffle_i32x4(a, b, 0xdd);
-        s[8 + k] = _mm512_shuffle_i32x4(c, d, 0x88), s[12 + k] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    UNROLLED(int i = 0; i < 4; i++) {
+        __m512i even = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), odd = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+        __m512i even2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), odd2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+        x[i] = _mm512_shuffle_i32x4(even, even2, 0x88);
+        x[4 + i] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+        x[8 + i] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+        x[12 + i] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
     }
-    for (int i = 0; i < 16; i++) r[i] = s[i];
 }
 
 static inline unsigned part_of(long left) { return left < 16 ? (1u << left) - 1 : 0xffff; }

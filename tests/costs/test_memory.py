@@ -108,7 +108,7 @@ def test_advice_names_what_would_fit() -> None:
 
 
 def test_advice_does_not_name_more_bits_than_there_are() -> None:
-    found = plan("mistral-7b-v0.3", 32768, 8 << 30, quantize="int4").advice
+    found = plan("mistral-7b-v0.3", 32768, 9 << 30, quantize="int4").advice
     assert found
     assert "--quantize" not in " ".join(found)
 
