@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--context", type=int, nargs="+")
     parser.add_argument("--prompt-tokens", type=int)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers", nargs="*", choices=("transformers", "llama.cpp"))
     parser.add_argument("--models", type=Path, default=Path("build/benchmarks"), help="folder of the random models")

@@ -44,7 +44,7 @@ class Bench:
     batches: Sequence[int] | None = None
     contexts: Sequence[int] | None = None
     prompt: int | None = None
-    steps: int = 12
+    steps: int = 32
     rounds: int = 2
     zoo_options: dict[str, Any] = field(default_factory=dict)
 
