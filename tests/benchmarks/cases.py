@@ -1,7 +1,5 @@
 """The benchmarks by name: each takes a Bench, that is a shape and who takes part, and returns plain data."""
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -14,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.benchmarks import guessing, ranks, traffic
+from tests.benchmarks import guessing, loading, ranks, traffic
 from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of, recurrent_folder
 from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Timed, Transformers, Zoo, turns
 from zoo.bench import (
@@ -148,10 +146,12 @@ def context(bench: Bench) -> dict[str, Any]:
     }
     recurrent = {"mixer": {"kind": "mamba2", "conv_size": 4, "norm_eps": 1e-5} | sizes}
     kinds: dict[str, dict[str, Any]] = {"full": {}, "window of 1024": window, "recurrent": recurrent}
+    coded = {f"full, {kind} cache": kind for kind in ("int8", "fp8")}
     contexts = bench.contexts or (512, 1024, 2048, 4096, 8192)
     bandwidth, found = read_bandwidth(), dict[str, Any]()
-    for name, changes in kinds.items():
-        zoo_side = Zoo(small.card(**changes), weights="random", dtype="bfloat16")
+    for name in (*kinds, *coded):
+        card, cache_dtype = small.card(**kinds.get(name, {})), coded.get(name, "auto")
+        zoo_side = Zoo(card, weights="random", dtype="bfloat16", cache_dtype=cache_dtype)
         steps = [_step_at(bench, zoo_side, length) for length in contexts]
         found[name] = {"step_seconds": steps}
         if name == "full":
@@ -298,42 +298,8 @@ def drafts(bench: Bench) -> dict[str, Any]:
 
 @case
 def load(bench: Bench) -> dict[str, Any]:
-    """Seconds and peak memory of a process that loads the checkpoint and makes one token, from warm files."""
-    found = {}
-    for name, code in _LOADERS.items():
-        if name == "zoo" or name in bench.peers:
-            done = subprocess.run(
-                [sys.executable, "-c", _PEAK + code, bench.folder], capture_output=True, text=True, check=True
-            )
-            imported, peak, seconds, weights = (float(word) for word in done.stdout.split()[-4:])
-            found[name] = {"seconds": seconds, "peak_over_weights": (peak - imported) / weights}
-    return found
-
-
-_PEAK = """
-import sys, time
-def peak():
-    with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-"""
-
-_LOADERS = {
-    "zoo": """
-import torch, zoo, zoo.model, zoo.engine.engine, zoo.loading.load
-before, start = peak(), time.perf_counter()
-model = zoo.load(sys.argv[1], device="cpu")
-top, seconds = peak(), time.perf_counter() - start
-print(before, top, seconds, model.memory.weights)
-""",
-    "transformers": """
-import torch, transformers
-from transformers.models.mistral import modeling_mistral
-before, start = peak(), time.perf_counter()
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-top, seconds = peak(), time.perf_counter() - start
-print(before, top, seconds, sum(p.nbytes for p in model.parameters()))
-""",
-}
+    """Seconds and peak memory of loading into each format, from disk and from the system's cache, beside `cat`."""
+    return loading.loads(bench)
 
 
 @case

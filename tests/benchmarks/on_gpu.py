@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,6 +57,9 @@ class Shape:
     batches: tuple[int, ...]
     peers: tuple[int, ...]
 
+
+DRAWN = 1 << 26
+"""Numbers that are drawn at a time."""
 
 ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "rope": {"theta": 1e4}}
 GATED = {"kind": "gated", "hidden_dim": 96}
@@ -218,11 +222,12 @@ def limits(device: torch.device) -> dict[str, float]:
 def loaded(shape: Shape, device: torch.device, sizes: Sizes) -> Iterator[zoo.Model]:
     """The model with random weights, drawn where they are: the same ones on every device would take minutes."""
 
-    def drawn(place: torch.Tensor, *rest: Any) -> None:
-        place.normal_(0.0, 0.02)
+    def drawn(key: str, shape: tuple[int, ...], piece: Any) -> Iterator[torch.Tensor]:
+        for first in range(0, prod(shape), DRAWN):
+            yield torch.empty(min(DRAWN, prod(shape) - first), device=device).normal_(0.0, 0.02)
 
     longest = 2 * sizes.prompt if device.type == "cuda" else 256
-    with patch("zoo.loading.load._draw", drawn):
+    with patch("zoo.loading.load._drawn", drawn):
         model = zoo.load(
             shape.card,
             weights="random",

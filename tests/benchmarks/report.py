@@ -172,9 +172,14 @@ def _drafts(result: Mapping[str, Any]) -> str:
 
 
 def _load(result: Mapping[str, Any]) -> str:
-    sides = {name: side for name, side in result.items() if isinstance(side, dict) and "peak_over_weights" in side}
-    rows = [[name, f"{side['seconds']:.1f}", f"{side['peak_over_weights']:.2f}"] for name, side in sides.items()]
-    return f"Loading from warm files:\n\n{markdown(['', 'seconds', 'peak memory over weights'], rows)}"
+    rows = []
+    for name, side in result["sides"].items():
+        rates = [f"{result['file_bytes'] / side[f'{place}_seconds'] / 1e9:.1f}" for place in ("cold", "warm")]
+        token, peak = (side.get(what) for what in ("cold_first_token_seconds", "cold_peak_over_weights"))
+        rows.append([name, *rates, "-" if token is None else f"{token:.1f}", "-" if peak is None else f"{peak:.2f}"])
+    head = ["to", "cold, GB/s", "from the system's cache, GB/s", "first token, cold, s", "peak memory over weights"]
+    size = f"{result['file_bytes'] / 1e9:.1f} GB"
+    return f"Loading {size} of bfloat16, and one token after that:\n\n{markdown(head, rows)}"
 
 
 def _of_ranks(result: Mapping[str, Any]) -> str:

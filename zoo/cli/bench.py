@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zoo.costs.profile import Limits
 
 AT_LEAST_ONE = click.IntRange(min=1)
+PROMPT_TOKENS = 512
 
 
 @click.command()
@@ -29,7 +30,7 @@ AT_LEAST_ONE = click.IntRange(min=1)
     show_default=True,
     help="Sequences that decode together. May be repeated.",
 )
-@click.option("--prompt-tokens", type=AT_LEAST_ONE, default=512, show_default=True)
+@click.option("--prompt-tokens", type=AT_LEAST_ONE, show_default="512, or half of a short context")
 @click.option("--new-tokens", type=AT_LEAST_ONE, default=16, show_default=True, help="Decode steps to time.")
 @click.option("--repeats", type=AT_LEAST_ONE, default=3, show_default=True, help="Of prefill.")
 @click.option("--curves", is_flag=True, help="Also a step's time against context length and against batch.")
@@ -84,7 +85,7 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     from zoo.cli.run import load_model
     from zoo.device import choose, describe
 
-    _refuse(ref, flags)  # before the seconds that measuring takes
+    flags["prompt_tokens"] = _prompt_tokens(ref, flags)  # before the seconds that measuring takes
     device = choose(flags["device"], "auto", "bfloat16").device
     note("the machine's limits")
     here = machine_limits(device)
@@ -100,22 +101,26 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
         fill(found["model"], model, options, note)
 
 
-def _refuse(ref: str, flags: dict[str, Any]) -> None:
-    """Raises ZooError for a model that is not known or cannot be run, and for prompts that are longer than it reads."""
+def _prompt_tokens(ref: str, flags: dict[str, Any]) -> int:
+    """How long prompts are. Raises ZooError for a model that is not known or cannot be run, and for prompts that are
+    longer than it reads."""
     from zoo.api import inspect
 
     names = ("dtype", "cache_dtype", "quantize")
     found = inspect(ref, overrides=parse_overrides(flags["overrides"]), **{name: flags[name] for name in names})
-    most = found.plan.card.context_length
+    most, asked = found.plan.card.context_length, flags["prompt_tokens"]
     if flags["max_context"] is not None:
         most = min(most, flags["max_context"])
-    if flags["prompt_tokens"] >= most:
+    if asked is None:
+        return max(1, min(PROMPT_TOKENS, most // 2))
+    if asked >= most:
         raise RequestError(
             "the prompts leave no room for an answer",
             where="--prompt-tokens",
-            found=f"{flags['prompt_tokens']} tokens",
+            found=f"{asked} tokens",
             expected=f"less than the {most} tokens of the context",
         )
+    return int(asked)
 
 
 def _stored(device: Any, fresh: Any) -> tuple[Any, str | None]:
