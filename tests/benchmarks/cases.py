@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 from unittest.mock import patch
 
@@ -156,7 +156,7 @@ def context(bench: Bench) -> dict[str, Any]:
         found[name] = {"step_seconds": steps}
         if name == "full":
             cache = (bytes_per_step(zoo_side.model, 1, 2048) - bytes_per_step(zoo_side.model, 1, 1024)) / 1024
-            slope = (steps[-1] - steps[0]) / (contexts[-1] - contexts[0])
+            slope = linear_regression(contexts, steps).slope
             found[name] |= {"slope_of_read_limit": cache / bandwidth / slope, "cache_bytes_per_token": cache}
         zoo_side.close()
     if bench.peers:
