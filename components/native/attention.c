@@ -170,21 +170,20 @@ AVX512 INLINE void pairs_of(int kind, const char *even, const char *odd, long i,
     }
 }
 
-/* 32 sums, brought from their natural order into that of pairs_of, and back. */
-AVX512 INLINE void in_pairs(int kind, __m512 *x) {
-    if (kind != BF16) return;
-    __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+/* The lanes of two vectors in another order: `low` names those of the first, those of the second are `step` further. */
+AVX512 INLINE void reordered(__m512 *x, __m512i low, int step) {
     __m512 first = _mm512_permutex2var_ps(x[0], low, x[1]);
-    x[1] = _mm512_permutex2var_ps(x[0], _mm512_add_epi32(low, _mm512_set1_epi32(4)), x[1]);
+    x[1] = _mm512_permutex2var_ps(x[0], _mm512_add_epi32(low, _mm512_set1_epi32(step)), x[1]);
     x[0] = first;
 }
 
+/* 32 sums, brought from their natural order into that of pairs_of, and back. */
+AVX512 INLINE void in_pairs(int kind, __m512 *x) {
+    if (kind == BF16) reordered(x, _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27), 4);
+}
+
 AVX512 INLINE void in_order(int kind, __m512 *x) {
-    if (kind != BF16) return;
-    __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    __m512 first = _mm512_permutex2var_ps(x[0], low, x[1]);
-    x[1] = _mm512_permutex2var_ps(x[0], _mm512_add_epi32(low, _mm512_set1_epi32(8)), x[1]);
-    x[0] = first;
+    if (kind == BF16) reordered(x, _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), 8);
 }
 
 static const char NOTHING[4 * WIDEST];
@@ -281,7 +280,6 @@ static void keep(int kind, int wide, long width, const void *x, long start, char
     }
     if (width % 2) row[2 + width] = 0;
 }
-
 
 /* What the items of a call share. */
 typedef struct {
@@ -468,7 +466,8 @@ static float *room_for(long count) {
     static __thread long size;
     if (count > size) {
         free(room);
-        room = malloc((size = count) * sizeof(float));
+        room = malloc(count * sizeof(float));
+        size = room ? count : 0;
     }
     return room;
 }

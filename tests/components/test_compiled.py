@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from zoo.cli import system
-from zoo.components import compiled, native
-from zoo.components.native import measure
+from zoo.components import compiled, native, quantised
+from zoo.components.native import attention, measure
+from zoo.components.native import quantised as native_quantised
 from zoo.device import choose
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,6 +24,8 @@ def test_an_installation_with_a_compiler_has_its_kernels() -> None:
     assert compiled.kernels_file() is not None or compiled.unbuilt() is None, compiled.unbuilt()
     if "ZOO_NATIVE" not in os.environ:
         assert native.missing() in (None, native.PLAIN)
+        assert attention.missing() == native.missing()
+        assert quantised.is_native() == native_quantised.there()
 
 
 def test_they_are_built_as_an_installation_does() -> None:
