@@ -334,10 +334,10 @@ def _model(
         sizes["memory_bytes"] = _cache_budget(placement)
     else:
         others, sizes = run.begin(sizes)
-    fronted, part = (plan, None) if run is None else (run.part.fronted, run.part)
+    fronted = plan if run is None else run.part.fronted
     device, dtype = placement.device, placement.dtype
     engine = Engine(module, fronted, device=device, dtype=dtype, others=others, **own, **sizes)
-    return Model(plan, module, engine, tokenizer, placement, folder, notes, files, part)
+    return Model(plan, module, engine, tokenizer, placement, folder, notes, files, run)
 
 
 def _cache_budget(placement: "Placement") -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -13,7 +14,8 @@ from zoo.allocator import give_back_memory
 from zoo.assemble import assemble
 from zoo.components.decoder.model import Decoder
 from zoo.device import Placement
-from zoo.devices.shares import Part
+from zoo.devices.gather import Gathered
+from zoo.devices.run import Run
 from zoo.engine.engine import Engine
 from zoo.engine.request import Chunk, Completion, Request, SamplingParams
 from zoo.loading.files import WeightSet
@@ -25,6 +27,7 @@ from zoo.registry.card import Card
 from zoo.registry.errors import RequestError, TextError
 from zoo.registry.resolve import Plan
 from zoo.saving.save import FILE_BYTES, Saved, Source, save
+from zoo.saving.values import Own
 from zoo.text.tokenizer import Tokenizer
 
 
@@ -57,11 +60,11 @@ class Model:
         folder: Path | None,
         notes: Sequence[str] = (),
         files: WeightSet | None = None,
-        part: Part | None = None,
+        run: Run | None = None,
     ) -> None:
         self.plan, self._module, self._engine = plan, module, engine
         self._prompts, self.placement, self.folder = Prompts(plan, tokenizer), placement, folder
-        self.notes, self._files, self._part = [*notes], files, part
+        self.notes, self._files, self._run = [*notes], files, run
 
     # --- what it is ---------------------------------------------------------------------------------------------
 
@@ -250,7 +253,9 @@ class Model:
         name: by default the folder's or file's own. Raises WeightsError for files that are no adapter of this model,
         RequestError for a name that is taken.
         """
-        adapter = adapter_of(path, plan=self.plan, module=self._module, part=self._part)
+        adapter = adapter_of(
+            path, plan=self.plan, module=self._module, part=None if self._run is None else self._run.part
+        )
         name = adapter.name if name is None else name
         with self._engine.between_steps() as (adapters, _):
             adapters.add(name, adapter)
@@ -288,7 +293,6 @@ class Model:
         WeightsError where the layout cannot name a tensor.
         """
         self._check_whole()
-        self._refuse_parts()
         with self._engine.between_steps() as (adapters, _):
             if adapters.names:
                 raise RequestError(
@@ -297,27 +301,21 @@ class Model:
                     found=", ".join(adapters.names),
                     hint=f"merge them or unload them first: model.merge_adapter({adapters.names[0]!r})",
                 )
-            source = Source(self.plan, self._module, self.placement.dtype_name, self._files, self.folder)
+            weights = Own(self._module) if self._run is None else Gathered(self._run, self._module)
+            source = Source(self.plan, weights, self.placement.dtype_name, self._files, self.folder)
             options: dict[str, Any] = {"layout": layout, "file_bytes": file_bytes, "overwrite": overwrite}
             return save(source, folder, progress=progress, **options)
 
     def _check_whole(self) -> None:
-        part = next(quantised_parts(self._module), None)
-        if part is not None:
+        found = [f"{path} in {matrix.kind.name}" for path, matrix in islice(quantised_parts(self._module), 1)]
+        if self._run is not None and self._run.quantize is not None:
+            found.append(f"{self._run.quantize} over {self._run}")
+        if found:
             raise RequestError(
                 "quantised weights are not saved: what they were made from is more exact and not much larger to read",
                 where=self.card.name,
-                found=f"{part[0]} in {part[1].kind.name}",
+                found=found[0],
                 hint="load the model without `quantize`, save it, and quantise what was saved when it is loaded",
-            )
-
-    def _refuse_parts(self) -> None:
-        if self._part is not None:
-            raise RequestError(
-                "saving needs the whole model in one process",
-                where=self.card.name,
-                found=f"one of {self._part.mesh.size}",
-                hint="load it without devices and save that, or run `zoo save REF FOLDER`, which takes one process",
             )
 
     # --- prompts ------------------------------------------------------------------------------------------------

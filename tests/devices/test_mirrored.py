@@ -122,14 +122,14 @@ def followed(rank: Rank, channel: Channel, budget: dict[str, Any]) -> None:
     """What the other rank does; whatever ends it early ends the first one too."""
     try:
         with Engine(rank.module, rank.part.local, follows=True, **budget) as engine:
-            follow_to_the_end(Peer(0, channel), engine, rank.world, no_adapter)
+            follow_to_the_end(Peer(0, channel), engine, rank.world, unasked, unasked)
     except (Exception, ClosedError):
         rank.abort()
         channel.close()
 
 
-def no_adapter(ref: str) -> Any:
-    raise AssertionError(ref)
+def unasked(what: Any) -> Any:
+    raise AssertionError(what)
 
 
 @cache

@@ -121,11 +121,6 @@ def test_a_cancelled_request_leaves_nothing(spread: Model) -> None:
     assert again.tokens[: len(first.tokens)] == first.tokens
 
 
-def test_what_needs_the_whole_model_is_refused(spread: Model, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"saving needs the whole model in one process.*save REF FOLDER`"):
-        spread.save(tmp_path / "saved")
-
-
 def test_quantised_weights_are_those_of_one_process() -> None:
     """By stages number by number; of parts along inputs, as far as scales of their own go."""
     mixer = {**ATTENTION, "num_heads": 4, "head_dim": 32}

@@ -30,7 +30,7 @@ from zoo.registry.resolve import resolve
 from zoo.registry.spec import Param, Part, Rotary, Spec
 from zoo.saving.names import file_tensors
 from zoo.saving.settings import settings_of
-from zoo.saving.values import pieces
+from zoo.saving.values import Own, pieces
 from zoo.testing import relative_error
 
 HAS_PANELS = native.missing() is None
@@ -246,7 +246,7 @@ def test_every_transform_is_undone(transforms: str, tmp_path: Path) -> None:
     for name, value in {"pairs": pairs, "heads": heads, "scale": torch.ones(())}.items():
         module.register_parameter(name, torch.nn.Parameter(value))
     made = {
-        tensor.name: torch.cat([piece.flatten() for piece in pieces(module, tensor)]).view(tensor.shape)
+        tensor.name: torch.cat([piece.flatten() for piece in pieces(Own(module), tensor)]).view(tensor.shape)
         for tensor in file_tensors(Turned(), layout)
     }
     order = [lane + head for head in (0, 8) for lane in (0, 1, 2, 4, 3, 5, 6, 7)]
@@ -375,7 +375,7 @@ def test_one_piece_at_a_time() -> None:
     tensors = {t.name: t for t in file_tensors(plan.model, layout_named("huggingface"), [stacked])}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zoo.saving.values.values", watched)
-        parts = pieces(module, tensors[stacked])
+        parts = pieces(Own(module), tensors[stacked])
         assert seen == []
         next(parts)
         assert len(seen) == 1

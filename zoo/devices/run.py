@@ -158,12 +158,13 @@ def spread(plan: Plan, wanted: Wanted) -> Spread | None:
 
 @dataclass
 class Run:
-    """Ranks that have met. setup: what they know."""
+    """Ranks that have met. part: what this one holds."""
 
     spread: Spread
     part: Part
     ranks: Ranks
     placement: Placement
+    quantize: str | None
     frees: list[int] = field(default_factory=list)
 
     def loaded(self, module: Decoder) -> None:
@@ -226,4 +227,4 @@ def open_run(
         spread = spread.cut(plan, load_of(placement, quantize, context), str(placement.device), frees)
     met.tell({"borders": [*spread.mesh.borders]})
     met.groups = meeting.groups(spread.mesh, placement.device)
-    return Run(spread, spread.part(plan), met, placement)
+    return Run(spread, spread.part(plan), met, placement, quantize)

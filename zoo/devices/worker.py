@@ -18,6 +18,7 @@ import torch
 
 from zoo.device import memory_free
 from zoo.devices.channel import Channel, fields_of
+from zoo.devices.gather import GIVE, give
 from zoo.devices.group import Group, LostError, Waits
 from zoo.devices.likeness import compare
 from zoo.devices.meet import Meeting, come, deadline
@@ -30,6 +31,9 @@ from zoo.engine.engine import Engine
 from zoo.engine.leading import ANSWERED, Reads, follow
 from zoo.loading.fill import adapter_of, filled
 from zoo.registry.errors import RankError, ZooError
+
+Gives = Callable[[dict[str, Any]], None]
+"""Sends the first rank what this one has of a tensor."""
 
 
 def serve(
@@ -80,7 +84,8 @@ def _serve(meeting: Meeting, first: Peer, pulse: Pulse, weights: str | Path | No
     channel.send({"loaded": memory_free(placement.device)})
     sizes = {"device": placement.device, "dtype": placement.dtype, **_told(first)}
     with Engine(module, part.local, follows=True, **sizes) as engine:
-        follow_to_the_end(first, engine, world, partial(adapter_of, plan=plan, module=module, part=part))
+        reads = partial(adapter_of, plan=plan, module=module, part=part)
+        follow_to_the_end(first, engine, world, reads, partial(give, part=part, module=module, world=world))
 
 
 def _told(first: Peer) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def _told(first: Peer) -> dict[str, Any]:
     return said
 
 
-def follow_to_the_end(first: Peer, engine: Engine, world: Group, reads: Reads) -> None:
+def follow_to_the_end(first: Peer, engine: Engine, world: Group, reads: Reads, gives: Gives) -> None:
     """Does what the first rank says until it says that this is all. Between steps it may be silent for longer: what
     has asked for them may keep its process busy, or be suspended."""
     _, runner = engine.parts
@@ -102,7 +107,10 @@ def follow_to_the_end(first: Peer, engine: Engine, world: Group, reads: Reads) -
         for task, message in told:
             if task == "end":
                 return
-            follow(runner, world, task, message, reads)
+            if task == GIVE:
+                gives(message)
+            else:
+                follow(runner, world, task, message, reads)
             if task in ANSWERED:
                 first.channel.send({"done": task})
 

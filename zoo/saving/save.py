@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
-from torch import nn
-
 from zoo.loading.files import WeightSet, local_path, locate, named_like_weights
 from zoo.loading.hub.choice import TEXT_FILES
 from zoo.loading.hub.types import human_bytes
@@ -24,6 +22,7 @@ from zoo.registry.errors import CapacityError, RequestError, WeightsError
 from zoo.registry.plan import Plan
 from zoo.saving.names import FileTensor, file_tensors
 from zoo.saving.settings import Settings, settings_of
+from zoo.saving.values import Weights
 from zoo.saving.write import weight_bytes, write_weights
 
 FILE_BYTES = 50_000_000_000
@@ -35,7 +34,7 @@ class Source:
     """What is saved. files: where the weights came from; None for random ones. text: the folder of tokenizer files."""
 
     plan: Plan
-    module: nn.Module
+    weights: Weights
     dtype: str
     files: WeightSet | None
     text: Path | None
@@ -73,7 +72,7 @@ def save(
     tensors = file_tensors(source.plan.model, layout_named(name), present, preferred)
     try:
         with _finished(target) as made:
-            _check_space(made, weight_bytes(source.module, tensors))
+            _check_space(made, weight_bytes(source.weights, tensors))
             files = _fill(made, source, name, settings, tensors, file_bytes, progress)
     except OSError as error:
         raise WeightsError("the folder cannot be written", where=str(target), found=error.strerror) from None
@@ -117,7 +116,7 @@ def _fill(
         if TEXT_FILES.fullmatch(file.name) and file.is_file():
             shutil.copyfile(file, made / file.name)
     stem = "consolidated" if layout.startswith("mistral") else "model"
-    files = write_weights(made, stem, source.module, tensors, file_bytes, progress)
+    files = write_weights(made, stem, source.weights, tensors, file_bytes, progress)
     found = locate(made, layout)
     plan_mapping(source.plan.model, layout_named(layout), found.headers, str(made))
     return tuple(file.name for file in files)

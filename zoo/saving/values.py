@@ -1,8 +1,10 @@
-"""The numbers of a file's tensor from a module, piece by piece: what loading did, the other way round."""
+"""The numbers of a file's tensor from a model, piece by piece: what loading did, the other way round."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,20 +15,46 @@ from zoo.registry.spec import Rotary, Tensor
 from zoo.saving.names import FileTensor
 
 
-def pieces(module: nn.Module, tensor: FileTensor) -> Iterator[torch.Tensor]:
+class Weights(Protocol):
+    """What a model's parameters hold, wherever it is."""
+
+    def dtype(self, param: str) -> torch.dtype:
+        """The type of a parameter."""
+        ...
+
+    def value(self, tensor: Tensor) -> torch.Tensor:
+        """A tensor on the CPU, not to be written to."""
+        ...
+
+
+@dataclass(frozen=True)
+class Own:
+    """The weights of a module that has all of them."""
+
+    module: nn.Module
+
+    def dtype(self, param: str) -> torch.dtype:
+        """The type that the module keeps a parameter in."""
+        return self.module.get_parameter(param).dtype
+
+    def value(self, tensor: Tensor) -> torch.Tensor:
+        """A tensor, however the module stores it."""
+        return values(self.module, tensor.param, tensor.index).cpu()
+
+
+def pieces(weights: Weights, tensor: FileTensor) -> Iterator[torch.Tensor]:
     """The tensor's numbers in the order of its bytes, on the CPU: one tensor of the model after the other."""
     for group in tensor.groups:
-        parts = (_turned(values(module, part.param, part.index), part, tensor.row) for part in group)
+        parts = (_turned(weights.value(part), part, tensor.row) for part in group)
         yield from [torch.cat([*parts], dim=-1)] if tensor.in_columns else parts
 
 
-def dtype_of(module: nn.Module, tensor: FileTensor) -> torch.dtype:
-    """The type that the module keeps the tensor in."""
-    return module.get_parameter(tensor.groups[0][0].param).dtype
+def dtype_of(weights: Weights, tensor: FileTensor) -> torch.dtype:
+    """The type that the tensor is kept in."""
+    return weights.dtype(tensor.groups[0][0].param)
 
 
 def _turned(value: torch.Tensor, part: Tensor, row: Row) -> torch.Tensor:
-    value = value.cpu()
     if "interleaved_rope" in row.transforms and part.rotary is not None:
         value = _to_interleaved(value, part.rotary)
     if "transpose" in row.transforms and value.ndim > 1:

@@ -12,24 +12,23 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from zoo.loading.pickled import NAMES
 from zoo.loading.reader import BITS, Progress
 from zoo.saving.names import FileTensor
-from zoo.saving.values import dtype_of, pieces
+from zoo.saving.values import Weights, dtype_of, pieces
 
 
 def write_weights(
     folder: Path,
     stem: str,
-    module: nn.Module,
+    weights: Weights,
     tensors: Sequence[FileTensor],
     limit: int,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Writes STEM.safetensors or, beyond `limit` bytes, shards and their index; returns the weight files."""
-    sizes = {tensor.name: _nbytes(module, tensor) for tensor in tensors}
+    sizes = {tensor.name: _nbytes(weights, tensor) for tensor in tensors}
     total, done = sum(sizes.values()), 0
     shards = [*_shards(tensors, sizes, limit)]
     names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -40,20 +39,20 @@ def write_weights(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     for name, shard in zip(names, shards, strict=True):
-        for count in _write(folder / name, module, shard):
+        for count in _write(folder / name, weights, shard):
             done += count
             if progress:
                 progress(done, total)
     return [folder / name for name in names]
 
 
-def weight_bytes(module: nn.Module, tensors: Sequence[FileTensor]) -> int:
+def weight_bytes(weights: Weights, tensors: Sequence[FileTensor]) -> int:
     """Bytes of all tensors in files, headers left out."""
-    return sum(_nbytes(module, tensor) for tensor in tensors)
+    return sum(_nbytes(weights, tensor) for tensor in tensors)
 
 
-def _nbytes(module: nn.Module, tensor: FileTensor) -> int:
-    return prod(tensor.shape) * BITS[NAMES[dtype_of(module, tensor)]] // 8
+def _nbytes(weights: Weights, tensor: FileTensor) -> int:
+    return prod(tensor.shape) * BITS[NAMES[dtype_of(weights, tensor)]] // 8
 
 
 def _shards(tensors: Sequence[FileTensor], sizes: dict[str, int], limit: int) -> Iterator[list[FileTensor]]:
@@ -69,13 +68,13 @@ def _shards(tensors: Sequence[FileTensor], sizes: dict[str, int], limit: int) ->
     yield shard
 
 
-def _write(file: Path, module: nn.Module, tensors: Sequence[FileTensor]) -> Iterator[int]:
+def _write(file: Path, weights: Weights, tensors: Sequence[FileTensor]) -> Iterator[int]:
     """Writes one file, and says how many bytes each tensor took."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
-        stop = start + _nbytes(module, tensor)
-        dtype = NAMES[dtype_of(module, tensor)]
+        stop = start + _nbytes(weights, tensor)
+        dtype = NAMES[dtype_of(weights, tensor)]
         header[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -84,7 +83,7 @@ def _write(file: Path, module: nn.Module, tensors: Sequence[FileTensor]) -> Iter
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             before = out.tell()
-            for piece in pieces(module, tensor):
+            for piece in pieces(weights, tensor):
                 out.write(piece.flatten().view(torch.uint8).numpy().data)
             yield out.tell() - before
         out.flush()
