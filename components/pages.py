@@ -6,14 +6,13 @@ before zoo may have made already.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import sys
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from zoo.components.linux import system
 
 HUGE = 2 << 20
 """Bytes from which on memory may hold a huge page."""
@@ -27,14 +26,3 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
         first = made.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         library.madvise(first, made.data_ptr() + made.nbytes - first, mmap.MADV_HUGEPAGE)
     return made
-
-
-@cache
-def system() -> ctypes.CDLL | None:
-    """Linux's C library, whose calls let other threads of Python run meanwhile. None elsewhere."""
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
-    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    return library

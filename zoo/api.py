@@ -1,8 +1,10 @@
 """The public functions, and the only place where loading is put together."""
 
 import builtins
+import gc
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,38 +111,55 @@ def load(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     found = locate(ref, _with_cache(cache_dtype, overrides))
     plan = resolve(found.card)
-    from zoo.device import choose
-    from zoo.devices import running
-    from zoo.drafts import draft_named
-    from zoo.fitting import fitting
-    from zoo.loading.fill import filled
+    from zoo.loading.ahead import ReadAhead, weights_at_hand
 
-    spread = _spread(plan, devices)
-    placement = choose(device if spread is None else spread.device(device), dtype, found.card.source.dtype)
-    context = _context(found.card, max_context)
-    if spread is not None:
-        spread = spread.laid(plan, placement, quantize, context)
-    follows = spread is not None and spread.rank > 0
-    other = None if follows else draft_named(draft, plan)
-    memory = fitting(plan, spread, placement, context, quantize, other, asked=max_context is not None)
-    paths = _checked_adapters(adapters, plan, placement)
-    notes = [placement.note]
-    source = _source(found, weights, progress, notes.append)
-    folder = found.folder if source == "random" else _beside(Path(source))
-    tokenizer = _tokenizer(plan, folder)
-    guessing = _guessing(draft, other, plan, tokenizer, placement, weights, quantize, notes)
-    batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
-    with running(spread, plan, placement, source, quantize, context) as run:
-        part = None if run is None else run.part
-        module, files, more = filled(plan, placement, source, quantize=quantize, progress=progress, part=part)
-        notes += [*more, memory.note]
-        model = _model(
-            plan, module, placement, folder, tokenizer, files, notes, batch, context, guessing, prefix_cache, run
-        )
+    place = weights_at_hand(found, weights) if _alone(devices) else None
+    with ReadAhead(place, found.card.source.layout) as ahead:
+        with _without_collections():
+            from zoo.device import choose
+            from zoo.devices import running
+            from zoo.drafts import draft_named
+            from zoo.fitting import fitting
+            from zoo.loading.fill import filled
+
+        spread = _spread(plan, devices)
+        placement = choose(device if spread is None else spread.device(device), dtype, found.card.source.dtype)
+        context = _context(found.card, max_context)
+        if spread is not None:
+            spread = spread.laid(plan, placement, quantize, context)
+        follows = spread is not None and spread.rank > 0
+        other = None if follows else draft_named(draft, plan)
+        memory = fitting(plan, spread, placement, context, quantize, other, asked=max_context is not None)
+        paths = _checked_adapters(adapters, plan, placement)
+        notes = [placement.note]
+        source = _source(found, weights, progress, notes.append)
+        folder = found.folder if source == "random" else _beside(Path(source))
+        tokenizer = _tokenizer(plan, folder)
+        guessing = _guessing(draft, other, plan, tokenizer, placement, weights, quantize, notes)
+        batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
+        with running(spread, plan, placement, source, quantize, context) as run:
+            told, part = ahead.passed(progress), None if run is None else run.part
+            module, files, more = filled(plan, placement, source, quantize=quantize, progress=told, part=part)
+            notes += [*more, memory.note]
+            model = _model(
+                plan, module, placement, folder, tokenizer, files, notes, batch, context, guessing, prefix_cache, run
+            )
     names = [model.load_adapter(path) for path in paths]
     with model.engine.between_steps() as (loaded, _):
         loaded.defaults = names
     return model
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Python collects no garbage meanwhile: of all that imports make it finds none, again and again."""
+    wanted = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if wanted:
+            gc.enable()
 
 
 @reported
@@ -161,6 +180,8 @@ def layout(
 
     Raises RequestError where it cannot be spread so.
     """
+    if _alone(devices):
+        return None
     found = locate(ref, _with_cache(cache_dtype, overrides))
     plan = resolve(found.card)
     spread = _spread(plan, devices)
@@ -173,9 +194,14 @@ def layout(
     return spread.laid(plan, *load).describe(plan, *load)
 
 
+def _alone(devices: "Wanted") -> bool:
+    """Whether there is one device, and no other process that torchrun has started."""
+    return devices in (None, 1) and "WORLD_SIZE" not in os.environ
+
+
 def _spread(plan: Plan, devices: "Wanted") -> "Spread | None":
     """The layout over several devices; None for one."""
-    if devices in (None, 1) and "WORLD_SIZE" not in os.environ:
+    if _alone(devices):
         return None
     from zoo.devices.run import spread
 

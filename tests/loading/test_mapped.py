@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from zoo.assemble import assemble
-from zoo.components import pages
+from zoo.components import linux
 from zoo.components.kinds import KINDS, Kind
 from zoo.components.matrix import values
 from zoo.loading import mapped
@@ -40,59 +41,62 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def absent(first: int, length: int, there: int) -> int:
-    """mincore of a file that has to come from a disk."""
-    ctypes.memset(there, 0, -(-length // 4096))
-    return 0
-
-
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Nothing is in the system's cache, and everything is worth a mapping. What was let go of, in bytes."""
-    system, gone = pages.system(), []
+def mapped_always(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Everything is worth a mapping. What was let go of, in bytes."""
+    system, gone = linux.system(), []
     assert system is not None
 
     def madvise(first: int, length: int, advice: int) -> int:
-        if advice != mapped._POPULATE_READ:
+        if advice == mmap.MADV_DONTNEED:
             gone.append(length)
         return int(system.madvise(first, length, advice))
 
-    monkeypatch.setattr(mapped, "system", lambda: SimpleNamespace(madvise=madvise, mincore=absent))
+    calls = SimpleNamespace(madvise=madvise, mmap=system.mmap, munmap=system.munmap)
+    monkeypatch.setattr(mapped, "system", lambda: calls)
     monkeypatch.setattr(mapped, "LEAST", 1)
     return gone
 
 
-def test_bytes_from_anywhere(file: Path, disk: list[int]) -> None:
-    whole = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+def test_bytes_from_anywhere(file: Path, mapped_always: list[int]) -> None:
+    whole = file.read_bytes()
     with file.open("rb", buffering=0) as opened:
         reader = Mapped(opened)
         for first, size in ((0, SIZE), (1, 5), (4095, 2), (SIZE - 1, 1), (777_777, 2 << 20)):
             found = reader.read(first, size)
             assert found is not None
-            assert torch.equal(found, whole[first : first + size])
+            assert ctypes.string_at(found, size) == whole[first : first + size]
         assert reader.read(1, SIZE) is None
-        assert len(disk) == 4  # each time the part before was let go of
+        assert len(mapped_always) == 4  # each time the part before was let go of
         reader.let_go()
-        assert len(disk) == 5
+        assert len(mapped_always) == 5
         reader.close()
         assert reader.read(0, SIZE) is None
 
 
-def test_few_bytes_and_those_that_are_there_are_read_otherwise(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_bytes_are_read_otherwise(file: Path) -> None:
     with file.open("rb", buffering=0) as opened:
-        opened.read()
         reader = Mapped(opened)
-        assert reader.read(0, SIZE) is None
-        system = pages.system()
-        assert system is not None
-        cold = SimpleNamespace(madvise=system.madvise, mincore=absent)
-        monkeypatch.setattr(mapped, "system", lambda: cold)
-        assert reader.read(0, SIZE) is not None
+        assert reader.read(0, mapped.LEAST) is not None
         assert reader.read(0, mapped.LEAST - 1) is None
         reader.close()
 
 
-def test_a_file_that_shrinks_while_it_is_mapped(file: Path, disk: list[int]) -> None:
+def maps_of(file: Path) -> int:
+    """Mappings of a file that this process has."""
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count(str(file))
+
+
+def test_a_closed_file_is_not_mapped(file: Path) -> None:
+    with file.open("rb", buffering=0) as opened:
+        reader = Mapped(opened)
+        assert maps_of(file) == 1
+        reader.close()
+        reader.close()
+        assert maps_of(file) == 0
+
+
+def test_a_file_that_shrinks_while_it_is_mapped(file: Path, mapped_always: list[int]) -> None:
     with file.open("rb", buffering=0) as opened:
         reader = Mapped(opened)
         os.truncate(file, 4096)
@@ -101,19 +105,26 @@ def test_a_file_that_shrinks_while_it_is_mapped(file: Path, disk: list[int]) -> 
         reader.close()
 
 
-def test_systems_that_map_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*given: object, **options: object) -> None:
-        raise OSError(19, "No such device")
-
+@pytest.mark.parametrize("without", ["mmap", "madvise", "system"])
+def test_systems_that_map_nothing(file: Path, monkeypatch: pytest.MonkeyPatch, without: str) -> None:
+    system = linux.system()
+    assert system is not None
+    answers = {"mmap": lambda *given: mapped._FAILED, "madvise": lambda *given: -1}
+    calls = SimpleNamespace(mmap=system.mmap, madvise=system.madvise, munmap=system.munmap)
+    if without in answers:
+        setattr(calls, without, answers[without])
+    monkeypatch.setattr(mapped, "system", lambda: None if without == "system" else calls)
     monkeypatch.setattr(mapped, "LEAST", 1)
-    for name, value in (("mmap", SimpleNamespace(mmap=refuse, PROT_READ=1)), ("system", lambda: None)):
-        with monkeypatch.context() as patch, file.open("rb", buffering=0) as opened:
-            patch.setattr(mapped, name, value)
-            reader = Mapped(opened)
-            assert reader.read(0, SIZE) is None
-            reader.close()
-    (empty := file.with_name("empty")).touch()
-    with empty.open("rb", buffering=0) as opened:
+    with file.open("rb", buffering=0) as opened:
+        reader = Mapped(opened)
+        assert reader.read(0, SIZE) is None
+        assert maps_of(file) == 0
+        reader.close()
+
+
+def test_an_empty_file(file: Path, mapped_always: list[int]) -> None:
+    os.truncate(file, 0)
+    with file.open("rb", buffering=0) as opened:
         assert Mapped(opened).read(0, 0) is None
 
 
@@ -124,7 +135,7 @@ def test_weights_are_the_same(
     plan_of: Plans,
     native_names: Names,
     save: Write,
-    disk: list[int],
+    mapped_always: list[int],
     kind: Kind | None,
     dtype: torch.dtype,
 ) -> None:
@@ -135,17 +146,22 @@ def test_weights_are_the_same(
         module = assemble(plan, dtype)
         load_weights(module, plan, locate(tmp_path), storing=storing_of(plan, kind, torch.device("cpu")))
         both.append([values(module, tensor.param, tensor.index) for tensor in plan.model.tensors()])
-        assert bool(disk) == (least == 1)
+        assert bool(mapped_always) == (least == 1)
     assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
 
 
 def test_weights_of_a_file_that_shrinks(
-    tmp_path: Path, plan_of: Plans, native_names: Names, save: Write, disk: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    plan_of: Plans,
+    native_names: Names,
+    save: Write,
+    mapped_always: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan, read = plan_of(), Mapped.read
     file = save(tmp_path / "w.safetensors", native_names(plan))
 
-    def cut(self: Mapped, offset: int, size: int) -> torch.Tensor | None:
+    def cut(self: Mapped, offset: int, size: int) -> int | None:
         os.truncate(file, 8192)
         return read(self, offset, size)
 

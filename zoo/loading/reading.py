@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,10 @@ class Reader:
         """The file's bytes in the system's own memory; None where they have to be read. Good until the next call."""
         self._turn_to(info)
         assert self.mapped is not None
-        return self.mapped.read(offset, size)
+        address = self.mapped.read(offset, size)
+        if address is None:
+            return None
+        return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.uint8)
 
     def _read(self, flat: torch.Tensor, info: TensorInfo, offset: int, ask: bool = True) -> None:
         """ask: the system is asked for all bytes first, which has disks work on many requests at a time."""
