@@ -431,7 +431,7 @@ def peaks(large: Path, small: Path, kind: str, cold: bool = False) -> Iterator[t
     answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     for line in answer.stdout.splitlines():
         after, peak, weights = map(int, line.split())
-        assert 0.9 * weights < after < weights + SLACK
+        assert 0.8 * weights < after < weights + SLACK  # what the small model left behind is used again
         yield peak, weights
 
 
