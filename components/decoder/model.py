@@ -16,7 +16,9 @@ from zoo.components.step import EMBEDDINGS, Step
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, head."""
+    """Embedding, blocks, norm, head. stages: of how many the whole model is made, where this is one of them."""
+
+    stages: int = 1
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -58,6 +60,10 @@ class Decoder(nn.Module):
 
     def pieces(self, rows: int) -> int:
         """Into how many pieces a step of so many rows is best cut, which are computed one after the other."""
+        return 1
+
+    def turns(self, rows: int) -> int:
+        """In how many groups so many sequences that decode are best computed, whose steps begin one after the other."""
         return 1
 
     def brought(self, x_TD: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class FakeDecoder(nn.Module):
     def __init__(self, script: Mapping[int, Sequence[int]] | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(10))
+        self.stages = 1
         self.script = script
         self.steps: list[list[int]] = []
         self.logit_rows: list[int] = []

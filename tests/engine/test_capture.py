@@ -215,11 +215,16 @@ def test_steps_begun_ahead_give_the_same_tokens(kind: str, batch: int, monkeypat
     assert sum(begun) > len(begun) // 2
 
 
+def steps_of(engine: Engine) -> Steps:
+    assert isinstance(engine._steps, Steps)
+    return engine._steps
+
+
 @pytest.mark.parametrize("kind", ["window", "mamba2"])
 def test_models_that_would_not_forgive_do_not_go_ahead(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_CAPTURE", "on")
     with load(kind, monkeypatch, "pages") as model:
-        assert not model.engine._steps.ahead
+        assert not steps_of(model.engine).ahead
 
 
 def test_what_was_begun_is_forgotten_with_the_weights_and_after_an_interruption(
@@ -237,13 +242,13 @@ def test_what_was_begun_is_forgotten_with_the_weights_and_after_an_interruption(
             if number == 4:
                 with engine.between_steps():
                     pass
-                assert engine._steps._begun is None
+                assert steps_of(engine)._begun is None
             if number == 6:
                 monkeypatch.setattr(Engine, "_apply", _interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     engine.step()
                 monkeypatch.setattr(Engine, "_apply", apply)
-                assert engine._steps._begun is None
+                assert steps_of(engine)._begun is None
             for chunk in engine.step():
                 tokens[chunk.request_id] += chunk.tokens
     assert [*tokens.values()] == [c.tokens for c in expected]
@@ -285,7 +290,7 @@ def test_no_step_is_begun_behind_the_last_token(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_not_finite_is_told_by_its_position_in_steps_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_CAPTURE", "on")
     with load("full", monkeypatch, "pages") as model:
-        assert model.engine._steps.ahead
+        assert steps_of(model.engine).ahead
         hidden = model.module.hidden
 
         def broken(tokens_T: torch.Tensor, step: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from zoo.components.cache import slab
 from zoo.components.cache.pages import Pages
 from zoo.components.decoder.model import Decoder
 from zoo.engine import prefixes
+from zoo.engine.ahead import Steps
 from zoo.engine.engine import Engine
 from zoo.engine.pack import Batch
 from zoo.engine.request import Completion, Request, SamplingParams
@@ -412,6 +413,7 @@ def test_nobody_notices(name: str, storage: Layout, contexts: float | None, chun
 def test_an_interrupted_step_loses_what_it_touched(name: str, storage: Layout, steps: int) -> None:
     """Ctrl-C after the last layer wrote: nothing that was half written is used, what stood before it is."""
     engine = make(name, storage=storage, chunk_tokens=16)
+    assert isinstance(engine._steps, Steps)
     engine._steps.ahead = (
         False  # each step is one run, which can be interrupted; tests/engine/test_capture.py has those
     )

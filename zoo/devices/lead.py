@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from time import monotonic, sleep
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoo.devices.channel import Channel, ClosedError, error_of
@@ -25,6 +28,14 @@ from zoo.registry.spec import StateSpec
 
 GRACE = 3.0
 """Seconds in which the others end by themselves, and in which the cause of a broken connection becomes known."""
+
+
+@dataclass(eq=False, slots=True)
+class UnderWay:
+    """The end of a step that has begun. result: what it gave."""
+
+    wait: Callable[[], Tensor]
+    result: Tensor | None = None
 
 
 class Ranks:
@@ -48,6 +59,7 @@ class Ranks:
         self.elsewhere: Sequence[tuple[Sequence[StateSpec | None], int | None]] = ()
         self.at_end: list[Callable[[], None]] = []
         self._queue: list[tuple[str, Any]] = []
+        self._under_way: deque[UnderWay] = deque()
         self._inside = False
         self._fault: ZooError | None = None
         self._closed = False
@@ -62,17 +74,26 @@ class Ranks:
             setattr(memory, name, self._noted(name, getattr(memory, name)))
 
     @contextmanager
-    def together(self, task: str, message: Message) -> Iterator[None]:
+    def together(self, task: str, message: Message, *, settled: bool = True) -> Iterator[None]:
         """Raises RankError when one of them fails in it. Any other error in it ends the run as well.
 
         Ctrl-C waits for the end of the block, so that no rank is left in the middle of a step; a second one does not.
         """
         self.check()
+        if settled:
+            self._settle()
         with _uninterrupted(), self._guarded():
             self._tell([*self._queue, (task, message)])
             self._queue.clear()
             self.waits.begin()
             yield
+
+    def later(self, wait: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Errors as in the block. What nobody waits for is waited for all the same, before anything else that others
+        send."""
+        under_way = UnderWay(wait)
+        self._under_way.append(under_way)
+        return lambda: self._settle(under_way)
 
     def spread(self, x: Tensor) -> Tensor:
         """As the group of all does."""
@@ -86,7 +107,8 @@ class Ranks:
     def close(self) -> None:
         """They end; those that do not are killed."""
         if not self._closed and self._fault is None:
-            with suppress(ClosedError):
+            with suppress(ClosedError, ZooError):
+                self._settle()
                 self._tell([("end", None)])
         self._end()
 
@@ -125,6 +147,16 @@ class Ranks:
             raise
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def _settle(self, last: UnderWay | None = None) -> Tensor:
+        """Waits for what is under way, up to `last`, and gives what that one does."""
+        result = torch.empty(0) if last is None else last.result
+        while self._under_way and (last is None or last.result is None):
+            with _uninterrupted(), self._guarded():
+                first = self._under_way.popleft()
+                first.result = result = first.wait()
+        assert result is not None
+        return result
 
     def _noted(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:

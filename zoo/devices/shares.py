@@ -5,6 +5,7 @@ Components say how their parameters are split (`Split`, `Param.shard`, `Spec.sum
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -155,13 +156,14 @@ def _join_stages(module: Decoder, part: Part, world: Group, dtype: torch.dtype) 
     """How the stream goes from stage to stage, and what comes out back to the first rank."""
     assert isinstance(module, Stage)
     stages, last, own = part.mesh.tp, part.mesh.near(part.mesh.size - 1), module.logits
-    module.link = Chain(world, part.rank, stages, part.model.dim, dtype)
+    most = 4 * part.mesh.pp * (1 + len(module.given))
+    module.link = link = Chain(world, part.rank, stages, part.model.dim, dtype, most)
     module.stages = part.mesh.pp
 
     def logits(x_RD: Tensor) -> Tensor:
-        module.link.settle()
         if part.rank in last:
-            _sent(own(x_RD), world)
+            if len(x_RD):
+                link.send(own(x_RD), 0)
             return x_RD
         if part.rank:
             return x_RD
@@ -170,9 +172,8 @@ def _join_stages(module: Decoder, part: Part, world: Group, dtype: torch.dtype) 
         return torch.cat([_received(torch.empty(shape, w, device=device), rank, world) for rank, w in places], dim=1)
 
     def brought(x_TD: Tensor) -> Tensor:
-        module.link.settle()
         if part.rank == last[0]:
-            _sent(x_TD, world)
+            link.send(x_TD, 0)
         return _received(torch.empty_like(x_TD), last[0], world) if part.rank == 0 else x_TD
 
     _replace(module, logits=logits, brought=brought)
@@ -180,14 +181,18 @@ def _join_stages(module: Decoder, part: Part, world: Group, dtype: torch.dtype) 
 
 @dataclass(frozen=True)
 class Chain:
-    """The link between stages: each rank takes from the one with its share in the stage before. dim: of the stream."""
+    """The link between stages: each rank takes from the one with its share in the stage before. dim: of the stream.
+
+    most: tensors that may be under way. With fewer than of some steps, ranks would wait for each other in a circle.
+    """
 
     world: Group
     rank: int
     step: int
     dim: int
     dtype: torch.dtype
-    under_way: list[Callable[[], None]] = field(default_factory=list)
+    most: int
+    under_way: deque[Callable[[], None]] = field(default_factory=deque)
 
     def take(self, rows: int, widths: Sequence[int], device: torch.device) -> list[Tensor]:
         """The stream (T, D) of the stage before, and what comes with it."""
@@ -196,17 +201,14 @@ class Chain:
 
     def give(self, x_TD: Tensor, others: Sequence[Tensor]) -> None:
         """The stream to the stage behind, and what goes with it."""
-        self.under_way.extend(self.world.send(x, self.rank + self.step) for x in (x_TD, *others))
+        for x in (x_TD, *others):
+            self.send(x, self.rank + self.step)
 
-    def settle(self) -> None:
-        """Waits until all that was given has gone."""
-        while self.under_way:
-            self.under_way.pop()()
-
-
-def _sent(x: Tensor, world: Group) -> None:
-    if x.numel():
-        world.send(x, 0)()
+    def send(self, x: Tensor, rank: int) -> None:
+        """Without waiting until it has gone."""
+        self.under_way.append(self.world.send(x, rank))
+        while len(self.under_way) > self.most:
+            self.under_way.popleft()()
 
 
 def _received(x: Tensor, rank: int, world: Group) -> Tensor:

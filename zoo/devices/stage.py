@@ -141,11 +141,7 @@ class Link(Protocol):
         ...
 
     def give(self, x_TD: Tensor, others: Sequence[Tensor]) -> None:
-        """The stream to the stage behind, and what goes with it; these tensors must not change until `settle`."""
-        ...
-
-    def settle(self) -> None:
-        """Waits until all that was given has gone."""
+        """The stream to the stage behind, and what goes with it; nobody changes these tensors any more."""
         ...
 
 
@@ -153,7 +149,6 @@ class Stage(Decoder):
     """What a stage has of a decoder: `hidden` gives the last stage's output only there."""
 
     link: Link
-    stages: int
 
     def __init__(self, spec: StageSpec) -> None:
         nn.Module.__init__(self)
@@ -172,8 +167,21 @@ class Stage(Decoder):
 
     def pieces(self, rows: int) -> int:
         """So many that all stages work: a stage computes one piece while the next one computes the one before."""
-        least = PIECE.get(next(self.parameters()).device.type, OTHER_PIECE)
-        return max(1, min(2 * self.stages, rows // least))
+        return max(1, min(2 * self.stages, rows // self._least))
+
+    def turns(self, rows: int) -> int:
+        """So many that each stage computes one of them, unless they become smaller than is worth it."""
+        return max(1, min(self.stages, rows // self._least))
+
+    @property
+    def given(self) -> tuple[tuple[int, int], ...]:
+        """What goes on with the stream: of which layer, and how wide."""
+        assert isinstance(self.spec, StageSpec)
+        return self.spec.given
+
+    @property
+    def _least(self) -> int:
+        return PIECE.get(next(self.parameters()).device.type, OTHER_PIECE)
 
     def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
         """The stream behind this stage's layers, (T, D); of the last stage normalised."""

@@ -78,8 +78,16 @@ class Steps:
         """Forgets what was begun."""
         self._begun = None
 
+    def run(self, runner: Runner, work: list[Work]) -> list[list[tuple[Work, Outcome]]]:
+        """All of the work, in one part."""
+        return [[*zip(work, self._outcomes(runner, work), strict=True)]]
+
+    def pause(self) -> None:
+        """What was begun is forgotten."""
+        self.clear()
+
     @torch.inference_mode()
-    def run(self, runner: Runner, work: list[Work]) -> list[Outcome]:
+    def _outcomes(self, runner: Runner, work: list[Work]) -> list[Outcome]:
         """What comes of each item of the work."""
         begun, self._begun = self._begun, None
         if begun is None or not _is_of(begun, work):

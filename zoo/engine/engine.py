@@ -35,6 +35,7 @@ from zoo.engine.runner import Runner, memory_is_full
 from zoo.engine.scheduler import Scheduler, Work
 from zoo.engine.sequence import Sequence as Running
 from zoo.engine.stream import Stream
+from zoo.engine.turns import Order, Turns
 from zoo.registry.errors import CapacityError, RequestError, ZooError
 from zoo.registry.plan import Plan
 
@@ -95,7 +96,7 @@ class Engine:
             return Memory(here, batch=max_batch_size, context=length, pooled=pooled, elsewhere=elsewhere)
 
         def runner(decoder: Decoder, memory: Memory, spread: bool = False) -> Runner:
-            way = captures(device, spread)
+            way = captures(device, spread) if decoder.stages == 1 else None
             return Runner(decoder, memory, device, Captured(decoder, memory, device, way) if way else None)
 
         source: Source | None = Lookup() if draft == "lookup" else None
@@ -118,8 +119,9 @@ class Engine:
         self._others = others
         plain = runner(decoder, self._memory, others is not None or follows)
         self._runner: Runner | None = plain if others is None else Leading(others, plain)
-        alone = others is None and drafting is None
-        self._steps = Steps(prefixes, ahead=alone and goes_ahead(plain, self._memory))
+        ahead = others is None and drafting is None and goes_ahead(plain, self._memory)
+        turning = others is not None and drafting is None
+        self._steps: Order = Turns(prefixes) if turning else Steps(prefixes, ahead=ahead)
         self._lock = threading.Lock()
         self._numbers = count()
         self._live: dict[str, Running] = {}
@@ -215,7 +217,7 @@ class Engine:
         """A block in which no step runs: the adapters, and what each unfinished request chose of them."""
         with self._locked():
             runner = self._open()
-            self._steps.clear()
+            self._steps.pause()
             yield runner.adapters, [seq.params.adapter for seq in self._live.values()]
             self._scheduler.prefixes.retain(runner.adapters.keys)
             if runner.captured is not None:
@@ -224,7 +226,7 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forgets what is kept for later requests. For callers who change weights by hand, or who measure."""
         with self._locked():
-            self._steps.clear()
+            self._steps.pause()
             self._scheduler.prefixes.clear()
 
     @property
@@ -352,10 +354,10 @@ class Engine:
             if not work:
                 return
             self._start(work)
-            outcomes = self._steps.run(runner, work)
-            self._scheduler.ran(work)
-            for item, outcome in zip(work, outcomes, strict=True):
-                self._apply(item, outcome)
+            for done in self._steps.run(runner, work):
+                self._scheduler.ran([item for item, _ in done])
+                for item, outcome in done:
+                    self._apply(item, outcome)
         except BaseException as error:
             # Interrupted anywhere, also by Ctrl-C: what the step writes may be half written, tokens are not.
             self._steps.clear()

@@ -52,8 +52,12 @@ class Others(Spreads, Protocol):
         """From now on they repeat what changes this memory."""
         ...
 
-    def together(self, task: str, message: Message) -> AbstractContextManager[None]:
-        """A block that they run as well: `follow` with this task and message."""
+    def together(self, task: str, message: Message, *, settled: bool = True) -> AbstractContextManager[None]:
+        """A block that they run as well: `follow` with this task and message. settled: nothing is under way then."""
+        ...
+
+    def later(self, wait: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The end of such a block, to be run later: as what comes back is called, and in the order of the blocks."""
         ...
 
     def agree(self) -> None:
@@ -75,12 +79,14 @@ class Leading(Runner):
         others.mirror(runner.memory)
 
     @torch.inference_mode()
-    def compute(self, batch: Batch, media: Rows | None, pieces: int | None = None) -> Tensor:
+    def compute(self, batch: Batch, media: Rows | None, pieces: int | None = None) -> Callable[[], Tensor]:
         batch = replace(batch, adapters=[*map(self.adapters.resolve, batch.adapters)])
         pieces = self.pieces(batch, media) if pieces is None else pieces
-        with self.others.together("compute", _told(batch) | {"pieces": pieces} | _shape(media)):
+        message = _told(batch) | {"pieces": pieces} | _shape(media)
+        settled = media is not None or self.decoder.stages == 1
+        with self.others.together("compute", message, settled=settled):
             _handed_on(media, self.others)
-            return super().compute(batch, media, pieces)
+            return self.others.later(super().compute(batch, media, pieces))
 
     def whole(self, tokens: Sequence[int], media: Rows | None, adapter: str | None, *, head: bool) -> Tensor:
         adapter = self.adapters.resolve(adapter)
@@ -127,7 +133,7 @@ def follow(runner: Runner, group: Spreads, task: str, message: Any, reads: Reads
             raise CapacityError("the cache of this device is full", hint="load with a smaller max_batch_size")
     elif task == "compute":
         batch = _batch(message, runner.device)
-        runner.compute(batch, _media(message, runner, group), message["pieces"])
+        runner.compute(batch, _media(message, runner, group), message["pieces"])()
     else:
         assert task == "whole", task
         media = _media(message, runner, group)

@@ -259,7 +259,8 @@ class Prefixes:
     def _ends(self, line: Line, shared: int) -> Iterator[tuple[int, int]]:
         """Where a line can be gone on from within its first `shared` tokens, and who stands there."""
         tokens = min(shared, line.held)
-        if tokens and (line.whole or not self.memory.moves) and self.memory.serves(line.held, tokens):
+        whole = line.whole and not (line.seq is not None and line.seq.begun)
+        if tokens and (whole or not self.memory.moves) and self.memory.serves(line.held, tokens):
             yield tokens, line.number
         yield from ((tokens, number) for tokens, number in line.points.items() if tokens <= shared)
 

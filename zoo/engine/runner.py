@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,12 +42,17 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits (R, V) float32 of the batch's wanted rows; its tokens are in the cache afterwards."""
-        with on(self.device):
-            return self.compute(batch, self._media(batch))
+        return self.begin(batch)()
 
     @torch.inference_mode()
-    def compute(self, batch: Batch, media: Rows | None, pieces: int | None = None) -> Tensor:
-        """As `run`, with what encoders made of the batch's images and sounds. pieces: in how many the step is cut."""
+    def begin(self, batch: Batch, pieces: int | None = None) -> Callable[[], Tensor]:
+        """Begins a step; what comes back waits for its logits. pieces: in how many it is cut; None: as is best."""
+        with on(self.device):
+            return self.compute(batch, self._media(batch), pieces)
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch, media: Rows | None, pieces: int | None = None) -> Callable[[], Tensor]:
+        """As `begin`, with what encoders made of the batch's images and sounds."""
         with on(self.device):
             return self._compute(batch, media, self.pieces(batch, media) if pieces is None else pieces)
 
@@ -54,14 +60,19 @@ class Runner:
         """In how many pieces the step is to be cut."""
         return 1 if media is not None else self.decoder.pieces(len(batch.tokens_T))
 
-    def _compute(self, batch: Batch, media: Rows | None, pieces: int) -> Tensor:
+    def _compute(self, batch: Batch, media: Rows | None, pieces: int) -> Callable[[], Tensor]:
         if self.captured is not None and media is None and not any(map(self.adapters.resolve, batch.adapters)):
             replayed_RV = self.captured.run(batch)
             if replayed_RV is not None:
-                return replayed_RV
+                return lambda: replayed_RV
         hidden = [self._hidden(piece, media) for piece in split(batch, pieces)]
         hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        return self.decoder.logits(hidden_TD if batch.rows_R is None else hidden_TD[batch.rows_R])
+        return partial(self._logits, hidden_TD if batch.rows_R is None else hidden_TD[batch.rows_R])
+
+    @torch.inference_mode()
+    def _logits(self, x_RD: Tensor) -> Tensor:
+        with on(self.device):
+            return self.decoder.logits(x_RD)
 
     def _hidden(self, batch: Batch, media: Rows | None) -> Tensor:
         states = self.memory.states(batch.seqs, batch.rows, batch.past)

@@ -109,7 +109,8 @@ class Scheduler:
     def _leave(self, seq: Sequence, *, whole: bool = True) -> None:
         """It has no room of its own any more; what it cached is kept for others, and for itself."""
         self._forget(seq)
-        self.prefixes.keep(seq, whole=whole)
+        self.prefixes.keep(seq, whole=whole and not seq.begun)
+        seq.begun = False
 
     def _forget(self, seq: Sequence) -> None:
         if self.drafting is not None:

@@ -26,7 +26,7 @@ class Sequence:
     number: order of arrival. tokens: prompt and generated ids. past: how many of them are cached. cache: its name there
     while it runs. cached_tokens: how many of the prompt's came from there. allowed: how many may be generated.
     media: images and sounds at their places. key: what its states depend on beside tokens and media.
-    cuts: where its chunks are to end.
+    cuts: where its chunks are to end. begun: a step of it is under way, so that one row more than `past` may be cached.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Sequence:
         self.cache, self.key = NOWHERE, key
         self.cached_tokens: int | None = None
         self.cuts: set[int] = set()
+        self.begun = False
         self._identity = identity(request.prompt, self.media)
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         own = () if request.tokenizer is None or params.ignore_eos else request.tokenizer.stop_ids
