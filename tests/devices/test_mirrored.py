@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -93,16 +93,23 @@ def sizes(name: str, module: Decoder, plan: Plan) -> dict[str, Any]:
 
 
 @contextmanager
-def led(name: str, mesh: Mesh = SHARED_OUT, spare: tuple[int, int] = (1, 1)) -> Iterator[Engine]:
+def led(
+    name: str,
+    mesh: Mesh = SHARED_OUT,
+    spare: tuple[int, int] = (1, 1),
+    draft: Literal["lookup"] | None = "lookup",
+    batch: int = 3,
+) -> Iterator[Engine]:
     """An engine over two ranks: this thread's, and one in another thread that follows it.
 
-    spare: how many times as large as small caches theirs are.
+    spare: how many times as large as small caches theirs are. batch: sequences that run together.
     """
     module, plan = built(name)
     first, second = ranks_of(plan, module, mesh)
     own, others = (sizes(name, rank.module, rank.part.local) for rank in (first, second))
     for size, times in zip((own, others), spare, strict=True):
         size["memory_bytes"] *= times
+        size["max_batch_size"] = batch
     near, far = channels()
     follower = threading.Thread(target=followed, args=(second, far, others), daemon=True)
     follower.start()
@@ -110,7 +117,7 @@ def led(name: str, mesh: Mesh = SHARED_OUT, spare: tuple[int, int] = (1, 1)) -> 
     if mesh.pp > 1:
         ranks.elsewhere = [(second.part.states, others["memory_bytes"])]
     try:
-        with Engine(first.module, first.part.fronted, draft="lookup", others=ranks, **own) as engine:
+        with Engine(first.module, first.part.fronted, draft=draft, others=ranks, **own) as engine:
             yield engine
     finally:
         first.abort()

@@ -64,9 +64,7 @@ class Turns:
         """What was begun holds: an adapter that unfinished requests use does not change."""
 
     def clear(self) -> None:
-        """The sequences are to begin anew."""
-        for item in (item for begun in self._begun for item in begun.work):
-            item.sequence.begun = False
+        """The scheduler has all sequences begin anew."""
         self._begun.clear()
 
     def run(self, runner: Runner, work: list[Work]) -> Iterator[Done]:
