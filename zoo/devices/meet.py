@@ -184,6 +184,13 @@ def report(error: ZooError) -> None:
         else:
             store, _ = _started_store(rank, size)
             store.set(KEY, json.dumps({"error": fields_of(error)}))
+            # The store is this process's, and what nobody has read by then ends with it.
+            store.wait([_heard(other) for other in range(1, size)], timedelta(seconds=deadline()))
+
+
+def _heard(rank: int) -> str:
+    """Under which key a rank says that it has read of an error."""
+    return f"{KEY}/{rank}"
 
 
 def _started_store(rank: int, size: int) -> tuple[Store, str]:
@@ -204,6 +211,7 @@ def join_started(rank: int, size: int) -> tuple[Meeting, Ranks | Channel]:
         with _named(host):
             said = json.loads(store.get(KEY).decode())
         if "error" in said:
+            store.set(_heard(rank), "")
             raise error_of(0, said["error"])
         return meeting, knock(host, said["port"], rank, said["token"], limit)
     token = secrets.token_hex(16)
