@@ -11,8 +11,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from zoo.components.native.latent import InSlabs
 from zoo.components.native.recurrent import Places
 
 Value = TypeVar("Value")
@@ -81,6 +83,11 @@ class Cached:
     rows: int
     seen_BS: Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """How many new rows there are, of all sequences."""
+        return self.rows * len(self.kept_BSm)
+
 
 class LatentState(Protocol):
     """One layer's view of a cache that keeps one row per token, of which the mixer makes keys and values itself."""
@@ -89,8 +96,11 @@ class LatentState(Protocol):
         """Keeps this step's rows."""
         ...
 
-    def read(self) -> Sequence[Cached]:
-        """All rows of the step's sequences, in the order of the step."""
+    def read(self, lying: torch.dtype | None = None) -> Sequence[Cached | InSlabs]:
+        """All rows of the step's sequences, in the order of the step.
+
+        lying: the type of queries that attend to rows where they lie, by the native kernel; None for no such.
+        """
         ...
 
 

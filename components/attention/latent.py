@@ -22,6 +22,8 @@ from zoo.components.attention.scaling import SSMax, scaled
 from zoo.components.attention.spec import LatentAttentionSpec
 from zoo.components.build import make
 from zoo.components.linear import Linear
+from zoo.components.native import latent as kernels
+from zoo.components.native.latent import InSlabs, Sizes
 from zoo.components.step import Cached, LatentState, Step
 
 
@@ -52,17 +54,21 @@ class LatentAttention(nn.Module):
         """(T, D) to (T, D); appends this step's latents, and its indexer's keys, to `state`."""
         q_THd, borrowed = self._queries(x_TD, step), self.spec.borrows()
         own = self._kept(x_TD, step, state)
-        latents = step.states[borrowed.layer].read() if borrowed else own
+        latents = step.states[borrowed.layer].read(self._lying()) if borrowed else own
         chosen = [None] * len(latents) if self.indexer is None else self.indexer.choose(x_TD, own, step)
         parts, first = [], 0
         for cached, seen_TS in zip(latents, chosen, strict=True):
-            last = first + cached.rows * len(cached.kept_BSm)
+            last = first + cached.count
             parts.append(self.kv_b(q_THd[first:last], cached, seen_TS, step.memo))
             first = last
         o_TD: Tensor = self.o(torch.cat(parts).flatten(1))
         return o_TD
 
-    def _kept(self, x_TD: Tensor, step: Step, state: LatentState | None) -> Sequence[Cached]:
+    def _lying(self) -> torch.dtype | None:
+        """The type of queries, where few of them attend to rows as they lie: an indexer reads rows itself."""
+        return self.kv_b.weight.dtype if self.indexer is None and self.kv_b.by_kernel() else None
+
+    def _kept(self, x_TD: Tensor, step: Step, state: LatentState | None) -> Sequence[Cached | InSlabs]:
         """What this layer keeps of the step's sequences, this step's latents and index keys included."""
         new = [] if self.spec.shares else [self._latents(x_TD, step)]
         if self.indexer is not None and self.spec.index_dim:
@@ -70,7 +76,7 @@ class LatentAttention(nn.Module):
         if state is None:
             return ()
         state.append(torch.cat(new, -1))
-        return state.read()
+        return state.read(self._lying())
 
     def _queries(self, x_TD: Tensor, step: Step) -> Tensor:
         spec = self.spec
@@ -102,12 +108,20 @@ class Heads(nn.Module):
         self.scale, self.row = spec.score_scale, spec.kv_lora_rank + spec.rope_head_dim
         rows = spec.num_heads * (spec.nope_head_dim + spec.v_head_dim)
         self.weight = nn.Parameter(torch.empty(rows, spec.kv_lora_rank))
+        self.sizes = Sizes(spec.nope_head_dim, spec.rope_head_dim, spec.kv_lora_rank, spec.v_head_dim)
 
-    def forward(self, q_THd: Tensor, cached: Cached, chosen_TS: Tensor | None, memo: Memo) -> Tensor:
+    def by_kernel(self) -> bool:
+        """Whether the native kernels take such heads."""
+        return kernels.attends(self.weight, self.sizes)
+
+    def forward(self, q_THd: Tensor, cached: Cached | InSlabs, chosen_TS: Tensor | None, memo: Memo) -> Tensor:
         """(T, H, v) of queries over what is cached of their sequences, by the way that needs less work.
 
         chosen_TS: which of the keys each row sees, bool; None for all up to its own.
         """
+        if isinstance(cached, InSlabs):
+            q_THm = kernels.lowered(q_THd, self.weight, self.sizes)
+            return kernels.lifted(kernels.attend(q_THm, cached, self.sizes.latent, self.scale), self.weight, self.sizes)
         kept_BSm = cached.kept_BSm[..., : self.row]
         if cached.seen_BS is not None:
             return self._rows(q_THd, kept_BSm, cached.seen_BS if chosen_TS is None else chosen_TS, memo)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,12 +76,7 @@ class Storage(Protocol):
 
 
 class KVStore:
-    """Keys and values of all sequences for a group of attention layers.
-
-    READS_SLABS: whether views read slabs where they lie, by the kernel of few rows.
-    """
-
-    READS_SLABS: ClassVar[bool] = True
+    """Keys and values of all sequences for a group of attention layers."""
 
     def __init__(
         self,
@@ -190,9 +185,12 @@ class KVStore:
         """A step of single rows of sequences of up to `tokens` tokens, run many times; None where their places are not
         numbers that a kernel reads."""
         if isinstance(self.storage, Slabs):
-            reads = self.READS_SLABS and by_slabs({}) and serves(self.storage.code)
-            return HeldSlabs(self, self.storage, batch) if reads else None
+            return HeldSlabs(self, self.storage, batch) if by_slabs({}) and self._reads_slabs() else None
         return HeldRows(self, self.storage, batch, tokens) if isinstance(self.storage, Pages) else None
+
+    def _reads_slabs(self) -> bool:
+        """Whether views read slabs where they lie, by the kernel of few rows."""
+        return serves(self.storage.code)
 
     def _slots(self, tokens: int) -> int:
         return tokens if self.ring is None else min(tokens, self.ring)

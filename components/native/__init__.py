@@ -72,6 +72,9 @@ _ARGUMENTS = {
     "zoo_alone": [],
     "zoo_pack": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
 }
+_OTHERS = ("zoo_attend", "zoo_keep", "zoo_lower", "zoo_lift")
+"""Declared where they are called."""
+
 _BY_TILES: list[Any] = [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _COUNT]
 
 
@@ -158,7 +161,7 @@ class Kernels:
         self.handle = Library(path)
         self.level = self.handle.zoo_level() if level is None else level
         self.single = SINGLE
-        self.absent = [name for name in (*_ARGUMENTS, "zoo_attend") if not hasattr(self.handle, name)]
+        self.absent = [name for name in (*_ARGUMENTS, *_OTHERS) if not hasattr(self.handle, name)]
         if not self.absent:
             for name, arguments in _ARGUMENTS.items():
                 getattr(self.handle, name).declare(arguments)

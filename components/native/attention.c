@@ -1,7 +1,8 @@
 /* Attention of a few rows over slabs of keys and values, plain or coded, for x86-64 with AVX-512.
  *
  * A slab holds one sequence's rows of one layer: (2, groups, capacity, row), keys, then values. A row is `width` numbers
- * of bfloat16 or float32, or a bfloat16 scale and `width` codes of a byte (zoo.components.cache.code). All new rows of a
+ * of bfloat16 or float32, or a bfloat16 scale and `width` codes of a byte (zoo.components.cache.code). Of latents there is
+ * one plane, (capacity, row), whose rows are the keys of all heads, and with their first numbers the values. All new rows of a
  * sequence, and all query heads of a key head, read it together, in splits of fixed length at fixed places, whose sums
  * are added up in their order at the end (Dao et al., "Flash-Decoding", 2023). Within a split, too, the order of a row's
  * sums does not depend on the others, and what it does not see never meets it: a result is the same whatever the other
@@ -29,11 +30,13 @@
 #define AHEAD _MM_HINT_T0 /* where to values are fetched while keys are worked on, and the next keys meanwhile */
 
 enum { BF16, F32, INT8, FP8 };
-enum { SPLIT = 256, TILE = 32, TOGETHER = 4, WIDEST = 256 };
+enum { SPLIT = 256, TILE = 32, TOGETHER = 4, WIDEST = 1024 };
 
-INLINE long row_bytes(int kind, long width) {
-    return kind == BF16 ? 2 * width : kind == F32 ? 4 * width : 2 + width + width % 2;
-}
+/* Floats of sums that sequences are worked on together for, and query heads that a block of latents' heads has at least
+ * half of, and that a split of latents is to have room for. */
+enum { MOST_SUMS = 1 << 22, BLOCK = 32, MANY = 512 };
+
+INLINE int is_coded(int kind) { return kind == INT8 || kind == FP8; }
 
 /* Words of 32 bits that a turned key has: numbers, neighbouring pairs of them, or, of codes, pairs that lie sixteen apart. */
 INLINE long words_of(int kind, long width) { return kind == F32 ? width : kind == BF16 ? width / 2 : (width + 31) / 32 * 16; }
@@ -59,7 +62,7 @@ AVX512 INLINE __m512 high_of(__m512i pairs) {
 }
 
 INLINE float row_scale(int kind, const char *row) {
-    if (kind == BF16 || kind == F32) return 1;
+    if (!is_coded(kind)) return 1;
     bf16 scale;
     memcpy(&scale, row, 2);
     return kind == FP8 ? 256 * widened(scale) : widened(scale);
@@ -75,14 +78,14 @@ AVX512 INLINE __m512 capped(__m512 x, float cap) {
 
 /* Sixteen words of a key, from word w on. */
 AVX512 INLINE __m512i words(int kind, const char *row, long w, long width) {
-    if (kind == BF16 || kind == F32) return _mm512_maskz_loadu_epi32(part_of(words_of(kind, width) - w), row + 4 * w);
-    __m512 high = 2 * w + 16 < width ? decoded(kind, row + 2 + 2 * w + 16) : _mm512_setzero_ps();
-    return paired(decoded(kind, row + 2 + 2 * w), high);
+    if (!is_coded(kind)) return _mm512_maskz_loadu_epi32(part_of(words_of(kind, width) - w), row + 4 * w);
+    __m512 high = 2 * w + 16 < width ? decoded(kind, row + 2 * w + 16) : _mm512_setzero_ps();
+    return paired(decoded(kind, row + 2 * w), high);
 }
 
 /* `count` keys of a tile, turned: of each word 32 lanes, zero beyond the keys. Fetches as many bytes of `next` meanwhile. */
-AVX512 INLINE void turn_keys(int kind, long width, const char *k, long count, const char *next, __m512i *tile) {
-    long row = row_bytes(kind, width), bytes = kind == BF16 || kind == F32 ? 4 : 2;
+AVX512 INLINE void turn_keys(int kind, long width, const char *k, long row, long count, const char *next, __m512i *tile) {
+    long bytes = is_coded(kind) ? 2 : 4;
     for (long half = 0; half < 2; half++, k += 16 * row, next += 16 * row, count -= 16)
         for (long w = 0; w < words_of(kind, width); w += 16) {
             __m512i x[16];
@@ -99,11 +102,11 @@ AVX512 INLINE void turn_keys(int kind, long width, const char *k, long count, co
         }
 }
 
-/* Scores of N queries with a tile of keys. q: `words` words for each, or of pairs multiplied one by one twice as many. */
-DOTS INLINE void score(int kind, int dot, int queries, long words, const char *q, const __m512i *tile, const float *scales,
-                       float softcap, float *scores) {
+/* Scores of N queries with some words of a tile of keys, added to what other words gave. q: words of each query, or of pairs
+ * that are multiplied one by one twice as many; next: bytes from one to the next. */
+DOTS INLINE void score(int kind, int dot, int queries, long words, const char *q, long next, const __m512i *tile,
+                       const float *scales, int added, float softcap, float *scores) {
     __m512 sums[8][2];
-    long next = words * (kind != F32 && !dot ? 8 : 4);
     UNROLLED(int n = 0; n < queries; n++) sums[n][0] = sums[n][1] = _mm512_setzero_ps();
     for (long w = 0; w < words; w++) {
         UNROLLED(int half = 0; half < 2; half++) {
@@ -124,6 +127,7 @@ DOTS INLINE void score(int kind, int dot, int queries, long words, const char *q
     }
     UNROLLED(int n = 0; n < queries; n++) UNROLLED(int half = 0; half < 2; half++) {
         __m512 found = _mm512_mul_ps(sums[n][half], _mm512_loadu_ps(scales + 16 * half));
+        if (added) found = _mm512_add_ps(found, _mm512_loadu_ps(scores + n * SPLIT + 16 * half));
         if (softcap > 0) found = capped(found, softcap);
         _mm512_storeu_ps(scores + n * SPLIT + 16 * half, found);
     }
@@ -135,10 +139,12 @@ INLINE __mmask16 lanes(long at, long first, long last) {
     return (__mmask16)(upto & ~before);
 }
 
-/* Scores of the keys first .. last - 1 as weights relative to the largest one, times the scales of the values, zero for
- * other keys of their tiles; the largest score, and the sum of the weights without these scales. */
-DOTS INLINE void weigh(int dot, long first, long last, const float *scales, float *scores, float *peak, float *total) {
-    __m512 high = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+/* Scores of the keys first .. last - 1 as weights relative to the largest one so far, times the scales of the values, zero
+ * for other keys of their tiles; the largest score, and the sum of the weights without these scales. Returns what earlier
+ * sums are to be multiplied with. */
+DOTS INLINE float weigh(int dot, long first, long last, const float *scales, float *scores, float *peak, float *total) {
+    float before = *peak;
+    __m512 high = _mm512_set1_ps(before), sum = _mm512_setzero_ps();
     for (long at = first / 16 * 16; at < last; at += 16)
         high = _mm512_mask_max_ps(high, lanes(at, first, last), high, _mm512_loadu_ps(scores + at));
     *peak = _mm512_reduce_max_ps(high);
@@ -154,7 +160,9 @@ DOTS INLINE void weigh(int dot, long first, long last, const float *scales, floa
         else
             _mm512_storeu_ps(scores + at, weights);
     }
-    *total = _mm512_reduce_add_ps(sum);
+    float share = before == *peak || before == -INFINITY ? 1 : expf(before - *peak);
+    *total = *total * share + _mm512_reduce_add_ps(sum);
+    return share;
 }
 
 /* 32 lanes of two neighbouring values, in pairs; of bfloat16 in an order of its own. part: which of them there are. */
@@ -164,9 +172,9 @@ AVX512 INLINE void pairs_of(int kind, const char *even, const char *odd, long i,
         x[0] = _mm512_unpacklo_epi16(low, high);
         x[1] = _mm512_unpackhi_epi16(low, high);
     } else {
-        x[0] = paired(decoded(kind, even + 2 + i), decoded(kind, odd + 2 + i));
-        x[1] = _mm512_setzero_si512();
-        if (part >> 16) x[1] = paired(decoded(kind, even + 2 + i + 16), decoded(kind, odd + 2 + i + 16));
+        x[0] = x[1] = _mm512_setzero_si512();
+        if (part) x[0] = paired(decoded(kind, even + i), decoded(kind, odd + i));
+        if (part >> 16) x[1] = paired(decoded(kind, even + i + 16), decoded(kind, odd + i + 16));
     }
 }
 
@@ -188,15 +196,16 @@ AVX512 INLINE void in_order(int kind, __m512 *x) {
 
 static const char NOTHING[4 * WIDEST];
 
-/* Adds the values first .. last - 1, by the weights of N queries, to lanes i .. i + 32 CHUNKS of sums. */
-DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const char *v, long row, long i, __mmask32 part,
-                            long first, long last, const char *next, const float *weights, float *o, long width) {
+/* Adds the values first .. last - 1, by the weights of N queries, to those lanes i .. i + 32 CHUNKS of sums that there are.
+ * packed: the values of these lanes as pairs, where they are at hand. */
+DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const char *v, const __m512i *packed, long row, long i,
+                            uint64_t part, long first, long last, const char *next, const float *weights, float *o,
+                            long width) {
     __m512 sums[TOGETHER][4];
-    __mmask16 low = (__mmask16)part, high = (__mmask16)(part >> 16);
     UNROLLED(int n = 0; n < queries; n++) UNROLLED(int c = 0; c < chunks; c++) {
         const float *from = o + n * width + i + 32 * c;
-        sums[n][2 * c] = _mm512_maskz_loadu_ps(low, from);
-        sums[n][2 * c + 1] = _mm512_maskz_loadu_ps(high, from + 16);
+        sums[n][2 * c] = _mm512_maskz_loadu_ps((__mmask16)(part >> 32 * c), from);
+        sums[n][2 * c + 1] = _mm512_maskz_loadu_ps((__mmask16)(part >> (32 * c + 16)), from + 16);
         if (kind != F32) in_pairs(kind, sums[n] + 2 * c);
     }
     if (kind == F32) {
@@ -205,7 +214,8 @@ DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const ch
             UNROLLED(int c = 0; c < chunks; c++) {
                 if (next) _mm_prefetch(next + key * row + 4 * (i + 32 * c), AHEAD);
                 if (next) _mm_prefetch(next + key * row + 4 * (i + 32 * c) + 64, AHEAD);
-                __m512 x = _mm512_maskz_loadu_ps(low, at + 32 * c), y = _mm512_maskz_loadu_ps(high, at + 32 * c + 16);
+                __m512 x = _mm512_maskz_loadu_ps((__mmask16)(part >> 32 * c), at + 32 * c);
+                __m512 y = _mm512_maskz_loadu_ps((__mmask16)(part >> (32 * c + 16)), at + 32 * c + 16);
                 UNROLLED(int n = 0; n < queries; n++) {
                     __m512 weight = _mm512_set1_ps(weights[n * SPLIT + key]);
                     sums[n][2 * c] = _mm512_fmadd_ps(weight, x, sums[n][2 * c]);
@@ -221,7 +231,10 @@ DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const ch
                 __m512i x[2];
                 if (next) _mm_prefetch(next + 2 * pair * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
                 if (next) _mm_prefetch(next + (2 * pair + 1) * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
-                pairs_of(kind, even, odd, i + 32 * c, part, x);
+                if (packed)
+                    x[0] = packed[4 * pair + 2 * c], x[1] = packed[4 * pair + 2 * c + 1];
+                else
+                    pairs_of(kind, even, odd, i + 32 * c, (__mmask32)(part >> 32 * c), x);
                 UNROLLED(int n = 0; n < queries; n++) UNROLLED(int half = 0; half < 2; half++) {
                     const float *own = weights + n * SPLIT;
                     __m512 *sum = &sums[n][2 * c + half];
@@ -239,8 +252,8 @@ DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const ch
     UNROLLED(int n = 0; n < queries; n++) UNROLLED(int c = 0; c < chunks; c++) {
         float *to = o + n * width + i + 32 * c;
         if (kind != F32) in_order(kind, sums[n] + 2 * c);
-        _mm512_mask_storeu_ps(to, low, sums[n][2 * c]);
-        _mm512_mask_storeu_ps(to + 16, high, sums[n][2 * c + 1]);
+        _mm512_mask_storeu_ps(to, (__mmask16)(part >> 32 * c), sums[n][2 * c]);
+        _mm512_mask_storeu_ps(to + 16, (__mmask16)(part >> (32 * c + 16)), sums[n][2 * c + 1]);
     }
 }
 
@@ -258,10 +271,10 @@ static uint8_t eighth(float value) {
     return sign | (uint8_t)(steps < 8 ? steps : (power + 7) * 8 + steps - 8);
 }
 
-/* A row of numbers as a slab keeps it. */
-static void keep(int kind, int wide, long width, const void *x, long start, char *row) {
-    if (kind == BF16 || kind == F32) {
-        memcpy(row, (const char *)x + start * (wide ? 4 : 2), width * (wide ? 4 : 2));
+/* Numbers as a slab keeps them: as they are, or as codes with a scale. */
+static void keep(int kind, int wide, long width, const void *x, long start, char *scale_at, char *to) {
+    if (!is_coded(kind)) {
+        memcpy(to, (const char *)x + start * (wide ? 4 : 2), width * (wide ? 4 : 2));
         return;
     }
     float peak = 0, top = kind == INT8 ? 127 : 448;
@@ -271,20 +284,20 @@ static void keep(int kind, int wide, long width, const void *x, long start, char
         if (isnan(peak)) break;
     }
     bf16 scale = rounded(peak / top);
-    memcpy(row, &scale, 2);
+    memcpy(scale_at, &scale, 2);
     float divisor = widened(scale) > 1.17549435e-38f ? widened(scale) : 1.17549435e-38f;
     for (long i = 0; i < width; i++) {
         float code = number(wide, x, start + i) / divisor;
         code = code > top ? top : code < -top ? -top : code;
-        row[2 + i] = isnan(code) ? 0 : kind == INT8 ? (char)(int)nearbyintf(code) : (char)eighth(code);
+        to[i] = isnan(code) ? 0 : kind == INT8 ? (char)(int)nearbyintf(code) : (char)eighth(code);
     }
-    if (width % 2) row[2 + width] = 0;
 }
 
-/* What the items of a call share. */
+/* What the items of a call share. width, values: numbers of a key, and of a value. row, start: bytes of a row, and of its
+ * scales. one: whether all heads share one plane, which holds what is new already. length: slots of an item, whole splits. */
 typedef struct {
-    int wide;
-    long groups, shared, width, window;
+    int wide, one;
+    long groups, shared, width, values, row, start, length, window;
     const void *q, *k, *v;
     long q_next, k_next, v_next;
     char **slabs;
@@ -292,12 +305,19 @@ typedef struct {
     float scale, softcap;
 } call;
 
-/* The new rows of one sequence, and the splits in which they see or take slots. items: how many items come before its
- * own. parts: where its sums begin. */
+/* The new rows of one sequence, and the items in which they see or take slots. turns: whether a row takes a slot that one
+ * before it sees. */
 typedef struct {
-    long *rows, count, first, splits, items, parts;
-    int turns; /* whether a row takes a slot that one before it sees */
+    long *rows, count, first, splits;
+    int turns;
 } sequence;
+
+/* One key head of a sequence, or a block of the heads of latents. items: how many come before its own. parts: where its
+ * sums begin. */
+typedef struct {
+    const sequence *s;
+    long g, items, parts;
+} unit;
 
 typedef struct {
     long first, last;
@@ -317,37 +337,44 @@ INLINE span seen_by(const call *c, long b, long from) {
 
 INLINE int is_empty(span x) { return x.first >= x.last; }
 
+/* Of 32 numbers, those that lie sixteen apart as pairs. */
+AVX512 INLINE __m512i apart(__m512i x) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_epi16(_mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16)), x);
+}
+
 /* A row's queries of one key head as words, for multiply-adds of pairs as floats in their order. */
-INLINE void as_words(const call *c, int kind, int dot, long b, long g, char *to) {
-    long words = words_of(kind, c->width), start = b * c->q_next + g * c->shared * c->width;
-    for (long n = 0; n < c->shared; n++, start += c->width)
-        for (long w = 0; w < words; w++) {
-            long i = kind == BF16 ? 2 * w : kind == F32 ? w : w / 16 * 32 + w % 16, beside = i + (kind == BF16 ? 1 : 16);
-            if (kind == F32) {
-                ((float *)to)[n * words + w] = number(c->wide, c->q, start + i);
-            } else if (dot) {
-                const bf16 *q = (const bf16 *)c->q + start;
-                ((bf16 *)to)[2 * (n * words + w)] = q[i];
-                ((bf16 *)to)[2 * (n * words + w) + 1] = beside < c->width ? q[beside] : 0;
+AVX512 INLINE void as_words(const call *c, int kind, int dot, long b, long g, char *to) {
+    long words = words_of(kind, c->width), width = c->width, start = b * c->q_next + g * c->shared * width;
+    if (kind == F32 || (kind == BF16 && dot)) {
+        memcpy(to, (const char *)c->q + start * (kind == F32 ? 4 : 2), 4 * words * c->shared);
+        return;
+    }
+    for (long n = 0; n < c->shared; n++, start += width)
+        for (long w = 0; w < words; w += dot ? 16 : 1) {
+            long i = kind == BF16 ? 2 * w : w / 16 * 32 + w % 16, beside = i + (kind == BF16 ? 1 : 16);
+            if (dot) {
+                __m512i x = _mm512_maskz_loadu_epi16(width - i < 32 ? 0xffff : ~0u, (const bf16 *)c->q + start + i);
+                _mm512_storeu_si512(to + 4 * (n * words + w), apart(x));
             } else {
                 ((float *)to)[2 * (n * words + w)] = number(c->wide, c->q, start + i);
-                ((float *)to)[2 * (n * words + w) + 1] = beside < c->width ? number(c->wide, c->q, start + beside) : 0;
+                ((float *)to)[2 * (n * words + w) + 1] = beside < width ? number(c->wide, c->q, start + beside) : 0;
             }
         }
 }
 
 #define ADD(QUERIES, CHUNKS, PART)                                                                                       \
-    add_values(kind, dot, QUERIES, CHUNKS, v, row_bytes(kind, width), i, PART, first, last, next, weights, o, width)
+    add_values(kind, dot, QUERIES, CHUNKS, v, NULL, row, i, PART, first, last, next, weights, o, width)
 
 #define ADD_ALL(QUERIES)                                                                                                 \
     case QUERIES:                                                                                                        \
-        for (; i + 64 <= width; i += 64) ADD(QUERIES, 2, ~0u);                                                           \
+        for (; i + 64 <= width; i += 64) ADD(QUERIES, 2, ~0ull);                                                         \
         for (; i < width; i += 32) ADD(QUERIES, 1, i + 16 < width ? ~0u : 0xffff);                                       \
         break;
 
 /* Adds the values first .. last - 1, by the weights of some queries, to their sums. */
-DOTS INLINE void add_all(int kind, int dot, long queries, long width, const char *v, long first, long last, const char *next,
-                         const float *weights, float *o) {
+DOTS INLINE void add_all(int kind, int dot, long queries, long width, const char *v, long row, long first, long last,
+                         const char *next, const float *weights, float *o) {
     for (; first < last && queries > 0; queries -= TOGETHER, weights += TOGETHER * SPLIT, o += TOGETHER * width, next = NULL) {
         long i = 0;
         switch (queries < TOGETHER ? queries : TOGETHER) {
@@ -359,33 +386,74 @@ DOTS INLINE void add_all(int kind, int dot, long queries, long width, const char
     }
 }
 
-#define SCORE(QUERIES)                                                                                                   \
-    for (; n + QUERIES <= queries; n += QUERIES)                                                                         \
-        score(kind, dot, QUERIES, words, room + n * size, tile, scales, c->softcap, scores + n * SPLIT + at);
+#define ADD_PACKED(QUERIES)                                                                                              \
+    case QUERIES:                                                                                                        \
+        add_values(kind, dot, QUERIES, 2, NULL, packed, 0, i, part, first, last, NULL, weights + n * SPLIT, o + n * width,  \
+                   width);                                                                                               \
+        break;
 
-/* Scores of some rows' queries, which lie in `room`, with the keys first .. last - 1 of a split. */
-DOTS INLINE void score_all(const call *c, int kind, int dot, long queries, const char *room, const char *k, const char *v,
-                           span all, float *scores) {
-    long row = row_bytes(kind, c->width), words = words_of(kind, c->width), size = words * (kind != F32 && !dot ? 8 : 4);
-    __m512i tile[2 * WIDEST];
-    for (long at = all.first / TILE * TILE; at < all.last; at += TILE) {
-        long keys = all.last - at < TILE ? all.last - at : TILE, n = 0;
-        float scales[TILE] = {0};
-        turn_keys(kind, c->width, k + at * row, keys, v + at * row, tile);
-        for (long key = 0; key < keys; key++) scales[key] = c->scale * row_scale(kind, k + (at + key) * row);
-        SCORE(8)
-        SCORE(4)
-        SCORE(2)
-        SCORE(1)
+/* The same for many queries: pairs of values are made once for all. */
+DOTS INLINE void add_to_many(int kind, int dot, long queries, long width, const char *v, long row, long first, long last,
+                             const char *next, const float *weights, float *o) {
+    __m512i packed[2 * SPLIT];
+    for (long i = 0; first < last && i < width; i += 64) {
+        uint64_t part = width - i < 64 ? (1ull << (width - i)) - 1 : ~0ull;
+        for (long pair = first / 2; 2 * pair < last; pair++) {
+            const char *even = 2 * pair < first ? NOTHING : v + 2 * pair * row;
+            const char *odd = 2 * pair + 1 < last ? v + (2 * pair + 1) * row : NOTHING;
+            UNROLLED(int c = 0; c < 2; c++) {
+                _mm_prefetch(next + 2 * pair * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
+                _mm_prefetch(next + (2 * pair + 1) * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
+                pairs_of(kind, even, odd, i + 32 * c, (__mmask32)(part >> 32 * c), packed + 4 * pair + 2 * c);
+            }
+        }
+        for (long n = 0; n < queries; n += TOGETHER) switch (queries - n < TOGETHER ? queries - n : TOGETHER) {
+                ADD_PACKED(1)
+                ADD_PACKED(2)
+                ADD_PACKED(3)
+                ADD_PACKED(4)
+            }
     }
 }
 
+#define SCORE(QUERIES)                                                                                                   \
+    for (; n + QUERIES <= queries; n += QUERIES)                                                                         \
+        score(kind, dot, QUERIES, upto - w, room + n * size + w * (size / words), size, tile + 2 * w, scales, w > 0,      \
+              c->softcap, scores + n * SPLIT + at);
+
+/* Scores of some rows' queries, which lie in `room`, with the keys first .. last - 1 of a split. ahead: what is fetched
+ * meanwhile, row by row. Of codes, words have the scale of the values as far as these reach, then one of their own. */
+DOTS INLINE void score_all(const call *c, int kind, int dot, long queries, const char *room, const char *k, const char *ahead,
+                           span all, float *scores) {
+    long row = c->row, words = words_of(kind, c->width), size = words * (kind != F32 && !dot ? 8 : 4);
+    long border = is_coded(kind) ? words_of(kind, c->values) : words;
+    __m512i tile[2 * WIDEST];
+    for (long at = all.first / TILE * TILE; at < all.last; at += TILE) {
+        long keys = all.last - at < TILE ? all.last - at : TILE;
+        turn_keys(kind, c->width, k + c->start + at * row, row, keys, ahead + at * row, tile);
+        for (long w = 0, upto = border; w < words; w = upto, upto = words) {
+            float scales[TILE] = {0};
+            long n = 0;
+            for (long key = 0; key < keys; key++) scales[key] = c->scale * row_scale(kind, k + (at + key) * row + (w ? 2 : 0));
+            SCORE(8)
+            SCORE(4)
+            SCORE(2)
+            SCORE(1)
+        }
+    }
+}
+
+/* Where a sequence's keys of one head begin. */
+INLINE const char *keys_at(const call *c, long b, long g) {
+    return c->slabs[b] + (c->one ? 0 : g * c->numbers[4 * b] * c->row);
+}
+
 /* Some rows of a sequence in one split of one key head. next: the keys of the next item. room: for words of queries, then
- * for scores. part, peaks, totals: for each query its sum of values, the largest score, the sum of its weights. */
+ * for scores. part, peaks, totals: for each query its sum of values, the largest score, the sum of its weights, so far. */
 DOTS INLINE void attend(const call *c, int kind, int dot, const long *rows, long count, long g, long from, const char *next,
                         char *room, float *part, float *peaks, float *totals) {
-    long width = c->width, shared = c->shared, row = row_bytes(kind, width), capacity = c->numbers[4 * rows[0]];
-    long size = words_of(kind, width) * (kind != F32 && !dot ? 8 : 4);
+    long width = c->values, shared = c->shared, row = c->row;
+    long size = words_of(kind, c->width) * (kind != F32 && !dot ? 8 : 4);
     span all = {SPLIT, 0}, common = {0, SPLIT};
     for (long r = 0; r < count; r++) {
         span own = seen_by(c, rows[r], from);
@@ -393,28 +461,33 @@ DOTS INLINE void attend(const call *c, int kind, int dot, const long *rows, long
         all = (span){own.first < all.first ? own.first : all.first, own.last > all.last ? own.last : all.last};
         common = (span){own.first > common.first ? own.first : common.first, own.last < common.last ? own.last : common.last};
     }
-    const char *k = c->slabs[rows[0]] + (g * capacity + from) * row, *v = k + c->groups * capacity * row;
+    const char *k = keys_at(c, rows[0], g) + from * row, *v = c->one ? k : k + c->groups * c->numbers[4 * rows[0]] * row;
     float *scores = (float *)(room + count * shared * size), scales[SPLIT];
-    score_all(c, kind, dot, count * shared, room, k, v, all, scores);
+    score_all(c, kind, dot, count * shared, room, k, c->one ? k + TILE * row : v, all, scores);
     for (long key = all.first / 16 * 16; key < all.last; key++) scales[key] = row_scale(kind, v + key * row);
     for (long r = 0; r < count; r++) {
         span own = seen_by(c, rows[r], from);
-        for (long n = r * shared; n < (r + 1) * shared; n++)
-            weigh(dot, own.first, own.last, scales, scores + n * SPLIT, peaks + n, totals + n);
+        for (long n = r * shared; n < (r + 1) * shared; n++) {
+            float share = weigh(dot, own.first, own.last, scales, scores + n * SPLIT, peaks + n, totals + n);
+            for (long i = 0; share != 1 && i < width; i++) part[n * width + i] *= share;
+        }
     }
-    memset(part, 0, count * shared * width * sizeof(float));
     /* What all rows see, in whole pairs, is added for all together; before and after it, row by row, what some do not see. */
     if (count > 1) common = (span){common.first + common.first % 2, common.last - common.last % 2};
     if (common.first >= common.last) common = (span){SPLIT, SPLIT};
+    v += c->start;
     for (long r = 0; r < count; r++) {
         span own = seen_by(c, rows[r], from);
-        add_all(kind, dot, shared, width, v, own.first, own.last < common.first ? own.last : common.first, NULL,
+        add_all(kind, dot, shared, width, v, row, own.first, own.last < common.first ? own.last : common.first, NULL,
                 scores + r * shared * SPLIT, part + r * shared * width);
     }
-    add_all(kind, dot, count * shared, width, v, common.first, common.last, next, scores, part);
+    if (kind != F32 && count * shared > 2 * TOGETHER)
+        add_to_many(kind, dot, count * shared, width, v, row, common.first, common.last, next, scores, part);
+    else
+        add_all(kind, dot, count * shared, width, v, row, common.first, common.last, next, scores, part);
     for (long r = 0; r < count; r++) {
         span own = seen_by(c, rows[r], from);
-        add_all(kind, dot, shared, width, v, own.first > common.last ? own.first : common.last, own.last, NULL,
+        add_all(kind, dot, shared, width, v, row, own.first > common.last ? own.first : common.last, own.last, NULL,
                 scores + r * shared * SPLIT, part + r * shared * width);
     }
 }
@@ -441,7 +514,8 @@ static const attending WAYS[2][4] = {{bf16_by_multiply_adds, f32_by_multiply_add
 /* The splits of one query head, added up, with the share that a sink takes of them. */
 AVX512 static void add_up(long splits, long each, long width, const float *parts, const float *peaks, long next, const float *sink,
                           int wide, void *o, long start) {
-    float high = sink ? *sink : -INFINITY, total = 0, sums[256] = {0};
+    float high = sink ? *sink : -INFINITY, total = 0, sums[WIDEST];
+    memset(sums, 0, width * sizeof(float));
     for (long s = 0; s < splits; s++) high = peaks[s * each] > high || isnan(peaks[s * each]) ? peaks[s * each] : high;
     for (long s = 0; s < splits; s++) {
         float share = expf(peaks[s * each] - high);
@@ -489,101 +563,240 @@ static long gathered(const call *c, long rows, long *order, long *places, sequen
         long end = own->first + own->splits;
         order[own->rows - order + places[2 * b + 1]] = b;
         for (long r = 0; r < places[2 * b + 1]; r++) own->turns |= slot < c->numbers[4 * own->rows[r] + 2];
-        first = (slot < first ? slot : first) / SPLIT, filled = (slot < filled ? filled : slot + 1) + SPLIT - 1;
-        end = own->splits && end > filled / SPLIT ? end : filled / SPLIT;
+        first = (slot < first ? slot : first) / c->length, filled = (slot < filled ? filled : slot + 1) + c->length - 1;
+        end = own->splits && end > filled / c->length ? end : filled / c->length;
         own->first = first < own->first ? first : own->first;
         own->splits = end - own->first;
     }
     return count;
 }
 
-/* One split of one key head of a sequence: new rows are written, then attend. */
-static void attend_split(const call *c, int kind, attending way, const sequence *s, long g, long from, const char *next,
-                         char *room, float *part) {
-    long queries = s->count * c->shared, row = row_bytes(kind, c->width), step = s->count;
-    float *peaks = part + queries * c->width, *totals = peaks + queries;
+/* An item, some splits of one key head of a sequence: new rows are written, then attend. */
+static void attend_splits(const call *c, int kind, attending way, const sequence *s, long g, long from, const char *next,
+                          char *room, float *part) {
+    long queries = s->count * c->shared, step = s->count;
+    float *peaks = part + queries * c->values, *totals = peaks + queries;
+    memset(part, 0, queries * (c->values + 2) * sizeof(float));
+    for (long n = 0; n < queries; n++) peaks[n] = -INFINITY;
     for (long r = 0; s->turns && r < s->count; r++)
-        if (c->numbers[4 * s->rows[r] + 1] / SPLIT == from / SPLIT) step = 1;
+        if (c->numbers[4 * s->rows[r] + 1] / c->length == from / c->length) step = 1;
     for (long r = 0; r < s->count; r += step) {
-        long first = r, last = r + step;
-        for (long n = first; n < last; n++) {
+        for (long n = r; !c->one && n < r + step; n++) {
             long b = s->rows[n], capacity = c->numbers[4 * b], slot = c->numbers[4 * b + 1];
-            if (slot / SPLIT != from / SPLIT) continue;
-            char *key = c->slabs[b] + (g * capacity + slot) * row, *value = key + c->groups * capacity * row;
-            keep(kind, c->wide, c->width, c->k, b * c->k_next + g * c->width, key);
-            keep(kind, c->wide, c->width, c->v, b * c->v_next + g * c->width, value);
+            if (slot / c->length != from / c->length) continue;
+            char *key = (char *)keys_at(c, b, g) + slot * c->row, *value = key + c->groups * capacity * c->row;
+            keep(kind, c->wide, c->width, c->k, b * c->k_next + g * c->width, key, key + c->start);
+            keep(kind, c->wide, c->width, c->v, b * c->v_next + g * c->width, value, value + c->start);
         }
-        while (first < last && is_empty(seen_by(c, s->rows[first], from))) first++;
-        while (first < last && is_empty(seen_by(c, s->rows[last - 1], from))) last--;
-        if (first < last)
-            way(c, s->rows + first, last - first, g, from, next, room, part + first * c->shared * c->width,
-                peaks + first * c->shared, totals + first * c->shared);
+        for (long at = from; at < from + c->length; at += SPLIT) {
+            long first = r, last = r + step, filled = at + SPLIT < from + c->length;
+            while (first < last && is_empty(seen_by(c, s->rows[first], at))) first++;
+            while (first < last && is_empty(seen_by(c, s->rows[last - 1], at))) last--;
+            if (first < last)
+                way(c, s->rows + first, last - first, g, at, filled ? keys_at(c, s->rows[0], g) + (at + SPLIT) * c->row : next,
+                    room, part + first * c->shared * c->values, peaks + first * c->shared, totals + first * c->shared);
+        }
     }
 }
 
 /* What an item reads first. */
-INLINE const char *keys_of(const call *c, int kind, const sequence *s, long item) {
-    long capacity = c->numbers[4 * s->rows[0]], from = (s->first + item % s->splits) * SPLIT;
-    return c->slabs[s->rows[0]] + (item / s->splits * capacity + from) * row_bytes(kind, c->width);
+INLINE const char *read_first(const call *c, const unit *u, long item) {
+    return keys_at(c, u->s->rows[0], u->g) + (u->s->first + item - u->items) * c->length * c->row;
 }
 
-/* Writes one new row of keys and values for each of `rows` rows, which then attend to what their sequences hold.
+/* Blocks of heads of latents, which share what they read: enough items for all threads, and not more queries in one than
+ * are well kept at hand. */
+static void share_out(call *c, const sequence *all, long count, int threads) {
+    long items = 0, most = 0;
+    for (long s = 0; s < count; s++) items += all[s].splits, most = all[s].count > most ? all[s].count : most;
+    while (c->shared % 2 == 0 && c->shared > BLOCK && (items * c->groups < 4 * threads || most * c->shared > MANY))
+        c->groups *= 2, c->shared /= 2;
+}
+
+/* Attends to what sequences hold, after one new row of keys and values is written for each of `rows` rows.
  *
  * kind: of slabs. wide: whether q, k, v, sinks and o are float32, else bfloat16. dot: whether bfloat16 is multiplied by
- * dot products. q, o: (rows, groups * shared, width); k, v: (rows, groups, width); q_next, k_next, v_next: from one row to
- * the next. slabs: of each row. numbers: for each row the capacity of its slab, the slot that it takes, how many slots are
- * filled with it, and the first row of the same sequence; those of a sequence come in their order. window: of the filled
- * slots only the last ones are seen; 0 for all. softcap: 0 for none. Returns 0, or 1 without memory.
+ * dot products. row, start: bytes of a slab's row, and of the scales before its numbers. q: (rows, groups * shared, width);
+ * o: (rows, groups * shared, values); k, v: (rows, groups, width), or NULL where slabs have one plane for all heads, written
+ * already; q_next, k_next, v_next: from one row to the next. slabs: of each row. numbers: for each row the capacity of its
+ * slab, the slot that it takes, how many slots are filled with it, and the first row of the same sequence; those of a
+ * sequence come in their order. window: of the filled slots only the last ones are seen; 0 for all. softcap: 0 for none.
+ * Returns 0, or 1 without memory.
  */
-int zoo_attend(int kind, int wide, int dot, long rows, long groups, long shared, long width, const void *q, long q_next,
-               const void *k, long k_next, const void *v, long v_next, char **slabs, const long *numbers, long window, float scale,
-               float softcap, const void *sinks, void *o, int threads) {
-    call c = {wide, groups, shared, width, window, q, k, v, q_next, k_next, v_next, slabs, numbers, scale, softcap};
-    long heads = groups * shared, items = 0, sums = 0, most = 0, keys = 0;
+int zoo_attend(int kind, int wide, int dot, long rows, long groups, long shared, long width, long values, long row, long start,
+               const void *q, long q_next, const void *k, long k_next, const void *v, long v_next, char **slabs,
+               const long *numbers, long window, float scale, float softcap, const void *sinks, void *o, int threads) {
+    long heads = groups * shared, wide_items = heads / BLOCK < 1 ? 1 : heads / BLOCK < 8 ? heads / BLOCK : 8;
+    call c = {wide, !k, groups, shared, width, values, row, start, SPLIT * (k ? 1 : wide_items), window, q, k, v,
+              q_next, k_next, v_next, slabs, numbers, scale, softcap};
     sequence *all = malloc(rows * (sizeof(sequence) + 3 * sizeof(long)));
     if (!all) return 1;
     long *order = (long *)(all + rows), *places = order + rows, count = gathered(&c, rows, order, places, all);
+    if (c.one) share_out(&c, all, count, threads);
+    long units = count * c.groups, items = 0, sums = 0, most = 0, largest = 0, keys = 0;
     for (long s = 0; s < count; s++) {
-        sequence *own = all + s;
-        own->items = items, own->parts = sums;
-        items += own->splits * groups, sums += own->splits * groups * own->count * shared * (width + 2);
-        most = own->count > most ? own->count : most, keys += own->splits * own->count;
+        long own = all[s].splits * all[s].count * c.shared * (values + 2);
+        items += all[s].splits * c.groups, sums += own * c.groups, largest = own > largest ? own : largest;
+        most = all[s].count > most ? all[s].count : most, keys += all[s].splits * all[s].count;
     }
-    long each = most * shared * (words_of(kind, width) * 2 + SPLIT);
+    if (sums > MOST_SUMS) sums = largest > MOST_SUMS ? largest : MOST_SUMS;
+    long each = most * c.shared * (words_of(kind, width) * 2 + SPLIT);
     float *room = room_for(heads + sums + threads * each);
-    int *owners = malloc(items * sizeof(int));
-    if (!room || !owners) {
-        free(all), free(owners);
+    unit *unit_of = malloc(units * sizeof(unit) + items * sizeof(int));
+    if (!room || !unit_of) {
+        free(all), free(unit_of);
         return 1;
     }
+    int *owners = (int *)(unit_of + units);
     float *sunk = room, *parts = sunk + heads, *own_room = parts + sums;
     for (long h = 0; sinks && h < heads; h++) sunk[h] = number(wide, sinks, h);
-    for (long s = 0; s < count; s++)
-        for (long i = 0; i < all[s].splits * groups; i++) owners[all[s].items + i] = (int)s;
-    if (keys * groups * row_bytes(kind, width) < 128) threads = 1;
+    if (keys * groups * row < 128) threads = 1;
     attending way = WAYS[dot && !wide][kind];
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (long work = 0; work < items; work++) {
-            const sequence *s = all + owners[work], *then = all + owners[work + 1 < items ? work + 1 : work];
-            long item = work - s->items, size = s->count * shared * (width + 2);
-            const char *next = keys_of(&c, kind, then, work + 1 < items ? work + 1 - then->items : item);
-            attend_split(&c, kind, way, s, item / s->splits, (s->first + item % s->splits) * SPLIT, next,
-                         (char *)(own_room + omp_get_thread_num() * each), parts + s->parts + item * size);
+    for (long done = 0, end; done < units; done = end) {
+        long taken = 0;
+        items = 0;
+        for (end = done; end < units; end++) {
+            const sequence *s = all + end / c.groups;
+            long own = s->splits * s->count * c.shared * (values + 2);
+            if (end > done && taken + own > sums) break;
+            unit_of[end] = (unit){s, end % c.groups, items, taken};
+            for (long i = 0; i < s->splits; i++) owners[items++] = (int)end;
+            taken += own;
         }
+#pragma omp parallel num_threads(threads)
+        {
 #pragma omp for schedule(static)
-        for (long bh = 0; bh < rows * heads; bh++) {
-            long b = bh / heads, h = bh % heads, first = first_seen(&c, b) / SPLIT;
-            const sequence *s = all + places[2 * b];
-            long queries = s->count * shared, size = queries * (width + 2), own = places[2 * b + 1] * shared + h % shared;
-            const float *from = parts + s->parts + (h / shared * s->splits + first - s->first) * size;
-            add_up((numbers[4 * b + 2] + SPLIT - 1) / SPLIT - first, size, width, from + own * width, from + queries * width + own,
-                   queries, sinks ? sunk + h : NULL, wide, o, bh * width);
+            for (long work = 0; work < items; work++) {
+                const unit *u = unit_of + owners[work], *then = unit_of + owners[work + 1 < items ? work + 1 : work];
+                long item = work - u->items, size = u->s->count * c.shared * (values + 2);
+                attend_splits(&c, kind, way, u->s, u->g, (u->s->first + item) * c.length,
+                              read_first(&c, then, work + 1 < items ? work + 1 : work),
+                              (char *)(own_room + omp_get_thread_num() * each), parts + u->parts + item * size);
+            }
+#pragma omp for schedule(static, 1)
+            for (long bh = 0; bh < rows * heads; bh++) {
+                long b = bh / heads, h = bh % heads, first = first_seen(&c, b) / c.length;
+                long at = places[2 * b] * c.groups + h / c.shared;
+                if (at < done || at >= end) continue;
+                const unit *u = unit_of + at;
+                long queries = u->s->count * c.shared, size = queries * (values + 2);
+                long own = places[2 * b + 1] * c.shared + h % c.shared;
+                const float *from = parts + u->parts + (first - u->s->first) * size;
+                add_up((numbers[4 * b + 2] + c.length - 1) / c.length - first, size, values, from + own * values,
+                       from + queries * values + own, queries, sinks ? sunk + h : NULL, wide, o, bh * values);
+            }
         }
     }
-    free(all), free(owners);
+    free(all), free(unit_of);
     return 0;
+}
+
+/* Writes new rows of latents. lanes: how many neighbouring numbers share a scale, of three groups, none for one that is
+ * not there. slabs, numbers: as of `zoo_attend`. */
+void zoo_keep(int kind, int wide, long rows, long first, long second, long third, const void *x, long x_next, char **slabs,
+              const long *numbers) {
+    long lanes[3] = {first, second, third}, scales = 2 * (1 + (second > 0) + (third > 0));
+    long count = first + second + third, start = is_coded(kind) ? scales : 0;
+    long row = is_coded(kind) ? start + count + count % 2 : count * (wide ? 4 : 2);
+    for (long b = 0; b < rows; b++) {
+        char *to = slabs[b] + numbers[4 * b + 1] * row;
+        for (long part = 0, done = 0; part < 3 && lanes[part]; done += lanes[part++])
+            keep(kind, wide, lanes[part], x, b * x_next + done, to + 2 * part, to + start + done * (is_coded(kind) ? 1 : wide ? 4 : 2));
+        if (is_coded(kind) && count % 2) to[start + count] = 0;
+    }
+}
+
+enum { AT_ONCE = 16 };
+
+/* One head of `zoo_lower`. next: from one head's matrix to the next one's, in numbers. */
+DOTS INLINE void lower(int wide, int dot, long h, long rows, long heads, long plain, long turned, long latent, const char *q,
+                       long q_next, const char *weight, long next, char *o) {
+    int kind = wide ? F32 : BF16;
+    long size = wide ? 4 : 2, width = latent + turned;
+    const char *own = weight + h * next * size, *then = weight + (h + 1 < heads ? h + 1 : h) * next * size;
+    float weights[AT_ONCE * SPLIT], sums[AT_ONCE * WIDEST];
+    for (long b = 0; b < rows; b += AT_ONCE) {
+        long count = rows - b < AT_ONCE ? rows - b : AT_ONCE;
+        memset(sums, 0, count * latent * sizeof(float));
+        for (long n = 0; n < count; n++) {
+            const char *from = q + ((b + n) * q_next + h * (plain + turned)) * size;
+            if (dot) weights[n * SPLIT + plain / 2] = 0;
+            if (wide || dot)
+                memcpy(weights + n * SPLIT, from, plain * size);
+            else
+                for (long i = 0; i < plain + plain % 2; i++) weights[n * SPLIT + i] = i < plain ? number(0, from, i) : 0;
+        }
+        add_all(kind, dot, count, latent, own, latent * size, 0, plain, then, weights, sums);
+        for (long n = 0; n < count; n++) {
+            char *to = o + ((b + n) * heads + h) * width * size;
+            for (long i = 0; i < latent; i += 16)
+                if (wide)
+                    _mm512_storeu_ps((float *)to + i, _mm512_loadu_ps(sums + n * latent + i));
+                else
+                    store16((bf16 *)to + i, 0xffff, _mm512_loadu_ps(sums + n * latent + i));
+            memcpy(to + latent * size, q + ((b + n) * q_next + h * (plain + turned) + plain) * size, turned * size);
+        }
+    }
+}
+
+/* One head of `zoo_lift`. */
+DOTS INLINE void lift(int wide, int dot, long h, long rows, long heads, long latent, long values, const char *o,
+                      const char *weight, long next, char *to) {
+    int kind = wide ? F32 : BF16;
+    long size = wide ? 4 : 2, bytes = words_of(kind, latent) * (wide || dot ? 4 : 8);
+    call c = {.wide = wide, .shared = 1, .width = latent, .values = latent, .row = latent * size, .scale = 1, .q = o,
+              .q_next = heads * latent};
+    const char *own = weight + h * next * size;
+    char room[AT_ONCE * WIDEST * 4];
+    float scores[AT_ONCE * SPLIT];
+    for (long b = 0; b < rows; b += AT_ONCE) {
+        long count = rows - b < AT_ONCE ? rows - b : AT_ONCE;
+        for (long n = 0; n < count; n++) as_words(&c, kind, dot, b + n, h, room + n * bytes);
+        score_all(&c, kind, dot, count, room, own, own + TILE * c.row, (span){0, values}, scores);
+        for (long n = 0; n < count; n++)
+            for (long i = 0, at = ((b + n) * heads + h) * values; i < values; i += 16) {
+                __mmask16 part = part_of(values - i);
+                __m512 found = _mm512_loadu_ps(scores + n * SPLIT + i);
+                if (wide)
+                    _mm512_mask_storeu_ps((float *)to + at + i, part, found);
+                else
+                    store16((bf16 *)to + at + i, part, found);
+            }
+    }
+}
+
+#define BY_KIND(CALL)                                                                                                    \
+    if (wide)                                                                                                            \
+        CALL(1, 0);                                                                                                      \
+    else if (dot)                                                                                                        \
+        CALL(0, 1);                                                                                                      \
+    else                                                                                                                 \
+        CALL(0, 0);
+
+#define LOWER(WIDE, DOT) lower(WIDE, DOT, h, rows, heads, plain, turned, latent, q, q_next, weight, next, o)
+#define LIFT(WIDE, DOT) lift(WIDE, DOT, h, rows, heads, latent, values, o, weight, next, to)
+
+/* Queries brought into the space of latents, by the first rows of each head's matrix: their first `plain` numbers are
+ * multiplied, then `turned` ones follow as they are.
+ *
+ * q: (rows, heads, plain + turned), q_next from one row to the next; weight: matrices of (.., latent), `next` numbers from
+ * one head's to the next; o: (rows, heads, latent + turned). At most SPLIT plain numbers.
+ */
+DOTS void zoo_lower(int wide, int dot, long rows, long heads, long plain, long turned, long latent, const void *q, long q_next,
+                    const void *weight, long next, void *o, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long h = 0; h < heads; h++) BY_KIND(LOWER)
+}
+
+/* Sums of latents as the heads' values, by the last rows of each head's matrix.
+ *
+ * o: (rows, heads, latent); weight: the first head's matrix of values, (values, latent), `next` numbers from one to the
+ * next; to: (rows, heads, values). At most SPLIT values.
+ */
+DOTS void zoo_lift(int wide, int dot, long rows, long heads, long latent, long values, const void *o, const void *weight, long next,
+                   void *to, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long h = 0; h < heads; h++) BY_KIND(LIFT)
 }
 
 #endif

@@ -32,17 +32,24 @@ FEW = 16
 TOLERANCE = 1e-2
 
 _SIZE, _ADDRESS, _COUNT, _FLOAT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-_ARGUMENTS: list[Any] = [*[_COUNT] * 3, *[_SIZE] * 4, *[_ADDRESS, _SIZE] * 3, _ADDRESS, _ADDRESS, _SIZE]
+_ARGUMENTS: list[Any] = [*[_COUNT] * 3, *[_SIZE] * 7, *[_ADDRESS, _SIZE] * 3, _ADDRESS, _ADDRESS, _SIZE]
 _ARGUMENTS += [_FLOAT, _FLOAT, _ADDRESS, _ADDRESS, _COUNT]
 
-_PLAIN = {torch.bfloat16: 0, torch.float32: 1}
+PLAIN = {torch.bfloat16: 0, torch.float32: 1}
+"""Types of numbers, as the kernel names them."""
+
 _CODED = {"int8": 2, "fp8": 3}
 
 
 def serves(code: RowCode) -> bool:
     """Whether `attend_slabs` reads slabs of such rows, if queries come in the same type."""
     [width] = code.lanes if len(code.lanes) == 1 else [0]
-    return code.dtype in _PLAIN and 0 < width <= WIDEST and width % 16 == 0 and missing() is None
+    return code.dtype in PLAIN and 0 < width <= WIDEST and width % 16 == 0 and missing() is None
+
+
+def kind_of(code: RowCode) -> int:
+    """How the kernels name a kind of row."""
+    return PLAIN[code.dtype] if code.kind is None else _CODED[code.kind]
 
 
 def addresses(slabs: Sequence[Tensor]) -> Tensor:
@@ -55,7 +62,7 @@ def attends(q_BHd: Tensor, k_BGd: Tensor, v_BGd: Tensor, code: RowCode) -> bool:
     width, shared = q_BHd.shape[-1], q_BHd.shape[1] // k_BGd.shape[1]
     return (
         q_BHd.device.type == "cpu"
-        and q_BHd.dtype in _PLAIN
+        and q_BHd.dtype in PLAIN
         and q_BHd.dtype == k_BGd.dtype == v_BGd.dtype == code.dtype
         and code.lanes == (width,)
         and width % 16 == 0
@@ -83,21 +90,55 @@ def attend_slabs(
     takes, how many are filled with it, and the first row that has the same slab. Rows of a slab come in their order,
     and none sees a later one.
     """
-    o_BHd = torch.empty(q_BHd.shape, dtype=q_BHd.dtype)
-    sinks_H = None if how["sinks_H"] is None else how["sinks_H"].to(q_BHd.dtype).contiguous()
+    places = [field for x in (k_BGd, v_BGd) for field in (x.data_ptr(), x.stride(0))]
+    return _attended(q_BHd, k_BGd.shape[1], q_BHd.shape[-1], places, (slabs_B, numbers_N), code, how, threads)
+
+
+def attend_latents(
+    q_BHm: Tensor,
+    slabs_B: Tensor,
+    numbers_N: Tensor,
+    code: RowCode,
+    *,
+    latent: int,
+    scale: float,
+    threads: int | None = None,
+) -> Tensor:
+    """(B, H, c): rows that slabs (1, 1, slots, row) have already attend to what these hold: the first lanes of each
+    slot are the keys of all heads, the first `latent` of them the values. Otherwise as `attend_slabs`."""
+    how: Scores = {"scale": scale, "window": None, "softcap": None, "sinks_H": None}
+    return _attended(q_BHm, 1, latent, [None, 0, None, 0], (slabs_B, numbers_N), code, how, threads)
+
+
+def _attended(
+    q_BHd: Tensor,
+    groups: int,
+    values: int,
+    new: Sequence[int | None],
+    places: tuple[Tensor, Tensor],
+    code: RowCode,
+    how: Scores,
+    threads: int | None,
+) -> Tensor:
+    """(B, H, values). new: where new keys and values lie and how far apart rows are, no addresses for none."""
     batch, heads, width = q_BHd.shape
-    groups = k_BGd.shape[1]
+    o_BHd = torch.empty(batch, heads, values, dtype=q_BHd.dtype)
+    sinks_H = None if how["sinks_H"] is None else how["sinks_H"].to(q_BHd.dtype).contiguous()
     failed = _library().zoo_attend(
-        _PLAIN[code.dtype] if code.kind is None else _CODED[code.kind],
+        kind_of(code),
         q_BHd.dtype is torch.float32,
         native.library().level == native.DOT,
         batch,
         groups,
         heads // groups,
         width,
-        *(field for x in (q_BHd, k_BGd, v_BGd) for field in (x.data_ptr(), x.stride(0))),
-        slabs_B.data_ptr(),
-        numbers_N.data_ptr(),
+        values,
+        code.width * code.stored.itemsize,
+        0 if code.kind is None else code.start,
+        q_BHd.data_ptr(),
+        q_BHd.stride(0),
+        *new,
+        *(place.data_ptr() for place in places),
         how["window"] or 0,
         how["scale"],
         how["softcap"] or 0.0,

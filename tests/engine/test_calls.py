@@ -21,6 +21,9 @@ CLAMPED = {"kind": "clamped", "hidden_dim": 48, "gain": 1.7, "limit": 7.0}
 SSM = {"num_heads": 6, "head_dim": 4, "num_groups": 2, "state_size": 5, "conv_size": 4, "norm_eps": 1e-5}
 MAMBA1 = {"kind": "mamba1", "inner_dim": 32, "state_size": 6, "dt_rank": 3, "conv_size": 4}
 MAMBA1 |= {"bcdt_norm": {"eps": 1e-3, "weights": True}}
+LATENT: dict[str, Any] = {"kind": "latent_attention", "num_heads": 3, "kv_lora_rank": 32, "rope": {"theta": 50.0}}
+LATENT |= {"q_lora_rank": 12, "nope_head_dim": 6, "rope_head_dim": 16, "v_head_dim": 8}
+BORROWING = LATENT | {"cache": {"kind": "shared", "layer": 0}}
 NORMED = {"qk_norm": {"kind": "rms", "eps": 1e-5}}
 LAYERS: dict[str, list[dict[str, Any]]] = {
     "full": [{"mixer": ATTENTION, "ffn": GATED}] * 2,
@@ -33,11 +36,14 @@ LAYERS: dict[str, list[dict[str, Any]]] = {
     "softmax": [{"mixer": ATTENTION, "ffn": MOE | {"router": {"kind": "softmax", "normalize": True}}}],
     "clamped": [{"mixer": ATTENTION, "ffn": MOE | {"expert": CLAMPED}}],
     "odd mixture": [{"mixer": ATTENTION, "ffn": MOE | {"expert": GATED | {"hidden_dim": 36}}}],
+    "latent": [{"mixer": LATENT, "ffn": GATED}, {"mixer": BORROWING | {"q_lora_rank": None}, "ffn": MOE}],
+    "odd latent": [{"mixer": LATENT | {"kv_lora_rank": 20}, "ffn": GATED}],
     "mamba2": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": GATED}, {"mixer": ATTENTION, "ffn": None}],
     "mamba1": [{"mixer": MAMBA1, "ffn": None}, {"mixer": MAMBA1, "ffn": GATED}],
 }
-PLANNED_ANEW = ("odd mixture",)
-"""Kinds that ask for numbers on the way: experts whose sizes panels do not fit are multiplied one by one."""
+PLANNED_ANEW = ("odd mixture", "odd latent")
+"""Kinds that ask for numbers on the way: experts whose sizes panels do not fit are multiplied one by one, and latents
+whose sizes the kernel does not fit are read sequence by sequence."""
 
 
 def card(kind: str, **changes: Any) -> dict[str, Any]:
@@ -81,10 +87,15 @@ def test_recorded_calls_give_the_same_numbers(kind: str, monkeypatch: pytest.Mon
         ("mixture", {"quantize": "int8", "changes": {"dim": 96}}),
         ("shared", {"quantize": "int4", "changes": {"dim": 96}}),
         ("window", {"changes": {"cache_dtype": "int8"}}),
+        ("latent", {"changes": {"cache_dtype": "fp8"}}),
+        ("latent", {"draft": "lookup"}),
         ("window", {"draft": "lookup"}),
         ("mixture", {"draft": "lookup"}),
     ],
-    ids=["int8", "int4", "mixture in int8", "mixture in int4", "cache of int8", "lookup", "mixture with lookup"],
+    ids=[
+        *("int8", "int4", "mixture in int8", "mixture in int4", "cache of int8"),
+        *("latents in fp8", "latents with lookup", "lookup", "mixture with lookup"),
+    ],
 )
 def test_recorded_calls_of_other_stores_and_weights(
     kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

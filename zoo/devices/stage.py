@@ -20,6 +20,7 @@ from zoo.components.decoder.model import Decoder, Embedding
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.components.fields import Flag, Index
 from zoo.components.linear import Linear
+from zoo.components.native.latent import InSlabs
 from zoo.components.rope.rotary import LeRoPE
 from zoo.components.rope.spec import RopeSpec
 from zoo.components.step import EMBEDDINGS, Cached, LatentState, Step
@@ -227,6 +228,6 @@ class Lending:
         self.rows_Tm = new_Tm[:, : self.width]
         self.state.append(new_Tm)
 
-    def read(self) -> Sequence[Cached]:
+    def read(self, lying: torch.dtype | None = None) -> Sequence[Cached | InSlabs]:
         """As the state itself."""
-        return self.state.read()
+        return self.state.read(lying)
