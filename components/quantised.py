@@ -39,6 +39,9 @@ TRIED = torch.linspace(-9.5, -6.5, 8, device="cpu").tolist()
 PIECE, MANY = 1 << 19, 1 << 23
 """Elements that are numbers at a time, in float32, on a CPU and elsewhere."""
 
+ROUNDED = 1 << 16
+"""Elements that are rounded at a time on a CPU, by each of several threads, with some six numbers for each."""
+
 SMALLEST = 1e-30
 """Scales are at least this, so that groups of zeros can be divided by them."""
 
@@ -200,7 +203,8 @@ def quantise_reference(kind: Kind, weight_OI: Tensor, codes: Tensor, scales: Ten
     """Fills `codes` and `scales` of a matrix; returns the squared norms of the error and of the weight."""
     blocks, groups = codes.shape[:2]
     lost, size = 0.0, 0.0
-    step = max(1, _piece(weight_OI.device) // (groups * GROUP * LANES))
+    piece = ROUNDED if weight_OI.device.type == "cpu" else MANY
+    step = max(1, piece // (groups * GROUP * LANES))
     for first in range(0, blocks, step):
         last = min(first + step, blocks)
         rows = weight_OI[first * LANES : last * LANES].float()

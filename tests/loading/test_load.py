@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from zoo.assemble import assemble
 from zoo.components.decoder.model import Decoder
+from zoo.components.quantised import ROUNDED, is_native
 from zoo.loading import crew, load, reading
 from zoo.loading.files import locate
 from zoo.loading.layouts import read_layouts
@@ -422,6 +423,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return native_checkpoint(tmp_path_factory.mktemp("small"), 64, 64, 64)
 
 
+def coded_checkpoints(folder: Path) -> tuple[Path, Path]:
+    """As `large` and `small`, in FP8."""
+    folders = [folder / "large", folder / "small"]
+    for made in folders:
+        made.mkdir()
+    return native_checkpoint(folders[0], 1024, 4096, 8192, coded=True), native_checkpoint(
+        folders[1], 64, 64, 64, coded=True
+    )
+
+
 def peaks(large: Path, small: Path, kind: str, cold: bool = False) -> Iterator[tuple[int, int]]:
     """What loading in bfloat16, float32 and float16 took at most, and the weights' bytes: nothing else is left.
 
@@ -446,7 +457,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="measured with Lin
 def test_peak_memory_is_the_weights(large: Path, small: Path, coded: bool, cold: bool, tmp_path: Path) -> None:
     """Read in place from bfloat16 to bfloat16, and converted to others; decoded from FP8 to all."""
     if coded:
-        large = native_checkpoint(tmp_path, 1024, 4096, 8192, coded=True)
+        large, small = coded_checkpoints(tmp_path)
     (kept, kept_weights), *converted = peaks(large, small, "plain", cold)
     assert [weights / kept_weights for _, weights in converted] == [2, 1]
     assert kept_weights > 180_000_000
@@ -471,10 +482,13 @@ def test_peak_memory_is_the_weights(large: Path, small: Path, coded: bool, cold:
 def test_peak_memory_of_stored_weights(
     large: Path, small: Path, kind: str, coded: bool, cold: bool, tmp_path: Path
 ) -> None:
-    """The weights as they are stored, and of each thread a buffer for what it reads and one for what that becomes."""
+    """The weights as they are stored, and of each thread a buffer for what it reads and one for what that becomes.
+
+    PyTorch, which rounds numbers where there are no kernels, makes others on its way."""
+    on_the_way = 64 * ROUNDED if kind != "none" and not is_native() else 0
     if coded:
-        large = native_checkpoint(tmp_path, 1024, 4096, 8192, coded=True)
+        large, small = coded_checkpoints(tmp_path)
     for (peak, weights), size in zip(peaks(large, small, kind, cold), (2, 4, 2), strict=True):
         embedding = size * 8192 * 1024
         assert weights < {"none": size / 2 + 0.05, "int8": 0.56, "int4": 0.36}[kind] * 2 * 91_000_000 + embedding
-        assert peak < weights + 2 * crew.WORKERS * load.BUFFER + SLACK
+        assert peak < weights + crew.WORKERS * (2 * load.BUFFER + on_the_way) + SLACK
