@@ -134,7 +134,8 @@ def load(
         notes = [placement.note]
         source = _source(found, weights, progress, notes.append)
         folder = found.folder if source == "random" else _beside(Path(source))
-        tokenizer = _tokenizer(plan, folder)
+        with _without_collections():
+            tokenizer = _tokenizer(plan, folder)
         guessing = _guessing(draft, other, plan, tokenizer, placement, weights, quantize, notes)
         batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
         with running(spread, plan, placement, source, quantize, context) as run:

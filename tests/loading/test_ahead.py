@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import zoo
+from zoo.cli.run import load_model
 from zoo.loading import ahead
 from zoo.loading.ahead import ReadAhead, weights_at_hand
 from zoo.loading.mapped import Mapped
@@ -116,3 +119,48 @@ def test_where_weights_are_going_to_be_loaded_from(
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("c" * 40)
     assert weights_at_hand(hub, "auto") == repository / "snapshots" / ("c" * 40)
+
+
+@pytest.fixture
+def collections() -> Iterator[list[int]]:
+    """Generations that were collected."""
+    found: list[int] = []
+
+    def note(phase: str, told: dict[str, int]) -> None:
+        if phase == "start":
+            found.append(told["generation"])
+
+    gc.callbacks.append(note)
+    yield found
+    gc.callbacks.remove(note)
+    gc.enable()
+
+
+def test_commands_look_for_no_garbage_while_they_load(collections: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*given: object, **options: object) -> SimpleNamespace:
+        _ = [[] for _ in range(100_000)]
+        return SimpleNamespace(card=SimpleNamespace(name="it"), notes=[])
+
+    monkeypatch.setattr("zoo.api.load", load)
+    flags = dict.fromkeys(("devices", "overrides"))
+    monkeypatch.setattr("zoo.cli.run.load_arguments", lambda given: flags)
+    load_model("tiny", flags)
+    assert collections == []
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000
+    gc.unfreeze()
+    monkeypatch.setattr("zoo.api.load", lambda *given, **options: weights_at_hand(*given))
+    with pytest.raises(TypeError):
+        load_model("tiny", flags)
+    assert gc.isenabled()
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_program_keeps_its_way_with_garbage(wanted: bool, collections: list[int]) -> None:
+    if not wanted:
+        gc.disable()
+    zoo.load("tiny", device="cpu", weights="random").close()
+    assert gc.isenabled() == wanted
+    if not wanted:
+        assert collections == []
