@@ -310,8 +310,14 @@ def devices(bench: Bench) -> dict[str, Any]:
 
 @case
 def pieces(bench: Bench) -> dict[str, Any]:
-    """Two stages of one thread each, with steps cut as zoo cuts them, not at all, and in 2, 4 and 8 pieces."""
+    """Two stages of one thread each: steps as zoo cuts them, not at all, in 2 and 4 pieces, and of two groups."""
     return ranks.pieces(bench)
+
+
+@case
+def apart(_: Bench) -> dict[str, Any]:
+    """How far logits of quantised weights are off the plain ones, in one process and shared out among two."""
+    return ranks.apart()
 
 
 @case

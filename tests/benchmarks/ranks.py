@@ -6,16 +6,26 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tests.benchmarks.sides import Cut, Side, Threads, turns
+from zoo import load
 
 if TYPE_CHECKING:
     from tests.benchmarks.cases import Bench
 
 ALONE = {"1 process, 2 threads": 2, "1 process, 1 thread": 1}
-CUTS = {"not cut": 1, "each step cut in 2": 2, "each step cut in 4": 4, "each step cut in 8": 8}
+CUTS = {
+    "one group, not cut": (1, 1),
+    "each step cut in 2": (2, 1),
+    "each step cut in 4": (4, 1),
+    "two groups by turns": (1, 2),
+}
+"""Pieces of a step, and groups."""
+
+TEXT = "How many experts does Mixtral 8x7B have? Mixtral 8x7B has 8 experts. A card says what a model is."
 LAYOUTS, KINDS = {"1": 1, "tp=2": 2, "pp=2": 2}, ("none", "int8", "int4")
 
 
@@ -27,9 +37,27 @@ def layouts(bench: Bench) -> dict[str, Any]:
 
 
 def pieces(bench: Bench) -> dict[str, Any]:
-    """Tokens per second of two stages, by how steps are cut."""
-    stages = _threads(bench, "as zoo cuts them", 1, devices="pp=2")
-    return _speeds(bench, [stages, *(Cut(stages, name, count) for name, count in CUTS.items())])
+    """Tokens per second of two stages, by how steps are cut and follow each other."""
+    bench = replace(bench, batches=bench.batches or (8, 16, 32, 64))
+    stages = _threads(bench, "as zoo does it", 1, devices="pp=2")
+    return _speeds(bench, [stages, *(Cut(stages, name, *counts) for name, counts in CUTS.items())])
+
+
+def apart() -> dict[str, Any]:
+    """How far the embedded model's logits in eight and four bits are off those of the plain weights, and of each other:
+    in one process, and with every layer shared out among two."""
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_batch_size": 1}
+    logits = {}
+    for kind in KINDS:
+        for layout in ("1", "tp=2"):
+            with load("tiny", quantize=kind, devices=layout, **options) as model:
+                logits[kind, layout] = model.logits(model.encode(TEXT))
+    for kind in KINDS[1:]:
+        one, two, plain = logits[kind, "1"], logits[kind, "tp=2"], logits["none", "1"]
+        pairs = {"one process": (one, plain), "tp=2": (two, plain), "each other": (two, one)}
+        found[kind] = {name: float((a - b).norm() / b.norm()) for name, (a, b) in pairs.items()}
+    return {"tokens": len(one), "relative_errors": found}
 
 
 def _threads(bench: Bench, name: str, threads: int, **options: Any) -> Threads:

@@ -28,6 +28,8 @@ def report(results: Mapping[str, Any], docs: Path) -> None:
     if {"devices", "pieces"} <= {*results}:
         speeds = [_speeds(results[name], head) for name, head in (("devices", "ranks"), ("pieces", "`pp=2`"))]
         _put(docs / "devices.md", "speeds", "\n\n".join([_of_ranks(results["devices"]), *speeds]))
+    if "apart" in results:
+        _put(docs / "devices.md", "errors", _apart(results["apart"]))
     if "shares" in results:
         _put(docs / "devices.md", "shares", _shares(results["shares"]))
 
@@ -47,7 +49,8 @@ def _put(page: Path, what: str, middle: str) -> None:
 
 
 def _machine(results: Mapping[str, Any]) -> str:
-    last = max(results.values(), key=lambda result: result["date"])
+    shown = [results[name] for name in _TABLES if name in results] or [*results.values()]
+    last = max(shown, key=lambda result: result["date"])
     machine, versions = last["machine"], last["versions"]
     bandwidth = max((r["read_bytes_per_second"] for r in results.values() if "read_bytes_per_second" in r), default=0.0)
     dates = sorted({result["date"] for result in results.values()})
@@ -195,6 +198,12 @@ def _speeds(result: Mapping[str, Any], head: str) -> str:
     columns = [*decode.values(), prompt]
     rows = [[name, *(f"{column[name]:.0f}" for column in columns)] for name in prompt]
     return markdown([head, *(f"{batch} sequences" for batch in decode), "prompt"], rows)
+
+
+def _apart(result: Mapping[str, Any]) -> str:
+    errors = result["relative_errors"]
+    rows = [[kind, *(f"{error:.2%}" for error in pairs.values())] for kind, pairs in errors.items()]
+    return markdown(["", "one process, off the plain weights", "`tp=2`, off them", "`tp=2`, off one process"], rows)
 
 
 def _shares(result: Mapping[str, Any]) -> str:

@@ -4,7 +4,9 @@ import ctypes
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,13 +107,16 @@ class Threads(Zoo):
 
 
 class Cut:
-    """Stages on several ranks, with each step cut in so many pieces."""
+    """Stages on several ranks, with each step cut in so many pieces, and so many groups that take turns."""
 
-    def __init__(self, side: Zoo, name: str, pieces: int) -> None:
-        self.side, self.name, self.pieces = side, name, pieces
+    def __init__(self, side: Zoo, name: str, pieces: int, groups: int = 1) -> None:
+        self.side, self.name, self.counts = side, name, {"pieces": pieces, "turns": groups}
 
     def run(self, prompts: Prompts, steps: int) -> Timed:
-        with patch.object(self.side.model.engine.parts[1].decoder, "pieces", lambda rows: min(rows, self.pieces)):
+        with ExitStack() as stack:
+            for method, count in self.counts.items():
+                fixed = partial(min, count)
+                stack.enter_context(patch.object(self.side.model.engine.parts[1].decoder, method, fixed))
             return self.side.run(prompts, steps)
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:

@@ -18,6 +18,7 @@ from tests.benchmarks.sides import Transformers
 from zoo.bench import arrivals
 from zoo.engine import runner
 from zoo.engine.pack import Batch, split
+from zoo.engine.turns import Turns
 
 ABOUT: dict[str, Any] = {
     "date": "2026-01-01",
@@ -66,11 +67,31 @@ def test_stages_are_measured_by_how_steps_are_cut(bench: Bench, monkeypatch: pyt
 
     monkeypatch.setattr(runner, "split", noted)
     before = torch.get_num_threads()
+    begun, begin = set[int](), Turns._begin
+
+    def counted(self: Turns, runner: Any, work: Any, **how: Any) -> None:
+        begin(self, runner, work, **how)
+        begun.add(len(work))
+
+    monkeypatch.setattr(Turns, "_begin", counted)
     found = CASES["pieces"](replace(bench, batches=(8,)))
     torch.set_num_threads(before)
-    names = ["as zoo cuts them", "not cut", *(f"each step cut in {count}" for count in (2, 4, 8))]
-    assert [*found["decode_tokens_per_second"]["8"]] == names
-    assert {1, 2, 4, 8} <= {*cuts}
+    names = ["one group, not cut", *(f"each step cut in {count}" for count in (2, 4)), "two groups by turns"]
+    assert [*found["decode_tokens_per_second"]["8"]] == ["as zoo does it", *names]
+    assert {1, 2, 4} <= {*cuts}
+    assert {4, 8} <= begun
+
+
+def test_what_sharing_out_adds_to_quantising_becomes_a_table(bench: Bench, tmp_path: Path) -> None:
+    found = CASES["apart"](bench)
+    for errors in found["relative_errors"].values():
+        assert 0.003 < errors["tp=2"] < 1.2 * errors["one process"] < 0.2
+        assert 0 < errors["each other"] < errors["one process"]
+    (tmp_path / "devices.md").write_text("<!-- errors: here -->\nearlier\n<!-- end of errors -->\n")
+    (tmp_path / "benchmarks.md").write_text("<!-- results: here -->\n\n<!-- end of results -->\n")
+    report({"apart": ABOUT | found}, tmp_path)
+    [int8] = [line for line in (tmp_path / "devices.md").read_text().splitlines() if line.startswith("| int8 |")]
+    assert int8.count("%") == 3
 
 
 def test_shares_of_ranks_become_a_table(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
