@@ -219,6 +219,11 @@ class Spec(BaseModel):
         chosen = ((p, p.active * p.shape[0] if p.active < 1 and len(p.shape) == 3 else 1.0) for p in matrices)
         return round(rows * itemsize * sum(sum(p.shape[-2:]) * count for p, count in chosen))
 
+    def kept_room(self, sequences: int, seen: int, itemsize: int, threads: int) -> int:
+        """Bytes that its kernel on a CPU keeps between steps: what a few rows of each of so many sequences need in
+        between, which see up to `seen` tokens."""
+        return 0
+
     def pace(self) -> str | None:
         """What beside sizes decides how fast it runs, in words from the general to the special; None for a part whose
         time is that of its products, or counts with what stands around it."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from zoo.components.attention.room import SPLIT, room_bytes
 from zoo.components.cache.spec import LatentCacheSpec, SharedCacheSpec
 from zoo.components.fields import Count, Flag, Positive
 from zoo.components.indexer.spec import IndexerSpec, LightningIndexerSpec
@@ -143,6 +144,12 @@ class AttentionSpec(Spec):
         scores = 12 * self.num_heads * min(rows, max(self.window or 0, 256)) * span if exact else 0
         return super().working(rows, seen, itemsize) + turned + rows * span * (2 * itemsize + 1) + scores
 
+    def kept_room(self, sequences: int, seen: int, itemsize: int, threads: int) -> int:
+        # A window may begin and end within a split.
+        span = seen if self.window is None else min(seen, self.window + SPLIT)
+        heads, words = (self.num_heads, self.num_kv_heads), self.head_dim * itemsize // 4
+        return room_bytes(sequences, span, heads, (words, self.head_dim), threads)
+
     def pace(self) -> str:
         """Windows need masks; soft caps and sinks are computed by the formula."""
         words = [
@@ -270,6 +277,10 @@ class LatentAttentionSpec(Spec):
         heads = self.num_heads * (self.qk_head_dim + self.v_head_dim)
         pairs = 2 * itemsize + 1 + (8 if self.indexer is not None else 0)
         return super().working(rows, seen, itemsize) + seen * heads * itemsize + rows * seen * pairs
+
+    def kept_room(self, sequences: int, seen: int, itemsize: int, threads: int) -> int:
+        words = (self.kv_lora_rank + self.rope_head_dim) * itemsize // 4
+        return room_bytes(sequences, seen, (self.num_heads, 1), (words, self.kv_lora_rank), threads, latents=True)
 
     def pace(self) -> str:
         return self.kind if self.indexer is None else f"{self.kind} indexer"

@@ -34,7 +34,7 @@ enum { SPLIT = 256, TILE = 32, TOGETHER = 4, WIDEST = 1024 };
 
 /* Floats of sums that sequences are worked on together for, and query heads that a block of latents' heads has at least
  * half of, and that a split of latents is to have room for. */
-enum { MOST_SUMS = 1 << 22, BLOCK = 32, MANY = 512 };
+enum { MOST_SUMS = 9 << 19, BLOCK = 32, MANY = 512 };
 
 INLINE int is_coded(int kind) { return kind == INT8 || kind == FP8; }
 

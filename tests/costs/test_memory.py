@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 import zoo
 from zoo.bench.shapes import ATTENTION, MAMBA2, card, gated, moe
 from zoo.cli import main
+from zoo.components import native
+from zoo.components.attention.room import room_bytes
 from zoo.components.cache.pages import PAGE
 from zoo.components.cache.slab import STEP
 from zoo.costs.memory import PROCESS_BYTES, MemoryPlan
@@ -50,7 +53,8 @@ def test_working_memory_is_of_the_widest_part() -> None:
     found = plan("mistral-7b-v0.3", 512, 0)
     gated = 512 * 2 * (4096 + 3 * 14336 + 4096)
     stream = 512 * 4096 * (4 * 2 + 2 * 4)
-    assert found.working == gated + stream + 32768 * (2 + 8)
+    assert found.working == gated + stream + 32768 * (2 + 8) + found.kernels
+    assert replace(found, device="cuda").kernels == 0
     assert plan("mistral-7b-v0.3", 10, 0).working < found.working / 10
 
 
@@ -240,8 +244,63 @@ needless = {"torch._dynamo", "triton", "xformers", "sympy", "transformers"} & sy
 assert not needless, f"a run on a CPU imported {sorted(needless)}"
 """
 
+ROOM = """
+import sys, torch
+from zoo.components.cache.code import RowCode
+from zoo.components.native import attention, latent
+from zoo.components.native.attention import addresses, attend_latents, attend_slabs
+sequences, slots, heads, groups, width, values = map(int, sys.argv[1:])
+code, scores = RowCode(None, (width,), torch.bfloat16), {"scale": 1.0, "window": None, "softcap": None, "sinks_H": None}
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) * 1024
+def attend(slots):
+    shape = (1, 1) if width != values else (2, groups)
+    slabs = [torch.zeros(*shape, slots, width, dtype=torch.bfloat16) for _ in range(sequences)]
+    rows = [(seq, slots - 16 + row) for seq in range(sequences) for row in range(16)]
+    numbers = torch.tensor([number for seq, at in rows for number in (slots, at, at + 1, 16 * seq)])
+    q, k = torch.zeros(len(rows), heads, width).bfloat16(), torch.zeros(len(rows), groups, width).bfloat16()
+    where = addresses([slabs[seq] for seq, _ in rows]), numbers
+    before = resident()
+    if width != values:
+        found = attend_latents(q, *where, code, latent=values, scale=1.0)
+    else:
+        found = attend_slabs(q, k, k, *where, code, scores)
+    return resident() - before - found.nbytes
+with torch.no_grad():
+    torch.set_num_threads(2)
+    assert attention.missing() is latent.missing() is None
+    print(attend(slots))
+"""
+"""Prints by how much a process has grown after the kernel's first large work: what it keeps."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's peak of resident memory")
+@pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
+@pytest.mark.parametrize(
+    "numbers",
+    [(3, 8192, 32, 8, 64, 64), (1, 8192, 128, 1, 576, 512), (4, 4096, 32, 1, 160, 128)],
+    ids=["sequences that take turns", "blocks of latents' heads", "latents of several sequences"],
+)
+def test_kernels_keep_what_was_planned(numbers: tuple[int, ...]) -> None:
+    sequences, slots, heads, groups, width, values = numbers
+    run = subprocess.run(
+        [sys.executable, "-c", ROOM, *map(str, numbers)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # Memory that was used before is not used again.
+    )
+    assert run.returncode == 0, run.stderr
+    planned = room_bytes(sequences, slots, (heads, groups), (width // 2, values), 2, latents=width != values)
+    assert planned == pytest.approx(int(run.stdout), rel=TOLERANCE)
+
+
+LATENT = {"kind": "latent_attention", "num_heads": 16, "q_lora_rank": None, "kv_lora_rank": 256, "nope_head_dim": 64}
+LATENT |= {"rope_head_dim": 32, "v_head_dim": 64, "rope": {"theta": 1e4}}
 LAYERS = {
     "dense": {"repeat": 10, "mixer": ATTENTION, "ffn": gated(4096)},
+    "latent": {"repeat": 10, "mixer": LATENT, "ffn": gated(4096)},
     "mixture": {"repeat": 6, "mixer": ATTENTION, "ffn": moe(8, 2, 1024)},
     "mamba": {"repeat": 16, "mixer": MAMBA2 | {"state_size": 64}, "ffn": None},
 }

@@ -11,6 +11,7 @@ from typing import Any
 from zoo.components.kinds import KINDS, quantised, weight_bytes
 from zoo.costs.work import BYTES, Work, chunk_tokens, grain_tokens
 from zoo.loading.hub.types import human_bytes
+from zoo.machine import cores
 from zoo.registry.errors import CapacityError, RequestError
 
 CACHE_SHARE = 0.8
@@ -72,7 +73,16 @@ class MemoryPlan:
         rows, size, model = min(self.context, chunk_tokens(self.device)), BYTES[self.work.dtype], self.work.model
         widest = max(spec.working(rows, self.context, size) for spec in self.work.specs)
         stream = rows * model.dim * (COPIES * size + 2 * BYTES["float32"])
-        return stream + widest + self.batch * model.vocab_size * (size + 2 * BYTES["float32"]) + self.scratch
+        logits = self.batch * model.vocab_size * (size + 2 * BYTES["float32"])
+        return stream + widest + logits + self.scratch + self.kernels
+
+    @property
+    def kernels(self) -> int:
+        """What kernels of a CPU keep between steps, which share it."""
+        if self.device != "cpu":
+            return 0
+        size, threads = BYTES[self.work.dtype], cores()
+        return max(spec.kept_room(self.batch, self.context, size, threads) for spec in self.work.specs)
 
     @property
     def scratch(self) -> int:
