@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +39,24 @@ def test_built_in_layouts() -> None:
         "huggingface_postnorm",
         "zoo",
     ]
+
+
+def test_tables_are_read_once_and_again_when_there_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def reading(resources: Mapping[str, Resource]) -> dict[str, Layout]:
+        read.extend(resources)
+        return read_layouts(resources)
+
+    monkeypatch.setattr("zoo.loading.layouts.read_layouts", reading)
+    known: dict[str, Resource] = {}
+    monkeypatch.setattr("zoo.loading.layouts.manager", lambda: SimpleNamespace(layouts=lambda: known))
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text("tensors: {a.weight: b.weight}", encoding="utf-8")
+        known[name] = Resource(name, tmp_path / f"{name}.yaml", "test")
+        layouts().clear()
+        assert list(layouts()) == list(known)
+    assert read == ["one", "one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from zoo.registry.catalog import Resource
 from zoo.registry.errors import PluginError, WeightsError, nearest
@@ -136,7 +137,13 @@ def _is_number(part: str) -> bool:
 
 def layouts() -> dict[str, Layout]:
     """Every registered layout by name. Raises PluginError for a table that is not well-formed."""
-    return read_layouts(manager().layouts())
+    return {**_read_once(tuple(manager().layouts().items()))}
+
+
+@cache
+def _read_once(resources: tuple[tuple[str, Resource], ...]) -> dict[str, Layout]:
+    """`read_layouts` of files that do not change while a process runs: a load asks several times."""
+    return read_layouts(dict(resources))
 
 
 def layout_named(name: str) -> Layout:
