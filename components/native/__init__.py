@@ -53,6 +53,7 @@ _ARGUMENTS = {
     "zoo_panels_by_multiply_adds": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
     "zoo_tiles": [],
     "zoo_rms": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, ctypes.c_double, _ADDRESS, _COUNT],
+    "zoo_rms_plus_one": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, ctypes.c_double, _ADDRESS, _COUNT],
     "zoo_add": [_SIZE, _SIZE, *_ROWS * 2, _ADDRESS, ctypes.c_double, _ADDRESS, _ADDRESS, _COUNT],
     "zoo_gate": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
     "zoo_rotate": [*[_SIZE] * 4, _ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _COUNT],

@@ -31,6 +31,8 @@ def differences() -> Iterator[tuple[str, float]]:
         many_TI = x_TI.repeat(5, 1)
         yield "panels of many rows", _error(Panels.of(weight_OI).product(many_TI, bias_O), expected.repeat(5, 1))
         yield "rms", _error(small.rms(x_TI, weight_OI[0], 1e-5), rms_reference(x_TI, weight_OI[0], 1e-5))
+        expected = rms_reference(x_TI.float(), 1 + weight_OI[0].float(), 1e-5)
+        yield "rms plus one", _error(small.rms(x_TI, weight_OI[0], 1e-5, plus_one=True), expected)
         both = torch.cat(small.add_rms(x_TI, x_TI.flip(0), weight_OI[0], 1e-5))
         summed_TI = x_TI + x_TI.flip(0)
         yield "add", _error(both, torch.cat((summed_TI, rms_reference(summed_TI, weight_OI[0], 1e-5))))

@@ -158,8 +158,8 @@ static inline int threads_for(long work, int threads) {
     return threads < worth ? threads : (int)worth;
 }
 
-/* x / sqrt(mean(x^2) + eps), rounded, times the weight. */
-AVX512 static void rms_row(long width, const bf16 *x, const bf16 *weight, double eps, bf16 *y) {
+/* x / sqrt(mean(x^2) + eps), rounded, times the weight; or, not rounded, times one more than the weight. */
+AVX512 INLINE void rms_row(int plus_one, long width, const bf16 *x, const bf16 *weight, double eps, bf16 *y) {
     __m512 squares = _mm512_setzero_ps();
     for (long i = 0; i < width; i += 16) {
         __m512 v = load16(x + i, part_of(width - i));
@@ -168,15 +168,24 @@ AVX512 static void rms_row(long width, const bf16 *x, const bf16 *weight, double
     __m512 scale = _mm512_set1_ps(1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + (float)eps));
     for (long i = 0; i < width; i += 16) {
         __mmask16 part = part_of(width - i);
-        __m512 v = round16(_mm512_mul_ps(load16(x + i, part), scale));
-        v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
-        store16(y + i, part, _mm512_mul_ps(v, load16(weight + i, part)));
+        __m512 v = _mm512_mul_ps(load16(x + i, part), scale), w = load16(weight + i, part);
+        if (plus_one) {
+            store16(y + i, part, _mm512_mul_ps(v, _mm512_add_ps(w, _mm512_set1_ps(1))));
+        } else {
+            v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(round16(v)), _mm512_set1_epi32(0xffff0000)));
+            store16(y + i, part, _mm512_mul_ps(v, w));
+        }
     }
 }
 
-void zoo_rms(long rows, long width, const bf16 *x, long x_next, const bf16 *weight, double eps, bf16 *y, int threads) {
+AVX512 void zoo_rms_plus_one(long rows, long width, const bf16 *x, long x_next, const bf16 *weight, double eps, bf16 *y, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
-    for (long r = 0; r < rows; r++) rms_row(width, x + r * x_next, weight, eps, y + r * width);
+    for (long r = 0; r < rows; r++) rms_row(1, width, x + r * x_next, weight, eps, y + r * width);
+}
+
+AVX512 void zoo_rms(long rows, long width, const bf16 *x, long x_next, const bf16 *weight, double eps, bf16 *y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
+    for (long r = 0; r < rows; r++) rms_row(0, width, x + r * x_next, weight, eps, y + r * width);
 }
 
 /* x + y, rounded, and that as zoo_rms makes it; weight NULL: only the former. */
@@ -188,7 +197,7 @@ AVX512 void zoo_add(long rows, long width, const bf16 *x, long x_next, const bf1
             __mmask16 part = part_of(width - i);
             store16(sum + r * width + i, part, _mm512_add_ps(load16(x + r * x_next + i, part), load16(y + r * y_next + i, part)));
         }
-        if (weight) rms_row(width, sum + r * width, weight, eps, normed + r * width);
+        if (weight) rms_row(0, width, sum + r * width, weight, eps, normed + r * width);
     }
 }
 

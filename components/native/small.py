@@ -22,13 +22,17 @@ def runs(x: Tensor) -> bool:
     )
 
 
-def rms(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As `zoo.components.norm.rms`; x may have any number of axes whose rows lie at equal distances."""
+def rms(x_TD: Tensor, weight_D: Tensor, eps: float, *, plus_one: bool = False) -> Tensor:
+    """As `zoo.components.norm.rms`; x may have any number of axes whose rows lie at equal distances.
+
+    plus_one: as `zoo.components.norm.rms_plus_one`.
+    """
     rows_ND = x_TD.flatten(0, -2)
     o_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     width = x_TD.shape[-1]
     arguments = (len(rows_ND), width, rows_ND.data_ptr(), rows_ND.stride(0), weight_D.data_ptr(), eps, o_TD.data_ptr())
-    native.library().handle.zoo_rms(*arguments, torch.get_num_threads())
+    handle = native.library().handle
+    (handle.zoo_rms_plus_one if plus_one else handle.zoo_rms)(*arguments, torch.get_num_threads())
     return o_TD
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.components.native import small
 from zoo.components.norm.spec import RMSPlusOneSpec
 
 
@@ -19,5 +20,7 @@ class RMSPlusOne(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Normalises the last axis of (..., D)."""
+        if small.runs(x_TD) and self.weight.dtype is x_TD.dtype:
+            return small.rms(x_TD, self.weight, self.spec.eps, plus_one=True)
         normed_TD = F.rms_norm(x_TD.float(), (self.spec.dim,), 1 + self.weight.float(), self.spec.eps)
         return normed_TD.to(x_TD.dtype)

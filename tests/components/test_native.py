@@ -23,9 +23,11 @@ from zoo.components.native.measure import plain_read_rate, product_rates, read_l
 from zoo.components.native.panels import Panels, PanelsFilling, words_reference
 from zoo.components.norm import residual
 from zoo.components.norm.rms import RMS, rms_reference
-from zoo.components.norm.spec import RMSSpec
+from zoo.components.norm.rms_plus_one import RMSPlusOne
+from zoo.components.norm.spec import RMSPlusOneSpec, RMSSpec
 from zoo.components.rope.rotary import rotate
 from zoo.registry.errors import ZooError
+from zoo.testing import relative_error
 
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
 
@@ -120,8 +122,25 @@ def test_norms_equal_the_formula(width: int, close: Callable[..., None]) -> None
     wide, weight = torch.randn(6, 3, width + 3).bfloat16() * 3, torch.randn(width).bfloat16()
     for x in (wide[..., :width], wide[:, 1, 1 : width + 1], wide.flatten()[: 4 * width].view(4, width)):
         close(small.rms(x, weight, 1e-5), rms_reference(x, weight, 1e-5), "bfloat16")
-    alone = torch.cat([small.rms(row.unsqueeze(0), weight, 1e-5) for row in wide[:, 0, :width]])
-    assert torch.equal(small.rms(wide[:, 0, :width], weight, 1e-5), alone)
+        once = rms_reference(x.float(), 1 + weight.float(), 1e-5)
+        close(small.rms(x, weight, 1e-5, plus_one=True).float(), once, "bfloat16")
+    for plus in (False, True):
+        rows = wide[:, 0, :width]
+        alone = torch.cat([small.rms(row.unsqueeze(0), weight, 1e-5, plus_one=plus) for row in rows])
+        assert torch.equal(small.rms(rows, weight, 1e-5, plus_one=plus), alone)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_norm_whose_weight_is_stored_less_one_runs_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = RMSPlusOne(RMSPlusOneSpec(dim=37, eps=1e-3)).bfloat16(), torch.randn(5, 3, 37).bfloat16()
+    norm.weight.normal_()
+    found = norm(x)
+    monkeypatch.setattr(small, "runs", lambda x: False)
+    assert relative_error(found.float(), norm(x).float()) < 1e-3
+    monkeypatch.setattr(small, "runs", lambda x: True)
+    monkeypatch.setattr(small, "rms", lambda x, *_, plus_one: x if plus_one else None)
+    assert norm(x) is x
 
 
 @needs_kernels
