@@ -21,6 +21,9 @@ NAMES = frozenset(
     }
 )
 
+DEADLINE = 30.0
+"""Seconds after which a rank that stands still is given up, unless ZOO_DEADLINE says otherwise."""
+
 _ON, _OFF = ("1", "on", "yes", "true"), ("", "0", "off", "no", "false")
 
 
@@ -38,6 +41,20 @@ def whole(name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise RequestError("not a number of processes", where=name, found=repr(text), expected="a number above 0")
     return int(text)
+
+
+def deadline() -> float:
+    """Seconds after which a rank that stands still is given up, by ZOO_DEADLINE. Raises RequestError for no number."""
+    text = os.environ.get("ZOO_DEADLINE", str(DEADLINE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise RequestError(
+            "not a number of seconds", where="ZOO_DEADLINE", found=repr(text), expected="a number above 0"
+        )
+    return seconds
 
 
 def strangers() -> list[str]:

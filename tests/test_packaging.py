@@ -89,7 +89,7 @@ def test_metadata(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Python: >=3.11" in text
     assert not re.search(r"^Requires-Dist: xformers(?!.*extra)", text, re.MULTILINE)
-    assert b"zoo = zoo.cli:main" in archive.read(info.replace("METADATA", "entry_points.txt"))
+    assert b"zoo = zoo.__main__:main" in archive.read(info.replace("METADATA", "entry_points.txt"))
 
 
 def test_unpacked_wheel_is_one_package(site: Path) -> None:

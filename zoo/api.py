@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from zoo.asking import asked, batch_of, context_of
 from zoo.components.kinds import kind_named
 from zoo.costs.memory import CACHE_SHARE
 from zoo.devices import reported
 from zoo.inspection import BYTES, Inspection
 from zoo.locating import Located, Ref, locate
 from zoo.registry.card import Card, list_cards
+from zoo.registry.environment import deadline
 from zoo.registry.errors import CardError, RequestError, TextError, nearest
 from zoo.registry.manager import manager
 from zoo.registry.resolve import Plan, resolve
@@ -26,9 +28,8 @@ if TYPE_CHECKING:
     from zoo.loading.files import WeightSet
     from zoo.loading.reader import Progress
     from zoo.model import Model
+    from zoo.prompts import Prompts
     from zoo.text.tokenizer import Tokenizer
-
-DEFAULT_BATCH = 64
 
 
 def list() -> "builtins.list[Card]":
@@ -83,6 +84,7 @@ def load(
     overrides: Mapping[str, Any] | None = None,
     draft: Ref | None = None,
     progress: "Progress | None" = None,
+    first: "Callable[[Prompts], object] | None" = None,
 ) -> "Model":
     """Build a model, fill its weights and return it ready to generate.
 
@@ -99,6 +101,7 @@ def load(
     devices: how many to spread the model over, a list of them, or a layout such as "tp=2,pp=2"; see docs/devices.md.
     adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
         among several by their `adapter`. progress: called with (bytes done, bytes in all) while weights are read.
+    first: called with the model's `Prompts` before its weights are read, so that what cannot be asked is told in time.
     draft: what guesses tokens ahead, which are checked several at once and change no answer: "lookup", earlier tokens
         of prompt and answer; or a smaller model of the same vocabulary, as `ref`, on the same device (of several, the
         first), in the same dtype and quantised alike.
@@ -106,7 +109,8 @@ def load(
     Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
     where it can be known by then; RankError when the process of another device ends.
     """
-    quantize = _kind_name(quantize)
+    quantize, batch = _kind_name(quantize), batch_of(max_batch_size)
+    deadline()  # told now, and not where a model has several devices only
     # Asks torch for huge pages, which it decides on at its first allocation: weights are read faster by half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     found = locate(ref, _with_cache(cache_dtype, overrides))
@@ -124,7 +128,7 @@ def load(
 
         spread = _spread(plan, devices)
         placement = choose(device if spread is None else spread.device(device), dtype, found.card.source.dtype)
-        context = _context(found.card, max_context)
+        context = context_of(found.card, max_context)
         if spread is not None:
             spread = spread.laid(plan, placement, quantize, context)
         follows = spread is not None and spread.rank > 0
@@ -136,8 +140,9 @@ def load(
         folder = found.folder if source == "random" else _beside(Path(source))
         with _without_collections():
             tokenizer = _tokenizer(plan, folder)
+        if first is not None and not follows:
+            asked(first, plan, tokenizer, source)
         guessing = _guessing(draft, other, plan, tokenizer, placement, weights, quantize, notes)
-        batch = DEFAULT_BATCH if max_batch_size is None else max_batch_size
         with running(spread, plan, placement, source, quantize, context) as run:
             told, part = ahead.passed(progress), None if run is None else run.part
             module, files, more = filled(plan, placement, source, quantize=quantize, progress=told, part=part)
@@ -191,7 +196,7 @@ def layout(
     from zoo.device import choose
 
     placement = choose(spread.device(device), dtype, found.card.source.dtype)
-    load = (placement, _kind_name(quantize), _context(found.card, max_context))
+    load = (placement, _kind_name(quantize), context_of(found.card, max_context))
     return spread.laid(plan, *load).describe(plan, *load)
 
 
@@ -267,20 +272,6 @@ def _owners(card: Card, plan: Plan | None) -> dict[str, str]:
     return {"card": card_owner, **{f"{entry.slot} {entry.kind}": entry.owner for entry in entries}}
 
 
-def _context(card: Card, max_context: int | None) -> int:
-    if max_context is None:
-        return card.context_length
-    if not isinstance(max_context, int) or not 1 <= max_context <= card.context_length:
-        raise RequestError(
-            "max_context is out of range",
-            where=card.name,
-            found=repr(max_context),
-            expected=f"1 to {card.context_length}, the card's context_length",
-            hint="override the card's context_length if the model really reads more",
-        )
-    return max_context
-
-
 def _kind_name(quantize: str | None) -> str | None:
     """The name of a kind of quantised weights. Raises RequestError for one that is not known."""
     return None if quantize in (None, "none") else kind_named(quantize).name
@@ -313,9 +304,9 @@ def _source(
     if weights == "random":
         return "random"
     if weights != "auto":
-        from zoo.loading.files import local_path
+        from zoo.loading.files import existing
 
-        return local_path(weights)
+        return existing(weights)
     if found.folder is not None:
         return found.folder
     source = found.card.source

@@ -10,9 +10,9 @@ from zoo.components.vision.spec import PixtralSpec
 from zoo.engine.request import Media, Request, SamplingParams
 from zoo.images.messages import with_pictures
 from zoo.images.picture import Picture, pictures
-from zoo.registry.card import Card
 from zoo.registry.errors import RequestError, TextError
 from zoo.registry.plan import Plan
+from zoo.registry.training import check_trained
 from zoo.text.tokenizer import NO_OPTIONS, Tokenizer
 from zoo.text.tokenizer import Prompt as Rendered
 
@@ -107,7 +107,7 @@ class Prompts:
 
     def fill(self, prefix: str, suffix: str, params: SamplingParams) -> Request:
         """The request for the text between two. Raises RequestError when the card does not list the feature `fim`."""
-        check_fills(self.card)
+        check_trained(self.card, "fim")
         return Request(self.text().fill(prefix, suffix), params, self.tokenizer, continues=True)
 
     def _raw(self, text: str, params: SamplingParams, images: Images, audio: Sequence[Any]) -> Request:
@@ -119,17 +119,6 @@ class Prompts:
     def _pictures(self, images: Images | None) -> list[Picture]:
         listed = several(images)
         return pictures(listed, vision_of(self._plan, len(listed))) if listed else []
-
-
-def check_fills(card: Card) -> None:
-    """RequestError when the card does not list the feature `fim`."""
-    if "fim" not in card.text.features:
-        raise RequestError(
-            "this model was not trained to fill in the middle",
-            where=card.name,
-            found=f"features {', '.join(card.text.features) or 'none'}",
-            expected="the feature fim, as codestral models have it",
-        )
 
 
 def vision_of(plan: Plan, count: int) -> PixtralSpec:

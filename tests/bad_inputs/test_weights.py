@@ -739,7 +739,8 @@ def test_a_float32_file_takes_half_in_bfloat16(desk: Desk, expected: torch.Tenso
 def test_values_beyond_float16(desk: Desk) -> None:
     edit(lambda tensors: tensors.update({HEAD: tensors[HEAD] * 1e6}))(desk)
     words = [f"tensor '{HEAD}' does not fit float16", "expected at most 65504", "Load with dtype bfloat16 or float32"]
-    desk.refuses(WeightsError, words, dtype="float16")
+    command = ("save", str(desk.folder), str(desk.folder.parent / "saved"), "--dtype", "float16")
+    desk.refused(WeightsError, words, lambda: desk.load(dtype="float16"), *command)
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "float8_e4m3fn", "int8", "bf16"])

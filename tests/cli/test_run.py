@@ -139,6 +139,41 @@ def test_a_base_model_refuses_to_chat(zoo_command: Command) -> None:
     assert "not trained to chat" in found.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--prompt", "Hello", "--max-context", "2"), "the prompt is longer than the context; found 4 tokens"),
+        (("--prompt", "Hello", "--max-batch-size", "0"), "max_batch_size is out of range; found 0"),
+        (("--prompt", "Hello", "--set", "text.tokenizer=null", "--set", "text.chat=null"), "there is no tokenizer"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_weights_are_read(
+    zoo_command: Command, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.delattr("zoo.loading.fill.load_weights")
+    found = zoo_command("run", "tiny", *flags)
+    assert found.code == 2
+    assert words in found.err
+
+
+def test_what_does_not_fit_is_told_before_anything_is_measured(
+    zoo_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.bench.limits.machine_limits", None)
+    found = zoo_command("bench", "mistral-large-3-2512", "--weights", "random")
+    assert found.code == 2
+    assert "does not fit" in found.err
+
+
+def test_a_deadline_that_is_no_number_is_told_without_ranks_too(
+    zoo_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOO_DEADLINE", "soon")
+    found = zoo_command("run", "tiny", "--prompt", "Hello")
+    assert found.code == 2
+    assert "zoo: ZOO_DEADLINE: not a number of seconds; found 'soon'" in found.err
+
+
 def test_a_conversation(zoo_command: Command, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     lines = [
@@ -187,6 +222,21 @@ def test_interrupted_by_the_user() -> None:
         message = process.stderr.read().decode()
     assert (code, time.monotonic() - start < 10) in [(130, True), (0, True)]
     assert "Traceback" not in message
+
+
+def test_interrupted_while_python_imports() -> None:
+    program = """
+import sys
+class Interrupts:
+    def find_spec(self, name, *others):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from zoo.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nzoo: interrupted\n")
 
 
 def test_interrupted_while_the_machine_is_measured() -> None:

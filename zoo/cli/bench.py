@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli.options import load_options, parse_overrides
+from zoo.cli.options import load_arguments, load_options, parse_overrides
 from zoo.registry.errors import RequestError
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     from zoo.device import choose, describe
 
     flags["prompt_tokens"] = _prompt_tokens(ref, flags)  # before the seconds that measuring takes
+    _check_fits(ref, flags)
     device = choose(flags["device"], "auto", "bfloat16").device
     note("the machine's limits")
     here = machine_limits(device)
@@ -121,6 +122,24 @@ def _prompt_tokens(ref: str, flags: dict[str, Any]) -> int:
             expected=f"less than the {most} tokens of the context",
         )
     return int(asked)
+
+
+def _check_fits(ref: str, flags: dict[str, Any]) -> None:
+    """CapacityError for a model that does not fit on the one device that is wanted; of several, loading tells."""
+    from zoo.api import inspect
+    from zoo.device import choose
+    from zoo.drafts import draft_named
+    from zoo.fitting import fitting
+
+    if flags["devices"] not in (None, "1"):
+        return
+    overrides = load_arguments(flags)["overrides"]
+    found = inspect(ref, cache_dtype=flags["cache_dtype"], quantize=flags["quantize"], overrides=overrides)
+    placement = choose(flags["device"], flags["dtype"], found.card.source.dtype)
+    asked = flags["max_context"]
+    context = found.card.context_length if asked is None else asked
+    drafts = draft_named(flags["draft"], found.plan)
+    fitting(found.plan, None, placement, context, found.quantize, drafts, asked=asked is not None)
 
 
 def _stored(device: Any, fresh: Any) -> tuple[Any, str | None]:

@@ -19,6 +19,7 @@ from zoo.cli.options import (
 )
 from zoo.cli.run import load_model, utf8_input, write_stream
 from zoo.registry.errors import RequestError, TextError, ZooError, nearest
+from zoo.registry.training import check_trained
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -36,16 +37,8 @@ def chat(ref: str, system: str | None, **flags: Any) -> None:
     from zoo.locating import locate
 
     options, form = sample_arguments(flags), chat_options(flags)
-    card = locate(ref, parse_overrides(flags["overrides"])).card
-    if "chat" not in card.text.features:
-        raise RequestError(
-            "this model was not trained to chat",
-            where=card.name,
-            found=f"features {', '.join(card.text.features) or 'none'}",
-            expected="the feature chat",
-            hint="use `zoo run` for raw text, or an instruct card",
-        )
-    with load_model(ref, flags) as model:
+    check_trained(locate(ref, parse_overrides(flags["overrides"])).card, "chat")
+    with load_model(ref, flags, lambda prompts: prompts.text()) as model:
         Conversation(model, options, system, form=form).loop()
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import click
 
-from zoo.cli.options import load_arguments, load_options, sample_arguments, sample_options
-from zoo.cli.run import load_model, write_stream
+from zoo.cli.options import load_options, parse_overrides, sample_arguments, sample_options
+from zoo.cli.run import answer, collect, write_stream
 from zoo.registry.errors import RequestError
+from zoo.registry.training import check_trained
 
 
 @click.command()
@@ -18,16 +19,19 @@ from zoo.registry.errors import RequestError
 @sample_options
 def fim(ref: str, prefix: str | None, suffix: str | None, as_json: bool, **flags: Any) -> None:
     """Fill in the text between a prefix and a suffix with REF, a code model with the feature fim."""
-    from zoo.api import inspect
     from zoo.cli.console import emit
-    from zoo.prompts import check_fills
+    from zoo.engine.request import SamplingParams
+    from zoo.locating import locate
 
     if prefix is None and suffix is None:
         raise RequestError("there is nothing around the gap", where="zoo fim", expected="--prefix, --suffix or both")
     between, options = (prefix or "", suffix or ""), sample_arguments(flags)
-    check_fills(inspect(ref, overrides=load_arguments(flags)["overrides"]).card)
-    with load_model(ref, flags) as model:
+    check_trained(locate(ref, parse_overrides(flags["overrides"])).card, "fim")
+    with answer(ref, flags, lambda prompts: prompts.fill(*between, SamplingParams.from_options(options))) as (
+        _,
+        chunks,
+    ):
         if as_json:
-            emit(model.fill(*between, **options).to_dict())
+            emit(collect(chunks).to_dict())
         else:
-            write_stream(model.stream_fill(*between, **options))
+            write_stream(chunks)

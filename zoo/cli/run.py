@@ -3,7 +3,7 @@
 import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,9 @@ from zoo.cli.options import chat_options, effort_option, load_arguments, load_op
 from zoo.registry.errors import RequestError
 
 if TYPE_CHECKING:
-    from zoo.engine.request import Chunk, Completion
+    from zoo.engine.request import Chunk, Completion, Request
     from zoo.model import Model
+    from zoo.prompts import Prompts
 
 
 @click.command()
@@ -51,21 +52,25 @@ def run(
     heard = read_sounds(sounds)
     definitions = None if tools is None else read_tools(tools)
     form = chat_options(flags)
-    options = {**sample_arguments(flags), "images": images}
+    options = sample_arguments(flags)
     check_encoders(ref, flags, images, sounds)
-    with load_model(ref, flags) as model:
-        if system is None and definitions is None and not form:
-            stream = model.stream(text, raw=raw, audio=heard, **options)
-        else:
-            from zoo.hearing import user_message
 
-            turns = [{"role": "system", "content": system}] if system else []
-            messages = [*turns, user_message(text, heard)]
-            stream = model.stream_chat(messages, definitions, chat_options=form, **options)
+    def ask(prompts: "Prompts") -> "Request":
+        from zoo.engine.request import SamplingParams
+        from zoo.hearing import user_message
+
+        params = SamplingParams.from_options(options)
+        if system is None and definitions is None and not form:
+            return prompts.request(text, params, raw=raw, images=images, audio=heard)
+        turns = [{"role": "system", "content": system}] if system else []
+        messages = [*turns, user_message(text, heard)]
+        return prompts.chat(messages, params, images=images, tools=definitions, options=form)
+
+    with answer(ref, flags, ask) as (model, chunks):
         if as_json:
-            emit({**collect(stream).to_dict(), "notes": [note for note in model.notes if note]})
+            emit({**collect(chunks).to_dict(), "notes": [note for note in model.notes if note]})
         else:
-            write_stream(stream)
+            write_stream(chunks)
 
 
 def _refuse_with_raw(given: dict[str, Any]) -> None:
@@ -116,8 +121,25 @@ def collect(chunks: "Iterator[Chunk]") -> "Completion":
     return last.completion
 
 
-def load_model(ref: str, flags: dict[str, Any]) -> "Model":
-    """The model for a command, with a bar while it loads and a line on what was chosen."""
+@contextmanager
+def answer(
+    ref: str, flags: dict[str, Any], ask: "Callable[[Prompts], Request]"
+) -> "Iterator[tuple[Model, Iterator[Chunk]]]":
+    """A loaded model and its answer to what is asked, which is made of texts, and refused, before weights are read."""
+    made: list[Request] = []
+
+    def first(prompts: "Prompts") -> None:
+        from zoo.engine.admission import check_length
+
+        made.append(ask(prompts))
+        check_length(made[0].prompt, flags["max_context"] or prompts.card.context_length)
+
+    with load_model(ref, flags, first) as model:
+        yield model, model.engine.stream(made[0])
+
+
+def load_model(ref: str, flags: dict[str, Any], first: "Callable[[Prompts], object] | None" = None) -> "Model":
+    """The model for a command, with a bar while it loads and a line on what was chosen; `first` as of `zoo.load`."""
     from zoo.api import layout, load
     from zoo.cli.console import loading_bar, note
 
@@ -125,7 +147,7 @@ def load_model(ref: str, flags: dict[str, Any]) -> "Model":
     if spread is not None:
         note(f"{ref}: {spread}")
     with loading_bar(f"loading {ref}") as progress, _no_collections():
-        model = load(ref, progress=progress, **load_arguments(flags))
+        model = load(ref, progress=progress, first=first, **load_arguments(flags))
     note(f"{model.card.name}: {'; '.join(n for n in model.notes if n)}")
     return model
 

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from zoo.cli.options import load_options, sample_arguments, sample_options
-from zoo.cli.run import check_encoders, load_model, read_sounds, write_stream
+from zoo.cli.run import answer, check_encoders, collect, read_sounds, write_stream
 
 
 @click.command()
@@ -18,12 +18,13 @@ from zoo.cli.run import check_encoders, load_model, read_sounds, write_stream
 def transcribe(ref: str, sound: str, language: str | None, as_json: bool, **flags: Any) -> None:
     """Write down what is said in SOUND, a file or an address, with REF, a model with the feature audio."""
     from zoo.cli.console import emit
+    from zoo.engine.request import SamplingParams
 
-    options = {"language": language, **sample_arguments(flags)}
+    params = SamplingParams.from_options(sample_arguments(flags))
     (heard,) = read_sounds((sound,))
     check_encoders(ref, flags, (), (sound,))
-    with load_model(ref, flags) as model:
+    with answer(ref, flags, lambda prompts: prompts.transcription(heard, language, params)) as (_, chunks):
         if as_json:
-            emit(model.transcribe(heard, **options).to_dict())
+            emit(collect(chunks).to_dict())
         else:
-            write_stream(model.stream_transcribe(heard, **options))
+            write_stream(chunks)

@@ -25,27 +25,13 @@ from zoo.devices.mesh import Mesh
 from zoo.devices.peer import MEETING
 from zoo.devices.process_group import ProcessGroup
 from zoo.devices.processes import Worker
+from zoo.registry.environment import deadline
 from zoo.registry.errors import RankError, RequestError, ZooError
-
-DEADLINE = 30.0
-"""Seconds after which a rank that stands still is given up, unless ZOO_DEADLINE says otherwise."""
 
 LOCAL = "127.0.0.1"
 KEY = "zoo"
 _MET: list[Store] = []
 """Where this process has met those that torchrun has started beside it."""
-
-
-def deadline() -> float:
-    """Seconds after which a rank that stands still is given up, by ZOO_DEADLINE. Raises ZooError for no number."""
-    text = os.environ.get("ZOO_DEADLINE", str(DEADLINE))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e6:
-        raise ZooError("not a number of seconds", where="ZOO_DEADLINE", found=repr(text), expected="a number above 0")
-    return seconds
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from zoo.devices.channel import Channel, fields_of
 from zoo.devices.gather import GIVE, give
 from zoo.devices.group import Group, LostError, Waits
 from zoo.devices.likeness import compare
-from zoo.devices.meet import Meeting, come, deadline
+from zoo.devices.meet import Meeting, come
 from zoo.devices.peer import MEETING, Peer, Watch
 from zoo.devices.processes import LOST
 from zoo.devices.pulse import Pulse
@@ -30,6 +30,7 @@ from zoo.devices.shares import join
 from zoo.engine.engine import Engine
 from zoo.engine.leading import ANSWERED, Reads, follow
 from zoo.loading.fill import adapter_of, filled
+from zoo.registry.environment import deadline
 from zoo.registry.errors import RankError, ZooError
 
 Gives = Callable[[dict[str, Any]], None]

@@ -48,14 +48,7 @@ class Admission:
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Refuse ids outside the vocabulary and more tokens than the context."""
         self._check_ids("prompt", prompt)
-        if len(prompt) > self.max_context:
-            raise RequestError(
-                "the prompt is longer than the context",
-                where="prompt",
-                found=f"{len(prompt)} tokens",
-                expected=f"at most {self.max_context}, prompt and answer together",
-                hint="shorten the prompt, or load with a larger max_context where the model has one",
-            )
+        check_length(prompt, self.max_context)
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.cacheable:
@@ -76,6 +69,18 @@ class Admission:
                 found=str(wrong),
                 expected=f"0 to {self.vocab_size - 1}",
             )
+
+
+def check_length(prompt: Sequence[int], max_context: int) -> None:
+    """Refuse more tokens than the context."""
+    if len(prompt) > max_context:
+        raise RequestError(
+            "the prompt is longer than the context",
+            where="prompt",
+            found=f"{len(prompt)} tokens",
+            expected=f"at most {max_context}, prompt and answer together",
+            hint="shorten the prompt, or load with a larger max_context where the model has one",
+        )
 
 
 @dataclass(frozen=True, slots=True)

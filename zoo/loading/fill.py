@@ -16,7 +16,9 @@ from zoo.loading.adapters.plan import plan_adapter
 from zoo.loading.adapters.read import Adapter, read_adapter
 from zoo.loading.files import WeightSet, locate
 from zoo.loading.hub.types import human_bytes
+from zoo.loading.layouts import layout_named
 from zoo.loading.load import load_weights, random_weights
+from zoo.loading.mapping import plan_mapping
 from zoo.loading.quantising import described, storing_of
 from zoo.loading.reader import Progress
 from zoo.loading.targets import Storing
@@ -50,6 +52,13 @@ def filled(
     files, device = locate(source, plan.card.source.layout), placement.device
     load_weights(module, plan, files, device=device, storing=stored, progress=progress, pieces=pieces)
     return module, files, [files.note, *(_quantised(module) or _decoding(files, local, placement))]
+
+
+def check_files(plan: Plan, source: str | Path) -> None:
+    """Raises WeightsError unless files hold exactly the plan's tensors, by what stands before their data."""
+    if source != "random":
+        files = locate(source, plan.card.source.layout)
+        plan_mapping(plan.model, layout_named(files.layout), files.headers, files.where)
 
 
 def adapter_of(ref: str | Path, *, plan: Plan, module: Decoder, part: Part | None) -> Adapter:

@@ -1,0 +1,55 @@
+"""What is wanted of a model, checked before its weights are read. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zoo.registry.card import Card
+from zoo.registry.errors import RequestError, TextError, ZooError
+from zoo.registry.plan import Plan
+
+if TYPE_CHECKING:
+    from zoo.prompts import Prompts
+    from zoo.text.tokenizer import Tokenizer
+
+DEFAULT_BATCH = 64
+
+
+def context_of(card: Card, max_context: int | None) -> int:
+    """Tokens of prompt and answer together. Raises RequestError for more than the card has."""
+    if max_context is None:
+        return card.context_length
+    if not isinstance(max_context, int) or not 1 <= max_context <= card.context_length:
+        raise RequestError(
+            "max_context is out of range",
+            where=card.name,
+            found=repr(max_context),
+            expected=f"1 to {card.context_length}, the card's context_length",
+            hint="override the card's context_length if the model really reads more",
+        )
+    return max_context
+
+
+def batch_of(max_batch_size: int | None) -> int:
+    """Sequences that may run together. Raises RequestError for no number of them."""
+    if max_batch_size is None:
+        return DEFAULT_BATCH
+    if not isinstance(max_batch_size, int) or max_batch_size < 1:
+        raise RequestError(
+            "max_batch_size is out of range", where="max_batch_size", found=repr(max_batch_size), expected="at least 1"
+        )
+    return max_batch_size
+
+
+def asked(first: Callable[[Prompts], object], plan: Plan, tokenizer: Tokenizer | TextError, source: str | Path) -> None:
+    """Calls `first`. Where it fails and the weights would too, theirs is the error that is told."""
+    from zoo.loading.fill import check_files
+    from zoo.prompts import Prompts
+
+    try:
+        first(Prompts(plan, tokenizer))
+    except ZooError:
+        check_files(plan, source)
+        raise
