@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -333,6 +335,22 @@ def test_random_weights_depend_on_seed_and_name_alone(plan_of: Plans) -> None:
     rounded = assemble(plan, torch.bfloat16)
     random_weights(rounded, plan, seed=5)
     assert all(torch.equal(t, a[name].bfloat16()) for name, t in logical(plan, rounded).items())
+
+
+@pytest.mark.parametrize("drawn", [7, 83, 118, 400])
+def test_rows_without_a_place_are_put_in_whole_lanes_as_they_come(drawn: int) -> None:
+    numbers, put = torch.arange(37 * 5.0), []
+    targets: Any = SimpleNamespace(
+        lanes=lambda _: 16,
+        like=lambda _: torch.empty(37, 5, dtype=torch.float64),
+        put=lambda _, first, rows: put.append((first, rows.clone())),
+    )
+    tensor: Any = SimpleNamespace(shape=(37, 5))
+    load._pour_rows(targets, tensor, numbers.split(drawn))
+    assert torch.equal(torch.cat([rows for _, rows in put]), numbers.double().view(37, 5))
+    ends = [first + len(rows) for first, rows in put]
+    assert [first for first, _ in put] == [0, *ends[:-1]]
+    assert [end % 16 for end in ends[:-1]] == [0] * (len(ends) - 1)
 
 
 def test_random_weights_have_a_size_that_keeps_logits_finite(plan_of: Plans) -> None:
