@@ -16,7 +16,7 @@ from zoo.components.native.attention import addresses
 from zoo.components.native.latent import InSlabs, Sizes
 from zoo.testing import relative_error, step_through
 
-pytestmark = pytest.mark.skipif(kernels.missing() is not None, reason=f"no native kernels: {kernels.missing()}")
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
 
 KINDS: Any = (None, "int8", "fp8")
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -181,7 +181,8 @@ def test_steps_use_it_and_agree_with_torch(
     assert [calls.count(rows) for rows in (12, 9)] == [3, 3], "what goes with many rows, and what follows them"
 
 
-def test_it_is_left_out_where_it_does_not_run() -> None:
+def test_its_own_check_passes_and_it_is_left_out_where_it_does_not_run() -> None:
+    assert kernels.missing() is None
     weight_OI = torch.randn(3 * 40, 32)
     assert not kernels.attends(weight_OI.requires_grad_(), SIZES[0]), "gradients"
     with torch.no_grad():
