@@ -309,6 +309,17 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [cached(engine, ask(ids(100, seed), max_tokens=1)) for seed in (0, 1)] == [99, 80]
 
 
+def test_who_goes_on_from_a_line_has_used_it() -> None:
+    engine = make("full", 3, storage="pages")
+    for seed in (0, 1):
+        cached(engine, ask(ids(100, seed), max_tokens=1))
+    assert cached(engine, ask([*ids(100, 0)[:64], *ids(40, 2)], max_tokens=1)) == 64
+    for seed in (3, 4):
+        assert cached(engine, ask(ids(148, seed), max_tokens=1)) == 0
+    found = [cached(engine, ask(ids(100, seed), max_tokens=1)) for seed in (0, 1)]
+    assert found[0] == 99 > found[1]
+
+
 def test_lines_in_pages_lose_their_tails_first() -> None:
     engine = make("full", 2, storage="pages")
     for length in (120, 100, 140):
