@@ -24,6 +24,18 @@ def kernels_file() -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def packs() -> bool:
+    """Whether weights in bfloat16 are packed on this machine's CPU (zoo.components.native.panels), as far as that is
+    known without loading the kernels."""
+    if kernels_file() is None or os.environ.get("ZOO_NATIVE", "auto") not in ("auto", "dot"):
+        return False
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return {"AuthenticAMD", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= words
+
+
 def compiler() -> list[str] | None:
     """The command that an installation would compile with; None where there is none."""
     words = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")

@@ -23,6 +23,9 @@ GROUP = 32
 LANES = 16
 """Outputs of a block, whose codes lie side by side. Matrices are filled up with zeros to whole blocks."""
 
+PACKED_BITS = 12
+"""Of a packed weight in bfloat16."""
+
 HEAD = "head.weight"
 
 SMALL = 1 << 13
@@ -90,12 +93,22 @@ def kind_of(param: Param, kind: Kind, head: bool) -> Kind | None:
     return INT8 if head else kind
 
 
-def weight_bytes(param: Param, itemsize: int, kind: Kind | None) -> int:
-    """Bytes of a parameter with `itemsize` bytes for a number of the model's dtype, or as `kind` where it has one."""
+def weight_bytes(param: Param, itemsize: int, kind: Kind | None, *, packed: bool = False) -> int:
+    """Bytes of a parameter with `itemsize` bytes for a number of the model's dtype, or as `kind` where it has one.
+
+    packed: matrices in bfloat16 are, where their sizes allow it (zoo.components.native.panels).
+    """
+    if kind is None and packed and _packs(param):
+        return param.numel * PACKED_BITS // 8
     if kind is None:
         return param.numel * (4 if param.dtype == "float32" else itemsize)
     outputs, inputs = param.shape[-2:]
     return param.numel // (outputs * inputs) * kind.nbytes(outputs, inputs)
+
+
+def _packs(param: Param) -> bool:
+    fits = len(param.shape) >= 2 and param.shape[-2] % LANES == 0 and param.shape[-1] % 2 == 0
+    return fits and param.product and param.dtype == "model"
 
 
 def _is_matrix(param: Param) -> bool:

@@ -47,4 +47,8 @@ def fastest(weight: Tensor) -> Making | None:
     weight: the parameter, which may still be on the meta device. For inference only: gradients and `state_dict` need
     the plain layout (`zoo.components.matrix.values` gives it back).
     """
-    return Making(panels.Panels.of, panels.PanelsFilling, panels.LANES) if panels.pays(weight) else None
+    if not panels.pays(weight):
+        return None
+    if panels.packs():
+        return Making(panels.packed, panels.PackedFilling, panels.LANES)
+    return Making(panels.Panels.of, panels.PanelsFilling, panels.LANES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,8 @@ class Matrix(Protocol):
         """A piece of the values, row-major in the dtype of the parameter that it stands for."""
         ...
 
-    def renewed(self, weight_OI: Tensor) -> Self:
-        """Other values, stored in the same way."""
+    def renewed(self, weight_OI: Tensor) -> Matrix:
+        """Other values, stored in the same way where they can be."""
         ...
 
 

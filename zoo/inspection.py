@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from zoo.components.compiled import packs
 from zoo.components.decoder.spec import DecoderSpec
-from zoo.costs.memory import MemoryPlan
+from zoo.costs.memory import MemoryPlan, stored_bytes
 from zoo.costs.work import BYTES as BYTES
 from zoo.costs.work import Work, usual_dtype
 from zoo.machine import free_memory, gpus_free, total_memory
@@ -58,7 +59,7 @@ class Inspection:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights in `dtype`, or as `quantize` stores them."""
-        return MemoryPlan(self._work, 1, 0).weights
+        return stored_bytes(self._work)
 
     @property
     def cache_dtype(self) -> str | None:
@@ -104,6 +105,11 @@ class Inspection:
         return replace(plan, work=work, free=free_memory(), elsewhere=self._on_gpus)
 
     @property
+    def _packed(self) -> bool:
+        """Whether this machine's CPU keeps the weights packed."""
+        return self.dtype == "bfloat16" and packs()
+
+    @property
     def _work(self) -> Work:
         return Work(self.plan, self.dtype, self.quantize)
 
@@ -144,7 +150,7 @@ class Inspection:
             profile = stored(device)
             known = forecast(profile, self._work, device)
         except ZooError as error:
-            return {"why": str(error), "rough": glance(self._work, context)}
+            return {"why": str(error), "rough": glance(replace(self._work, packed=self._packed), context)}
         first = known.prefill(prompt)
         steps = {batch: known.decode(batch, context) for batch in SPEED_BATCHES}
         return {

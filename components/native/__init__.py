@@ -50,6 +50,9 @@ _STEP: list[Any] = [_COUNT, _SIZE, _ADDRESS, _SIZE]
 _ARGUMENTS = {
     "zoo_product": [_COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
     "zoo_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
+    "zoo_packed_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, *[_ADDRESS] * 4, _SIZE, _ADDRESS, _COUNT],
+    "zoo_pack_panels": [*[_SIZE] * 2, _ADDRESS, _SIZE, *[_ADDRESS] * 3, _SIZE, _COUNT],
+    "zoo_unpack_panels": [*[_SIZE] * 4, *[_ADDRESS] * 3, _COUNT],
     "zoo_panels_by_multiply_adds": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
     "zoo_tiles": [],
     "zoo_rms": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, ctypes.c_double, _ADDRESS, _COUNT],
@@ -214,6 +217,29 @@ class Kernels:
             self.handle.zoo_panels_by_tiles(*sizes, *places, packed.data_ptr(), threads)
         else:
             self.handle.zoo_panels_by_multiply_adds(*sizes, *places, threads)
+        return y_TO
+
+    def packed_panels(self, x_TI: Tensor, blocks: Tensor, heads: Tensor, outputs: int, bias_O: Tensor | None) -> Tensor:
+        """As `panels`, with a matrix in packed ones."""
+        if x_TI.ndim != 2 or x_TI.stride(1) != 1:
+            rows_TI = x_TI.reshape(-1, x_TI.shape[-1]).contiguous()
+            return self.packed_panels(rows_TI, blocks, heads, outputs, bias_O).view(*x_TI.shape[:-1], outputs)
+        rows, inputs = x_TI.shape
+        y_TO, room = torch.empty(rows, outputs, dtype=x_TI.dtype), torch.empty(rows * inputs, dtype=x_TI.dtype)
+        self.handle.zoo_packed_panels(
+            rows,
+            inputs,
+            outputs,
+            x_TI.data_ptr(),
+            x_TI.stride(0),
+            blocks.data_ptr(),
+            heads.data_ptr(),
+            None if bias_O is None else bias_O.data_ptr(),
+            y_TO.data_ptr(),
+            outputs,
+            room.data_ptr(),
+            torch.get_num_threads(),
+        )
         return y_TO
 
 

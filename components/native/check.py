@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.components import native
 from zoo.components.native import mixture, prompts, recurrent, small
-from zoo.components.native.panels import Panels
+from zoo.components.native.panels import PackedPanels, Panels, packed, packs
 
 log = logging.getLogger("zoo.components")
 
@@ -30,6 +30,13 @@ def differences() -> Iterator[tuple[str, float]]:
         yield "panels", _error(Panels.of(weight_OI).product(x_TI, bias_O), expected)
         many_TI = x_TI.repeat(5, 1)
         yield "panels of many rows", _error(Panels.of(weight_OI).product(many_TI, bias_O), expected.repeat(5, 1))
+        if packs():
+            sized_OI = weight_OI.sign() * weight_OI.abs().clamp(0.25, 8)
+            sized_OI[17, 33] = 2.0**-30
+            own = packed(sized_OI)
+            assert isinstance(own, PackedPanels), "numbers of few sizes, but for one"
+            same = torch.equal(own.product(many_TI, bias_O), Panels.of(sized_OI).product(many_TI, bias_O))
+            yield "packed panels", 0.0 if same and torch.equal(own.plain(), sized_OI) else 1.0
         yield "rms", _error(small.rms(x_TI, weight_OI[0], 1e-5), rms_reference(x_TI, weight_OI[0], 1e-5))
         expected = rms_reference(x_TI.float(), 1 + weight_OI[0].float(), 1e-5)
         yield "rms plus one", _error(small.rms(x_TI, weight_OI[0], 1e-5, plus_one=True), expected)

@@ -2,7 +2,7 @@
  * matrix, and weighted sums.
  *
  * Which experts these are is read from memory, so that a recorded step follows whatever a router chooses. Products are
- * those of kernels.c, tiles.c and quantised.c: each chosen expert's matrix is read once for all of its rows.
+ * those of panels.c, tiles.c and quantised.c: each chosen expert's matrix is read once for all of its rows.
  */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(ZOO_PLAIN)
@@ -71,7 +71,7 @@ void zoo_order(long rows, long chosen, long experts, const int64_t *choices, int
     }
 }
 
-/* Of bits 16 a matrix's panels, else its codes and scales. */
+/* Of bits 16 a matrix's panels, of bits 12 packed ones and their heads, else its codes and scales. */
 typedef struct {
     void *values, *scales;
 } matrix;
@@ -80,7 +80,9 @@ typedef struct {
 static void product(int level, long single, int bits, long rows, long inputs, long outputs, const bf16 *x, long x_next,
                     const matrix *w, const bf16 *bias, bf16 *y, bf16 *room, int threads) {
     int tiled = level == TILES && rows > single;
-    if (bits < 16)
+    if (bits == 12)
+        zoo_packed_panels(rows, inputs, outputs, x, x_next, w->values, w->scales, bias, y, outputs, room, threads);
+    else if (bits < 16)
         zoo_quantised_product(tiled, bits, rows, inputs, outputs, x, x_next, w->values, w->scales, bias, y, BFLOAT16, room, threads);
     else if (tiled)
         zoo_panels_by_tiles(rows, inputs, outputs, x, x_next, w->values, bias, y, outputs, room, threads);

@@ -17,18 +17,19 @@ from torch import Tensor
 from zoo.components import native
 from zoo.components.matrix import Matrix
 from zoo.components.native import calls, quantised, small
-from zoo.components.native.panels import Panels
+from zoo.components.native.panels import PackedPanels, Panels
 from zoo.components.quantised import Quantised, is_native
 
-BITS = 16
-"""Of the numbers in panels."""
+BITS, PACKED_BITS = 16, 12
+"""Of the numbers in panels, and in packed ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The matrices (O, I) of a mixture's experts, all stored alike, found by the expert's number.
 
-    bits: of each weight. places_E2: int64 addresses of an expert's words, or of its codes and of its scales.
+    bits: of each weight. places_E2: int64 addresses of an expert's words, of its blocks and of its heads, or of its
+    codes and of its scales.
     """
 
     bits: int
@@ -98,7 +99,7 @@ def products(experts: Experts, x: Tensor, by: Order, bias_EO: Tensor | None, *, 
     (outputs, inputs), kernels = experts.shape, native.library()
     pairs, most = len(by.rows_N), len(by.places_TK)
     level, single = kernels.level, kernels.single
-    if experts.bits < BITS:
+    if experts.bits < PACKED_BITS:
         level, single = native.TILES if quantised.by_tiles() else native.NONE, quantised.UNTILED
     bias_EO = None if bias_EO is None else bias_EO.to(x.dtype).contiguous()
     y_NO = torch.empty(pairs, outputs, dtype=x.dtype)
@@ -139,6 +140,8 @@ def _parts(matrix: Matrix) -> tuple[int, tuple[Tensor, Tensor]] | None:
     """The bits of a matrix's numbers, and where these and their scales are."""
     if isinstance(matrix, Panels):
         return BITS, (matrix.words, matrix.words)
+    if isinstance(matrix, PackedPanels):
+        return PACKED_BITS, (matrix.blocks, matrix.heads)
     if isinstance(matrix, Quantised) and matrix.codes.is_cpu and is_native():
         return matrix.kind.bits, (matrix.codes, matrix.scales)
     return None
@@ -147,5 +150,5 @@ def _parts(matrix: Matrix) -> tuple[int, tuple[Tensor, Tensor]] | None:
 def _room(experts: Experts, rows: int) -> Tensor:
     """Memory for what a product of so many rows holds in between: of panels, rows in tiles of 16 by 32 inputs."""
     filled, groups = -(-rows // 16) * 16, -(-experts.shape[1] // 32)
-    each = 32 * 2 if experts.bits == BITS else quantised.SCRATCH
+    each = 32 * 2 if experts.bits >= PACKED_BITS else quantised.SCRATCH
     return torch.empty(filled * groups * each, dtype=torch.uint8)

@@ -1,6 +1,9 @@
-"""Matrices in the layout that kernels.c and tiles.c read: with a few rows as fast as memory gives.
+"""Matrices in the layouts that panels.c and tiles.c read: with a few rows as fast as memory gives.
 
-Sixteen lines of a panel, 32 inputs, are what Intel's tile operations take as their right side.
+Sixteen lines of a panel, 32 inputs, are what Intel's tile operations take as their right side. Packed panels hold the
+same numbers, bit by bit, in twelve bits each: of the upper bytes of weights, signs and most of the exponents, all but
+one in thousands are among the fifteen most frequent ones of a panel. (That exponents of trained weights carry few bits
+is known from Zhang et al., 2025, DFloat11; codes of one length are what a processor reads at memory's rate.)
 """
 
 from __future__ import annotations
@@ -11,11 +14,20 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
-from zoo.components.matrix import Index
+from zoo.components.matrix import Index, Matrix
 from zoo.components.pages import fresh
 
 LANES = 16
 """Outputs of a panel: a matrix has a multiple of them."""
+
+BLOCK, BLOCK_BYTES = 4, 192
+"""Pairs of inputs that are packed together, and the bytes of these of a panel."""
+
+HEAD_WORDS, ESCAPE_WORDS = 6, 2
+"""Of 32 bits, that describe a packed panel, and a weight that no code stands for."""
+
+RARE = 512
+"""Of so many weights one may have no code: with more of them packing does not pay."""
 
 
 def pays(weight: Tensor) -> bool:
@@ -27,6 +39,11 @@ def pays(weight: Tensor) -> bool:
         and weight.shape[-2] % LANES == 0
         and native.missing() is None
     )
+
+
+def packs() -> bool:
+    """Whether panels are packed: where products are those of pairs; the kernels for other processors do not unpack."""
+    return native.library().level == native.DOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +79,8 @@ class Panels:
         rows = self.words.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         return rows.view(torch.bfloat16).view(self.shape)[index]
 
-    def renewed(self, weight_OI: Tensor) -> Panels:
-        return Panels.of(weight_OI)
+    def renewed(self, weight_OI: Tensor) -> Matrix:
+        return packed(weight_OI)
 
 
 class PanelsFilling:
@@ -81,6 +98,110 @@ class PanelsFilling:
 
     def matrix(self) -> Panels:
         return self._made
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPanels:
+    """A bfloat16 matrix (O, I) with twelve bits for a weight.
+
+    blocks: (O / 16, I / 8 rounded up, 192) uint8, of four pairs of inputs: the codes, then the lower bytes. heads:
+    int32, six for each panel (its table of upper bytes, the number of its first escape, how many these are), then two
+    for each escape (where it is, and its pair of inputs).
+    """
+
+    blocks: Tensor
+    heads: Tensor
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes + self.heads.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return native.library().packed_panels(x_TI, self.blocks, self.heads, self.shape[0], bias_O)
+
+    def plain(self, index: Index = ()) -> Tensor:
+        rows = range(self.shape[0])
+        chosen = rows[index[0]] if index else rows
+        span = range(chosen, chosen + 1) if isinstance(chosen, int) else chosen
+        if not span or span.step != 1:
+            return self._rows(0, self.shape[0])[index]
+        first = span.start // LANES * LANES
+        own = chosen - first if isinstance(chosen, int) else slice(span.start - first, span.stop - first)
+        return self._rows(first, -(-span.stop // LANES) * LANES)[(own, *index[1:])]
+
+    def renewed(self, weight_OI: Tensor) -> Matrix:
+        return packed(weight_OI)
+
+    def _rows(self, first: int, last: int) -> Tensor:
+        """The rows of whole panels."""
+        made = fresh((last - first, self.shape[1]), torch.bfloat16)
+        sizes, places = (first // LANES, (last - first) // LANES, *self.shape), (self.blocks, self.heads, made)
+        unpack = native.library().handle.zoo_unpack_panels
+        unpack(*sizes, *(t.data_ptr() for t in places), torch.get_num_threads())
+        return made
+
+
+class PackedFilling:
+    """Packed panels that are made of rows as they come; plain ones where too many weights have no code."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        assert dtype is torch.bfloat16, "what is packed is the two bytes of bfloat16"
+        outputs, inputs = shape
+        self.shape = shape
+        self._blocks = fresh((outputs // LANES, -(-inputs // (2 * BLOCK)), BLOCK_BYTES), torch.uint8)
+        self._heads = torch.zeros(outputs // LANES, HEAD_WORDS, dtype=torch.int32)
+        self._escapes: dict[int, Tensor] = {}
+        self._unpacked: dict[int, Tensor] = {}
+
+    def put(self, first: int, rows_RI: Tensor) -> None:
+        panel, (rows, inputs) = first // LANES, rows_RI.shape
+        most = LANES * inputs // RARE + 1
+        room = torch.empty(rows // LANES * most, ESCAPE_WORDS, dtype=torch.int32)
+        places = (self._blocks[panel:].data_ptr(), self._heads[panel:].data_ptr(), room.data_ptr())
+        pack = native.library().handle.zoo_pack_panels
+        found = pack(rows, inputs, rows_RI.data_ptr(), inputs, *places, most, torch.get_num_threads())
+        if found < 0:
+            self._unpacked[first] = rows_RI.clone()
+        else:
+            self._escapes[first] = room[:found].clone()
+
+    def matrix(self) -> Matrix:
+        if self._unpacked:
+            return self._plain()
+        before = 0
+        for first, rest in zip(sorted(self._escapes), [*sorted(self._escapes)[1:], self.shape[0]], strict=True):
+            self._heads[first // LANES : rest // LANES, HEAD_WORDS - 2] += before
+            before += len(self._escapes[first])
+        escapes = [self._escapes[first].flatten() for first in sorted(self._escapes)]
+        return PackedPanels(self._blocks, torch.cat((self._heads.flatten(), *escapes)), self.shape)
+
+    def _plain(self) -> Panels:
+        """In pieces, so that no more than one of them is there in a third form."""
+        filling = PanelsFilling(self.shape, torch.bfloat16)
+        firsts = sorted((*self._unpacked, *self._escapes))
+        for first, last in zip(firsts, [*firsts[1:], self.shape[0]], strict=True):
+            if first in self._unpacked:
+                filling.put(first, self._unpacked.pop(first))
+            else:
+                heads = torch.cat(
+                    (self._heads[first // LANES : last // LANES].flatten(), self._escapes[first].flatten())
+                )
+                shape = torch.Size((last - first, self.shape[1]))
+                piece = PackedPanels(self._blocks[first // LANES : last // LANES], heads, shape)
+                filling.put(first, piece.plain())
+        return filling.matrix()
+
+
+def packed(weight_OI: Tensor) -> Matrix:
+    """The same values in packed panels, or in plain ones where that does not pay."""
+    filling = PackedFilling(weight_OI.shape, weight_OI.dtype)
+    filling.put(0, weight_OI.contiguous())
+    return filling.matrix()
 
 
 def words_reference(weight_OI: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-/* Products with bfloat16 matrices in panels (kernels.c) on processors whose dot products of pairs are slow or missing: of
+/* Products with bfloat16 matrices in panels (panels.c) on processors whose dot products of pairs are slow or missing: of
  * many rows by tiles, where the processor multiplies whole ones (AMX), and otherwise by multiply-adds of widened numbers.
  *
  * Loaded and tested as kernels.c is. Sixteen lines of a panel, 32 inputs of sixteen outputs, are what a tile operation

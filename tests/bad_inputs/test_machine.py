@@ -50,9 +50,10 @@ def on(device: str, count: int, free: int = 1 << 40) -> Act:
 
 
 def memory(free: int, **options: Any) -> Act:
-    """A machine with so many bytes of memory free."""
+    """A machine with so many bytes of memory free, whose processor does not pack weights."""
 
     def act(desk: Desk) -> dict[str, Any]:
+        desk.patch.setattr("zoo.costs.memory.packs", lambda: False)
         desk.patch.setattr("zoo.device.free_memory", lambda: free)
         return options
 

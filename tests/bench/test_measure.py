@@ -12,6 +12,7 @@ import zoo
 from zoo.bench import arrivals, decode_steps, measure_decode, measure_prefill, measure_traffic, random_prompts
 from zoo.bench.limits import machine_limits
 from zoo.bench.suite import Options, Report, cases, fill
+from zoo.components.compiled import packs
 from zoo.costs.profile import Limits
 from zoo.costs.work import Step, Work
 from zoo.model import Model
@@ -52,7 +53,7 @@ def test_a_failure_leaves_nothing_running(model: Model, monkeypatch: pytest.Monk
 def test_figures_are_beside_the_limits(model: Model) -> None:
     found = measure_decode(model, LIMITS, batch=2, context=20, new_tokens=4)
     step = Step.decode(2, found.context)
-    work = Work(model.plan, model.placement.dtype_name)
+    work = Work(model.plan, model.placement.dtype_name, packed=packs())
     assert (found.read_bytes, found.multiply_adds) == (work.read_bytes(step), work.multiply_adds(step))
     assert found.tokens_per_second == pytest.approx(2 / found.seconds)
     assert found.of_read == pytest.approx(found.read_bytes / found.seconds / 2e10)

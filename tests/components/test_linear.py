@@ -14,6 +14,7 @@ from zoo.components import native
 from zoo.components.cache.store import fresh_step
 from zoo.components.linear import Linear, fastest
 from zoo.components.matrix import Holder, values, weight_bytes
+from zoo.components.native import panels
 
 needs_panels = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
 
@@ -42,7 +43,8 @@ def test_packed_weights_give_the_same(rows: int, bias: bool, close: Callable[...
         pack(layer)
         close(layer(x), plain, "bfloat16")
     (packed,) = layer.stored["weight"]
-    assert (packed.shape, packed.nbytes) == (weight.shape, weight.nbytes)
+    assert packed.shape == weight.shape
+    assert packed.nbytes <= weight.nbytes
     assert torch.equal(layer.values("weight"), weight)
     assert torch.equal(layer.values("weight", (slice(3, 5),)), weight[3:5])
     assert (layer.weight.is_meta, layer.weight.shape, layer.weight.dtype) == (True, weight.shape, weight.dtype)
@@ -73,10 +75,9 @@ def test_packed_models_give_the_same(
     spec = small(ffn=ffn, tied_embeddings=tied)
     model, packed = filled(spec, torch.bfloat16), filled(spec, torch.bfloat16)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    assert weight_bytes(packed) == weight_bytes(model)
     pack(packed)
     assert {name: p.shape for name, p in packed.named_parameters()} == shapes
-    assert weight_bytes(packed) == weight_bytes(model)
+    assert (weight_bytes(packed) < weight_bytes(model)) == panels.packs()
     assert packed.layers[0].mixer.qkv.weight.is_meta
     assert packed.layers[0].ffn.experts_down.is_meta
     assert not packed.embed.weight.is_meta

@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.components import native
+from zoo.components import compiled, native
 from zoo.components.attention.kernels import attention, reference
 from zoo.components.compiled import kernels_file
 from zoo.components.linear import Linear
 from zoo.components.native import measure, prompts, small
 from zoo.components.native.measure import plain_read_rate, product_rates, read_limit
-from zoo.components.native.panels import Panels, PanelsFilling, words_reference
+from zoo.components.native.panels import (
+    PackedFilling,
+    PackedPanels,
+    Panels,
+    PanelsFilling,
+    packed,
+    packs,
+    words_reference,
+)
 from zoo.components.norm import residual
 from zoo.components.norm.rms import RMS, rms_reference
 from zoo.components.norm.rms_plus_one import RMSPlusOne
@@ -105,6 +113,81 @@ def test_panels_equal_the_formula(inputs: int, outputs: int, close: Callable[...
     close(panels.product(apart, None), native.product_reference(apart, weight), "bfloat16")
     assert panels.product(x.view(3, 100, inputs), None).shape == (3, 100, outputs)
     assert panels.product(x[:0], None).shape == (0, outputs)
+
+
+def spread(inputs: int, outputs: int) -> Tensor:
+    """Weights as a model has them, with some that are far from the others, no numbers among them."""
+    draw = torch.Generator().manual_seed(inputs)
+    weight_OI = (torch.randn(outputs, inputs, generator=draw) * 0.02).bfloat16()
+    odd = torch.tensor([0.0, -0.0, 2.0**60, -(2.0**-60), 2.0**-130, 1e-9, torch.inf]).bfloat16()
+    places = torch.randperm(weight_OI.numel(), generator=draw)[: weight_OI.numel() // 2000 + 2]
+    weight_OI.view(-1)[places] = odd[torch.arange(len(places)) % len(odd)]
+    return weight_OI
+
+
+needs_packing = pytest.mark.skipif(native.missing() is not None or not packs(), reason="panels are not packed here")
+
+
+@needs_packing
+@pytest.mark.parametrize(("inputs", "outputs"), [(74, 48), (2100, 144), (4102, 16), (2048, 784)])
+def test_packed_panels_are_the_same_numbers_in_less(inputs: int, outputs: int) -> None:
+    weight = spread(inputs, outputs)
+    matrix, panels = packed(weight), Panels.of(weight)
+    assert isinstance(matrix, PackedPanels)
+    assert matrix.nbytes < weight.nbytes * (0.79 if inputs > 100 else 0.85)
+    assert torch.equal(matrix.plain().view(torch.int16), weight.view(torch.int16))
+    finite = matrix.renewed(torch.where(weight.isinf(), 1.0, weight))
+    assert isinstance(finite, PackedPanels)
+    plain = Panels.of(finite.plain())
+    for rows in (*range(1, 26), 530, 300):
+        x, _, bias = operands(rows, inputs, outputs)
+        for added in (None, bias):
+            assert torch.equal(finite.product(x, added), plain.product(x, added)), rows
+        assert torch.equal(matrix.product(x, None).isfinite(), panels.product(x, None).isfinite()), rows
+    apart = torch.randn(inputs, 7).bfloat16().T
+    assert torch.equal(finite.product(apart, None), plain.product(apart, None))
+    assert finite.product(x.view(3, 100, inputs), None).shape == (3, 100, outputs)
+    assert finite.product(x[:0], None).shape == (0, outputs)
+
+
+@needs_kernels
+def test_plans_know_whether_panels_are_packed() -> None:
+    assert compiled.packs() == packs()
+
+
+@needs_packing
+def test_pieces_of_packed_panels() -> None:
+    weight = spread(2100, 144)
+    matrix = packed(weight)
+    for index in (
+        (),
+        (slice(3, 40),),
+        (17,),
+        (slice(0, 144, 5),),
+        (slice(5, 5),),
+        (slice(-3, None), slice(7)),
+        (-1, 3),
+    ):
+        assert torch.equal(matrix.plain(index), weight[index]), index
+
+
+@needs_packing
+@pytest.mark.parametrize("odd", [False, True])
+def test_packed_panels_are_made_of_rows_in_any_order(odd: bool) -> None:
+    """Where rows have weights of all sizes the whole matrix is stored plain."""
+    weight = spread(2100, 144)
+    if odd:
+        weight[50:52] = torch.randint(-(2**15), 2**15, (2, 2100), dtype=torch.int16).view(torch.bfloat16)
+    filling = PackedFilling(weight.shape, weight.dtype)
+    for first in (96, 32, 0, 16):
+        filling.put(first, weight[first : first + (48 if first == 96 else 64 if first == 32 else 16)])
+    made = filling.matrix()
+    assert isinstance(made, Panels if odd else PackedPanels)
+    assert torch.equal(made.plain().view(torch.int16), weight.view(torch.int16))
+    if not odd:
+        x, _, bias = operands(3, 2100, 144)
+        found, expected = made.product(x, bias), packed(weight).product(x, bias)
+        assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
 
 
 @needs_kernels

@@ -27,7 +27,7 @@ from zoo.components.ffn.spec import (
 from zoo.components.kinds import INT4, INT8
 from zoo.components.native import mixture
 from zoo.components.native.calls import Arena, Record
-from zoo.components.native.panels import Panels
+from zoo.components.native.panels import Panels, packed
 from zoo.components.quantised import Quantised, is_native
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
@@ -41,6 +41,7 @@ FORMS: dict[str, Expert] = {
 }
 STORES: dict[str, Callable[[Tensor], Any]] = {
     "panels": Panels.of,
+    "packed": packed,
     "int8": lambda weight: Quantised.of(INT8, weight),
     "int4": lambda weight: Quantised.of(INT4, weight),
 }
@@ -48,7 +49,7 @@ STORES: dict[str, Callable[[Tensor], Any]] = {
 
 def stored(form: str = "gated", store: str = "panels", **changes: Any) -> MoE:
     """A mixture in bfloat16 whose experts are stored so."""
-    if store != "panels" and not is_native():
+    if store.startswith("int") and not is_native():
         pytest.skip("a processor without AVX-512 VNNI")
     spec = MoESpec(**SIZES, router=SoftmaxTopkSpec(**SIZES), expert=FORMS[form], **changes)
     moe, draw = build(spec, device="cpu").bfloat16(), torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoo.components.native.panels import PanelsFilling, pays
+from zoo.components.native.panels import PackedFilling, PanelsFilling, pays
 from zoo.components.pages import HUGE, fresh
 
 SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -31,7 +31,9 @@ def huge(tensor: torch.Tensor) -> bool:
 def test_weights_are_in_huge_pages() -> None:
     assert huge(fresh((2 * HUGE,), torch.uint8))
     if pays(torch.empty(4096, 1024, dtype=torch.bfloat16, device="meta")):
-        assert huge(PanelsFilling(torch.Size((4096, 1024)), torch.bfloat16).matrix().words)
+        shape = torch.Size((4096, 1024))
+        assert huge(PanelsFilling(shape, torch.bfloat16).matrix().words)
+        assert huge(PackedFilling(shape, torch.bfloat16)._blocks)
 
 
 def test_other_memory() -> None:

@@ -147,20 +147,22 @@ def test_inspect_tells_the_speed(measured: Profile) -> None:
     assert found["unmeasured"] == ["attention", "moe"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 def test_inspect_without_measurements_tells_what_memory_allows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from zoo.cli import main
 
+    monkeypatch.setattr("zoo.inspection.packs", lambda: packed)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(glances, "read_rate", lambda: 1e12)
     found = zoo.inspect("mixtral-8x7b")
     told = found.speed(context=500)
-    read = Work(found.plan, "bfloat16").read_bytes(Step.decode(1, 500))
+    read = Work(found.plan, "bfloat16", packed=packed).read_bytes(Step.decode(1, 500))
     assert "`zoo bench --machine`" in told["why"]
     assert told["rough"]["tokens_per_second"] == pytest.approx(0.8 * 1e12 / read)
     text = _shown(main, capsys, "inspect", "mixtral-8x7b", "--context", "500")
-    assert "about 31 tokens/s for one sequence of 500 tokens on the CPU" in text
+    assert f"about {42 if packed else 31} tokens/s for one sequence of 500 tokens on the CPU" in text
     assert "memory was read at 1000 GB/s just now; " in text and "`zoo bench --machine`" in text
     assert zoo.inspect("mixtral-8x7b", dtype="float32").speed()["rough"] is None
 

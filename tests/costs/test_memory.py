@@ -22,6 +22,7 @@ from zoo.components import native
 from zoo.components.attention.room import room_bytes
 from zoo.components.cache.pages import PAGE
 from zoo.components.cache.slab import STEP
+from zoo.costs import memory
 from zoo.costs.memory import PROCESS_BYTES, MemoryPlan
 from zoo.costs.work import Work, grain_tokens
 from zoo.device import Placement, choose
@@ -32,9 +33,26 @@ TOLERANCE = 0.25
 """By which planned and measured memory may differ: allocators keep some, and threads have stacks."""
 
 
+@pytest.fixture(autouse=True)
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights take what they take everywhere, but where a test says otherwise."""
+    monkeypatch.setattr(memory, "packs", lambda: False)
+
+
 def plan(name: str, context: int, free: int, dtype: str = "bfloat16", **changes: Any) -> MemoryPlan:
     quantize = changes.pop("quantize", None)
     return MemoryPlan(Work(zoo.inspect(name).plan, dtype, quantize), context, free, **changes)
+
+
+def test_a_processor_that_packs_keeps_bfloat16_in_three_quarters(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = [plan("mistral-7b-v0.3", 100, 0, **changes).weights for changes in ({}, {"dtype": "float32"})]
+    monkeypatch.setattr(memory, "packs", lambda: True)
+    looked_up = 2 * 32768 * 4096
+    assert plan("mistral-7b-v0.3", 100, 0).weights == pytest.approx(0.75 * (plain[0] - looked_up) + looked_up, rel=1e-4)
+    assert plan("mistral-7b-v0.3", 100, 0, device="cuda").weights == plain[0]
+    assert plan("mistral-7b-v0.3", 100, 0, dtype="float32").weights == plain[1]
+    eight = plan("mistral-7b-v0.3", 100, 0, quantize="int8").weights
+    assert eight == plan("mistral-7b-v0.3", 100, 0, quantize="int8", device="cuda").weights
 
 
 def test_the_parts_add_up() -> None:

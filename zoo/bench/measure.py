@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zoo.bench.timing import seconds
+from zoo.components.matrix import Holder
+from zoo.components.native.panels import PackedPanels
 from zoo.costs.profile import Limits
 from zoo.costs.work import Step, Work, prefill
 from zoo.engine.request import Request, SamplingParams
@@ -68,9 +70,10 @@ def work_of(model: "Model") -> Work:
     """The arithmetic of a loaded model."""
     kinds = {matrix.kind.name for _, matrix in quantised_parts(model.module)}
     # Where blocks have four bits the head still has eight.
-    return Work(
-        model.plan, model.placement.dtype_name, next((name for name in ("int4", "int8") if name in kinds), None)
-    )
+    quantize = next((name for name in ("int4", "int8") if name in kinds), None)
+    holders = (part for part in model.module.modules() if isinstance(part, Holder))
+    packed = any(isinstance(matrix, PackedPanels) for holder in holders for [matrix, *_] in holder.stored.values())
+    return Work(model.plan, model.placement.dtype_name, quantize, packed=packed)
 
 
 def bytes_per_step(model: "Model", batch: int, context: int) -> float:

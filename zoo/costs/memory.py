@@ -8,6 +8,7 @@ from functools import cached_property
 from math import ceil
 from typing import Any
 
+from zoo.components.compiled import packs
 from zoo.components.kinds import KINDS, quantised, weight_bytes
 from zoo.costs.work import BYTES, Work, chunk_tokens, grain_tokens
 from zoo.loading.hub.types import human_bytes
@@ -26,6 +27,15 @@ PROCESS_BYTES = 320 << 20
 
 COPIES = 4
 """Of the residual stream that a block holds: its input, its normed one, what it adds, their sum."""
+
+
+def stored_bytes(work: Work, *, packed: bool = False) -> int:
+    """Bytes of all parameters of a model in its dtype, or as they are quantised. packed: as a CPU keeps them that packs
+    bfloat16."""
+    model, size = work.plan.model, BYTES[work.dtype]
+    kinds = quantised(model, KINDS[work.quantize]) if work.quantize else {}
+    parameters = model.all_parameters().items()
+    return sum(weight_bytes(param, size, kinds.get(name), packed=packed) for name, param in parameters)
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,8 @@ class MemoryPlan:
     @cached_property
     def weights(self) -> int:
         """Of all parameters as they are stored."""
-        model, kind = self.work.plan.model, self.work.quantize
-        kinds = quantised(model, KINDS[kind]) if kind else {}
-        size = BYTES[self.work.dtype]
-        return sum(weight_bytes(param, size, kinds.get(name)) for name, param in model.all_parameters().items())
+        packed = self.device == "cpu" and self.work.dtype == "bfloat16" and packs()
+        return stored_bytes(self.work, packed=packed)
 
     @property
     def cache(self) -> int:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from zoo.components.cache.spec import CacheDtype, RecurrentCacheSpec
 from zoo.components.decoder.spec import DecoderSpec
-from zoo.components.kinds import HEAD, KINDS, Kind, kind_of
+from zoo.components.kinds import HEAD, KINDS, PACKED_BITS, Kind, kind_of
 from zoo.registry.plan import Plan
 from zoo.registry.spec import Param, Spec, StateSpec
 
@@ -114,13 +114,14 @@ class Matrix:
 class Work:
     """The work of a model's steps. dtype: the format of weights and cache. quantize: the kind of large matrices.
 
-    cache_dtype: codes of the cache, where they are others than the model's.
+    cache_dtype: codes of the cache, where they are others than the model's. packed: bfloat16 matrices are.
     """
 
     plan: Plan
     dtype: str
     quantize: str | None = None
     cache_dtype: CacheDtype | None = None
+    packed: bool = False
 
     @property
     def model(self) -> DecoderSpec:
@@ -154,6 +155,8 @@ class Work:
         """Bytes of one expert of a matrix as it is stored."""
         if matrix.kind is not None:
             return KINDS[matrix.kind].nbytes(matrix.outputs, matrix.inputs)
+        if self.packed and matrix.dtype == "model":
+            return matrix.numel * PACKED_BITS / 8
         return matrix.numel * BYTES["float32" if matrix.dtype == "float32" else self.dtype]
 
     def weight_bytes(self, step: Step) -> float:
