@@ -12,6 +12,8 @@ import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from zoo.registry.environment import switch
+
 FOLDER = Path(__file__).parent / "native"
 
 FLAGS = ("-O3", "-fopenmp")
@@ -26,8 +28,8 @@ def kernels_file() -> Path | None:
 
 def packs() -> bool:
     """Whether weights in bfloat16 are packed on this machine's CPU (zoo.components.native.panels), as far as that is
-    known without loading the kernels."""
-    if kernels_file() is None or os.environ.get("ZOO_NATIVE", "auto") not in ("auto", "dot"):
+    known without loading the kernels. Raises RequestError for a ZOO_UNPACKED that is no switch."""
+    if switch("ZOO_UNPACKED") or kernels_file() is None or os.environ.get("ZOO_NATIVE", "auto") not in ("auto", "dot"):
         return False
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())

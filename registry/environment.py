@@ -18,6 +18,7 @@ NAMES = frozenset(
         "ZOO_NATIVE",
         "ZOO_OFFLINE",
         "ZOO_STRICT_PLUGINS",
+        "ZOO_UNPACKED",
     }
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from zoo.components import native
 from zoo.components.matrix import Index, Matrix
 from zoo.components.pages import fresh
+from zoo.registry.environment import switch
 
 LANES = 16
 """Outputs of a panel: a matrix has a multiple of them."""
@@ -42,8 +43,9 @@ def pays(weight: Tensor) -> bool:
 
 
 def packs() -> bool:
-    """Whether panels are packed: where products are those of pairs; the kernels for other processors do not unpack."""
-    return native.library().level == native.DOT
+    """Whether panels are packed: where products are those of pairs, as the kernels for other processors do not unpack,
+    and ZOO_UNPACKED does not forbid it."""
+    return native.library().level == native.DOT and not switch("ZOO_UNPACKED")
 
 
 @dataclass(frozen=True, slots=True)

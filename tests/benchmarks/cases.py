@@ -1,5 +1,6 @@
 """The benchmarks by name: each takes a Bench, that is a shape and who takes part, and returns plain data."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -114,9 +115,11 @@ def decode(bench: Bench) -> dict[str, Any]:
 
 @case
 def quantised(bench: Bench) -> dict[str, Any]:
-    """One sequence with int8 and int4 weights beside zoo's own bfloat16 and llama.cpp's kinds."""
+    """One sequence with int8 and int4 weights beside zoo's own bfloat16, packed and not, and llama.cpp's kinds."""
     length, folder = bench.prompt or 128, bench.folder
-    sides: list[Side] = [Zoo(folder)]
+    with patch.dict(os.environ, ZOO_UNPACKED="1"):
+        sides: list[Side] = [Zoo(folder, "zoo unpacked")]
+    sides.append(Zoo(folder))
     sides += [Zoo(folder, f"zoo {kind}", quantize=kind) for kind in ("int8", "int4")]
     if "llama.cpp" in bench.peers:
         sides += [LlamaCpp(folder / f"{kind}.gguf") for kind in ("bf16", *LLAMA_FILES)]

@@ -51,10 +51,16 @@ def _prefill(results: Results) -> Iterator[Verdict]:
 
 
 def _quantised(results: Results) -> Iterator[Verdict]:
-    rates = results.get("quantised", {}).get("tokens_per_second", {})
+    rates, sizes = (results.get("quantised", {}).get(name, {}) for name in ("tokens_per_second", "bytes"))
     for kind, aim, peer in (("int8", 1.7, "q8_0"), ("int4", 2.6, "q4_0")):
         ours = rates.get(f"zoo {kind}")
-        yield Verdict(f"{kind} decode: over bfloat16", aim, _over(ours, rates.get("zoo")))
+        yield Verdict(f"{kind} decode: over bfloat16 of 16 bits", aim, _over(ours, rates.get("zoo unpacked")))
+        yield Verdict(
+            f"{kind} decode: over packed bfloat16",
+            aim,
+            _over(ours, rates.get("zoo")),
+            _over(sizes.get("zoo"), sizes.get(f"zoo {kind}")),
+        )
         yield Verdict(f"{kind} decode: over llama.cpp {peer}", 1.0, _over(ours, rates.get(f"llama.cpp {peer}")))
 
 

@@ -16,6 +16,7 @@ from tests.benchmarks.report import report
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.sides import Transformers
 from zoo.bench import arrivals
+from zoo.components.compiled import packs
 from zoo.engine import runner
 from zoo.engine.pack import Batch, split
 from zoo.engine.turns import Turns
@@ -100,7 +101,7 @@ def test_shares_of_ranks_become_a_table(bench: Bench, tmp_path: Path, monkeypatc
     found = CASES["shares"](bench)
     [rank] = found["ranks"]
     files = (bench.folder / "model.safetensors").stat().st_size
-    assert 0.4 * files < rank["holds"] <= rank["reads"] < 0.7 * files
+    assert (0.3 if packs() else 0.4) * files < rank["holds"] <= rank["reads"] < 0.7 * files
     assert rank["grows"] >= 0
     decode, prompt = {"2": {"x": 4.4}}, {"x": 5.6}
     speeds = {"prompt": 3, "decode_tokens_per_second": decode, "prefill_tokens_per_second": prompt}

@@ -151,8 +151,15 @@ def test_packed_panels_are_the_same_numbers_in_less(inputs: int, outputs: int) -
 
 
 @needs_kernels
-def test_plans_know_whether_panels_are_packed() -> None:
-    assert compiled.packs() == packs()
+def test_plans_know_whether_panels_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZOO_UNPACKED", raising=False)
+    assert compiled.packs() == packs() == (native.library().level == native.DOT)
+    monkeypatch.setenv("ZOO_UNPACKED", "1")
+    assert not compiled.packs() and not packs()
+    for known in (compiled.packs, lambda: packs() or native.library().level != native.DOT):
+        monkeypatch.setenv("ZOO_UNPACKED", "perhaps")
+        with pytest.raises(ZooError, match="ZOO_UNPACKED: neither on nor off; found 'perhaps'"):
+            assert known() and False
 
 
 @needs_packing

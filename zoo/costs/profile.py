@@ -27,7 +27,8 @@ class Key(_Data):
     """What the figures depend on. A profile whose key is not that of the running installation is refused.
 
     threads: OMP_NUM_THREADS, where it is set. torch, zoo: versions. native: what ZOO_NATIVE asks of the
-    kernels in C, or "none" where they are not built or left out. accelerator: a GPU's name, or None for the CPU.
+    kernels in C, or "none" where they are not built or left out. packed: whether weights are packed for them.
+    accelerator: a GPU's name, or None for the CPU.
     """
 
     processor: str
@@ -36,6 +37,7 @@ class Key(_Data):
     torch: str
     zoo: str
     native: str
+    packed: bool
     accelerator: str | None = None
 
     @classmethod
@@ -48,6 +50,7 @@ class Key(_Data):
             torch=importlib.metadata.version("torch"),
             zoo=importlib.metadata.version("zoo-inference"),
             native=os.environ.get("ZOO_NATIVE", "auto") if kernels_file() else "none",
+            packed=compiled.packs(),
             accelerator=accelerator,
         )
 
