@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -31,11 +32,16 @@ def packs() -> bool:
     known without loading the kernels. Raises RequestError for a ZOO_UNPACKED that is no switch."""
     if switch("ZOO_UNPACKED") or kernels_file() is None or os.environ.get("ZOO_NATIVE", "auto") not in ("auto", "dot"):
         return False
+    return {"AuthenticAMD", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= _traits()
+
+
+@cache
+def _traits() -> frozenset[str]:
+    """What Linux says of the processor, in words; nothing elsewhere."""
     try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
-    return {"AuthenticAMD", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= words
+        return frozenset()
 
 
 def compiler() -> list[str] | None:

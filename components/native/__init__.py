@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,15 @@ def unusable() -> str | None:
     return OLDER if library().absent else None
 
 
+def refusal(what: str, error: Callable[[], float]) -> str | None:
+    """Why kernels that have a check of their own are not in use, None where they are. error: their relative one."""
+    reason = missing()
+    if reason is None and not (found := error()) < TOLERANCE:
+        log.warning("zoo: the native %s is off by %.0e on this processor and is left out", what, found)
+        reason = f"off by {found:.0e} on this processor"
+    return reason
+
+
 def _choice() -> str:
     choice, allowed = os.environ.get("ZOO_NATIVE", "auto"), ("auto", "off", *LEVELS)
     if choice not in allowed:
@@ -199,17 +208,25 @@ class Kernels:
         )
         return y_TO
 
-    def panels(self, x_TI: Tensor, words: Tensor, outputs: int, bias_O: Tensor | None) -> Tensor:
-        """x W^T + b of any number of rows, with a matrix in panels (zoo.components.native.panels)."""
+    def panels(
+        self, x_TI: Tensor, words: Tensor, outputs: int, bias_O: Tensor | None, heads: Tensor | None = None
+    ) -> Tensor:
+        """x W^T + b of any number of rows, with a matrix in panels (zoo.components.native.panels).
+
+        heads: of packed panels, whose blocks `words` are then.
+        """
         if x_TI.ndim != 2 or x_TI.stride(1) != 1:
-            flat_TO = self.panels(x_TI.reshape(-1, x_TI.shape[-1]).contiguous(), words, outputs, bias_O)
+            flat_TO = self.panels(x_TI.reshape(-1, x_TI.shape[-1]).contiguous(), words, outputs, bias_O, heads)
             return flat_TO.view(*x_TI.shape[:-1], outputs)
         rows, inputs = x_TI.shape
         y_TO = torch.empty(rows, outputs, dtype=x_TI.dtype)
         sizes = (rows, inputs, outputs, x_TI.data_ptr(), x_TI.stride(0))
         places = (words.data_ptr(), None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr(), outputs)
         threads = torch.get_num_threads()
-        if self.level == DOT:
+        if heads is not None:
+            room = torch.empty(rows * inputs, dtype=x_TI.dtype)
+            self.handle.zoo_packed_panels(*sizes, heads.data_ptr(), *places, room.data_ptr(), threads)
+        elif self.level == DOT:
             room = torch.empty(rows * inputs, dtype=x_TI.dtype)
             self.handle.zoo_panels(*sizes, *places, room.data_ptr(), threads)
         elif self.level == TILES and rows > self.single:
@@ -217,29 +234,6 @@ class Kernels:
             self.handle.zoo_panels_by_tiles(*sizes, *places, packed.data_ptr(), threads)
         else:
             self.handle.zoo_panels_by_multiply_adds(*sizes, *places, threads)
-        return y_TO
-
-    def packed_panels(self, x_TI: Tensor, blocks: Tensor, heads: Tensor, outputs: int, bias_O: Tensor | None) -> Tensor:
-        """As `panels`, with a matrix in packed ones."""
-        if x_TI.ndim != 2 or x_TI.stride(1) != 1:
-            rows_TI = x_TI.reshape(-1, x_TI.shape[-1]).contiguous()
-            return self.packed_panels(rows_TI, blocks, heads, outputs, bias_O).view(*x_TI.shape[:-1], outputs)
-        rows, inputs = x_TI.shape
-        y_TO, room = torch.empty(rows, outputs, dtype=x_TI.dtype), torch.empty(rows * inputs, dtype=x_TI.dtype)
-        self.handle.zoo_packed_panels(
-            rows,
-            inputs,
-            outputs,
-            x_TI.data_ptr(),
-            x_TI.stride(0),
-            blocks.data_ptr(),
-            heads.data_ptr(),
-            None if bias_O is None else bias_O.data_ptr(),
-            y_TO.data_ptr(),
-            outputs,
-            room.data_ptr(),
-            torch.get_num_threads(),
-        )
         return y_TO
 
 

@@ -7,7 +7,6 @@ however few heads there are; codes become numbers on the way. New keys and value
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
@@ -21,15 +20,12 @@ from zoo.components.attention.kernels import Scores, reference
 from zoo.components.cache.code import RowCode
 from zoo.components.native.calls import Library
 
-log = logging.getLogger("zoo.components")
-
 WIDEST = 256
 """The largest head, and the most query heads of a key head, that the kernel has room for."""
 
 FEW = 16
 """Rows of a sequence up to which the kernel is the way: for more, products of many rows are."""
 
-TOLERANCE = 1e-2
 
 _SIZE, _ADDRESS, _COUNT, _FLOAT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: list[Any] = [*[_COUNT] * 3, *[_SIZE] * 7, *[_ADDRESS, _SIZE] * 3, _ADDRESS, _ADDRESS, _SIZE]
@@ -154,11 +150,7 @@ def _attended(
 @cache
 def missing() -> str | None:
     """Why the kernel is not in use, None where it is: it is compared with the formula before its first use."""
-    reason = native.missing()
-    if reason is None and not (error := _error()) < TOLERANCE:
-        log.warning("zoo: the native attention is off by %.0e on this processor and is left out", error)
-        reason = f"off by {error:.0e} on this processor"
-    return reason
+    return native.refusal("attention", _error)
 
 
 @cache

@@ -9,7 +9,6 @@ rows.
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,10 +21,8 @@ from torch import Tensor
 from zoo.components import native
 from zoo.components.cache.code import RowCode
 from zoo.components.native import attention
-from zoo.components.native.attention import PLAIN, TOLERANCE, addresses, kind_of
+from zoo.components.native.attention import PLAIN, addresses, kind_of
 from zoo.components.native.calls import Library
-
-log = logging.getLogger("zoo.components")
 
 WIDEST = 1024
 """The largest row of a latent and turned lanes that the kernels have room for."""
@@ -165,13 +162,7 @@ def _by_dots() -> bool:
 @cache
 def missing() -> str | None:
     """Why the kernels are not in use, None where they are: they are compared with formulas before their first use."""
-    reason = native.missing()
-    if reason is None:
-        error = max(_errors())
-        if not error < TOLERANCE:
-            log.warning("zoo: native latent attention is off by %.0e on this processor and is left out", error)
-            reason = f"off by {error:.0e} on this processor"
-    return reason
+    return native.refusal("latent attention", lambda: max(_errors()))
 
 
 @cache

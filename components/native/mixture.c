@@ -81,7 +81,7 @@ static void product(int level, long single, int bits, long rows, long inputs, lo
                     const matrix *w, const bf16 *bias, bf16 *y, bf16 *room, int threads) {
     int tiled = level == TILES && rows > single;
     if (bits == 12)
-        zoo_packed_panels(rows, inputs, outputs, x, x_next, w->values, w->scales, bias, y, outputs, room, threads);
+        zoo_packed_panels(rows, inputs, outputs, x, x_next, w->scales, w->values, bias, y, outputs, room, threads);
     else if (bits < 16)
         zoo_quantised_product(tiled, bits, rows, inputs, outputs, x, x_next, w->values, w->scales, bias, y, BFLOAT16, room, threads);
     else if (tiled)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
+from zoo.components.kinds import PACKED_BITS
 from zoo.components.matrix import Matrix
 from zoo.components.native import calls, quantised, small
 from zoo.components.native.panels import PackedPanels, Panels
 from zoo.components.quantised import Quantised, is_native
 
-BITS, PACKED_BITS = 16, 12
-"""Of the numbers in panels, and in packed ones."""
+BITS = 16
+"""Of the numbers in panels."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ static const int WIDTH[MOST + 1] = {0, 8, 8, 8, 6, 4, 4, 3, 3};
  * Packed panels hold the same numbers in three quarters of the memory. The upper bytes of weights, their signs and most of
  * their exponents, are few different ones: of four lines there are the places of the upper bytes, of four bits each, in a
  * table of those that the panel has most often, and then the lower bytes. A weight whose upper byte is not in the table, an
- * escape, stands as zero, and is put in its place when its line is unpacked, so that results are those of plain panels. */
+ * escape, stands with an upper byte of zero, and is put in its place when its line is unpacked, so that results are those of plain panels. */
 
 enum { BLOCK = 4, LINE = 32, PACKED_LINE = 24, TABLE = 16 };
 
@@ -342,8 +342,8 @@ void zoo_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next
     multiplied(rows, inputs, outputs, x, x_next, own, bias, y, y_next, room, threads);
 }
 
-/* As zoo_panels, of w in packed panels. heads: of all panels, behind them the escapes. */
-void zoo_packed_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next, const void *w, const void *heads,
+/* As zoo_panels, of packed panels. heads: of all of these, behind them the escapes. */
+void zoo_packed_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next, const void *heads, const void *w,
                        const bf16 *bias, bf16 *y, long y_next, bf16 *room, int threads) {
     multiplied(rows, inputs, outputs, x, x_next, of_packed(inputs, outputs, w, heads), bias, y, y_next, room, threads);
 }
@@ -356,7 +356,7 @@ static void choose(long inputs, const bf16 *w, long next, uint8_t *table) {
         for (long i = 0; i + 1 < inputs; i += i % 64 == 14 ? skip : 2)
             for (int h = 0; h < 2; h++) counts[h][w[lane * next + i + h] >> 8]++;
     for (int byte = 0; byte < 256; byte++) counts[0][byte] += counts[1][byte];
-    table[0] = 0, counts[0][0] = 0; /* as escapes stand */
+    table[0] = 0, counts[0][0] = 0; /* of escapes */
     for (int t = 1; t < TABLE; t++) {
         int most = 0;
         for (int byte = 1; byte < 256; byte++)
@@ -376,7 +376,7 @@ AVX512 INLINE __mmask64 coded(__m512i a, __m512i b, const uint8_t *table, __m512
         *places = _mm512_mask_mov_epi8(*places, same, _mm512_set1_epi8(t));
         found |= same;
     }
-    *low = _mm512_maskz_mov_epi8(found, _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
+    *low = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
     return ~found;
 }
 

@@ -81,8 +81,8 @@ class Panels:
         rows = self.words.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         return rows.view(torch.bfloat16).view(self.shape)[index]
 
-    def renewed(self, weight_OI: Tensor) -> Matrix:
-        return packed(weight_OI)
+    def renewed(self, weight_OI: Tensor) -> Panels:
+        return Panels.of(weight_OI)
 
 
 class PanelsFilling:
@@ -124,7 +124,7 @@ class PackedPanels:
         return self.blocks.device
 
     def product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return native.library().packed_panels(x_TI, self.blocks, self.heads, self.shape[0], bias_O)
+        return native.library().panels(x_TI, self.blocks, self.shape[0], bias_O, self.heads)
 
     def plain(self, index: Index = ()) -> Tensor:
         rows = range(self.shape[0])

@@ -8,7 +8,7 @@
 /* panels.c, tiles.c: with bfloat16 matrices in panels. */
 void zoo_panels(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const uint16_t *w, const uint16_t *bias,
                 uint16_t *y, long y_next, uint16_t *room, int threads);
-void zoo_packed_panels(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const void *w, const void *heads,
+void zoo_packed_panels(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const void *heads, const void *w,
                        const uint16_t *bias, uint16_t *y, long y_next, uint16_t *room, int threads);
 void zoo_panels_by_multiply_adds(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const uint16_t *w,
                                  const uint16_t *bias, uint16_t *y, long y_next, int threads);

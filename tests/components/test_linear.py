@@ -44,7 +44,7 @@ def test_packed_weights_give_the_same(rows: int, bias: bool, close: Callable[...
         close(layer(x), plain, "bfloat16")
     (packed,) = layer.stored["weight"]
     assert packed.shape == weight.shape
-    assert packed.nbytes <= weight.nbytes
+    assert packed.nbytes == weight.nbytes if isinstance(packed, panels.Panels) else packed.nbytes < weight.nbytes
     assert torch.equal(layer.values("weight"), weight)
     assert torch.equal(layer.values("weight", (slice(3, 5),)), weight[3:5])
     assert (layer.weight.is_meta, layer.weight.shape, layer.weight.dtype) == (True, weight.shape, weight.dtype)

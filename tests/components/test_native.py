@@ -162,6 +162,15 @@ def test_plans_know_whether_panels_are_packed(monkeypatch: pytest.MonkeyPatch) -
             assert known() and False
 
 
+@needs_kernels
+def test_plain_panels_stay_plain() -> None:
+    """Where they are in use, the processor may be one whose kernels do not unpack."""
+    weight = spread(74, 48)
+    renewed = Panels.of(weight).renewed(weight + 1)
+    assert isinstance(renewed, Panels)
+    assert torch.equal(renewed.plain(), weight + 1)
+
+
 @needs_packing
 def test_pieces_of_packed_panels() -> None:
     weight = spread(2100, 144)

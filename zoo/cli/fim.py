@@ -27,10 +27,8 @@ def fim(ref: str, prefix: str | None, suffix: str | None, as_json: bool, **flags
         raise RequestError("there is nothing around the gap", where="zoo fim", expected="--prefix, --suffix or both")
     between, options = (prefix or "", suffix or ""), sample_arguments(flags)
     check_trained(locate(ref, parse_overrides(flags["overrides"])).card, "fim")
-    with answer(ref, flags, lambda prompts: prompts.fill(*between, SamplingParams.from_options(options))) as (
-        _,
-        chunks,
-    ):
+    params = SamplingParams.from_options(options)
+    with answer(ref, flags, lambda prompts: prompts.fill(*between, params)) as (_, chunks):
         if as_json:
             emit(collect(chunks).to_dict())
         else:
