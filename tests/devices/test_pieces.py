@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.devices.likes import EVERYTHING, filled, make_plan
 from zoo.components.cache.store import Store, make_store
 from zoo.components.decoder.model import Decoder
+from zoo.components.step import Rows
 from zoo.devices import stage
 from zoo.devices.mesh import Mesh
 from zoo.devices.shares import Chain
@@ -47,14 +48,18 @@ STEPS = [
 ]
 
 
-def stepped(module: Decoder) -> Tensor:
+def runner_of(module: Decoder) -> Runner:
     def make(spec: StateSpec, layers: int, budget: int | None) -> Store:
         return make_store(spec, layers, torch.float32, CPU, "slab", budget)
 
     memory = Memory(Kept(module.spec.states(), make, None), batch=3, context=32, pooled=False)
-    runner = Runner(module, memory, CPU)
+    return Runner(module, memory, CPU)
+
+
+def stepped(module: Decoder) -> Tensor:
+    runner = runner_of(module)
     for seq in range(3):
-        memory.reserve(seq, 20)
+        runner.memory.reserve(seq, 20)
     return torch.cat([runner.run(batch) for batch in STEPS])
 
 
@@ -75,6 +80,15 @@ def test_pieces_give_what_the_whole_gives(mesh: Mesh, monkeypatch: pytest.Monkey
     found = share_out(plan, module, mesh, stepped)
     assert relative_error(found, expected) < TOLERANCE
     assert {*given} == ({3, 4, 5} if mesh.pp == 2 else {2, 3, 4})
+
+
+def test_steps_with_images_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What encoders made has its rows in the whole step."""
+    module = filled(make_plan())
+    monkeypatch.setattr(module, "pieces", lambda _: 3)
+    runner = runner_of(module)
+    rows = Rows(torch.arange(2), torch.zeros(2, module.spec.dim))
+    assert (runner.pieces(STEPS[0], None), runner.pieces(STEPS[0], rows)) == (3, 1)
 
 
 def test_pieces_are_of_like_size_and_cut_chunks() -> None:

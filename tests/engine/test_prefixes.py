@@ -420,6 +420,29 @@ def test_nobody_notices(name: str, storage: Layout, contexts: float | None, chun
     assert all(group.store.nbytes == 0 for group in engine._memory._groups)
 
 
+def test_an_interrupted_hand_over_is_nobodys(name: str, storage: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while an earlier request's memory goes to the next one, which had been asked for before."""
+    engine = make(name, storage=storage)
+    [before] = engine.generate([ask(ids(30))])
+    longer = [ask([*ids(30), *before.tokens, *ids(20, seed)]) for seed in (1, 2)]
+    first, moved = engine._memory._groups[0].store, list[bool]()
+    adopt = first.adopt  # type: ignore[attr-defined]
+
+    def interrupted(base: int, seq: int, tokens: int, room: int, move: bool) -> None:
+        adopt(base, seq, tokens, room, move)
+        moved.append(move)
+        if len(moved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(first, "adopt", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([longer[0]])
+    check(engine)
+    assert [engine.generate([request])[0].tokens for request in longer] == plain(name, longer)
+    assert moved[0], "memory is handed over where nothing of it is lost"
+    check(engine)
+
+
 @pytest.mark.parametrize("steps", [0, 2, 5])
 def test_an_interrupted_step_loses_what_it_touched(name: str, storage: Layout, steps: int) -> None:
     """Ctrl-C after the last layer wrote: nothing that was half written is used, what stood before it is."""
