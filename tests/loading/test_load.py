@@ -467,6 +467,9 @@ def peaks(large: Path, small: Path, kind: str, cold: bool = False) -> Iterator[t
 SLACK = 16 << 20
 """Bytes for what threads and the allocator take beside buffers: some twelve millions are seen."""
 
+LARGE_PAGE = 2 << 20
+"""Bytes: a part of a file that is mapped reaches into a large page at either end, which counts whole."""
+
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's peak of resident memory")
 
 
@@ -500,7 +503,8 @@ def test_peak_memory_is_the_weights(large: Path, small: Path, coded: bool, cold:
 def test_peak_memory_of_stored_weights(
     large: Path, small: Path, kind: str, coded: bool, cold: bool, tmp_path: Path
 ) -> None:
-    """The weights as they are stored, and of each thread a buffer for what it reads and one for what that becomes.
+    """The weights as they are stored, and of each thread what it has mapped of the file and a buffer for what that
+    becomes.
 
     PyTorch, which rounds numbers where there are no kernels, makes others on its way."""
     on_the_way = 64 * ROUNDED if kind != "none" and not is_native() else 0
@@ -509,4 +513,4 @@ def test_peak_memory_of_stored_weights(
     for (peak, weights), size in zip(peaks(large, small, kind, cold), (2, 4, 2), strict=True):
         embedding = size * 8192 * 1024
         assert weights < {"none": size / 2 + 0.05, "int8": 0.56, "int4": 0.36}[kind] * 2 * 91_000_000 + embedding
-        assert peak < weights + crew.WORKERS * (2 * load.BUFFER + on_the_way) + SLACK
+        assert peak < weights + crew.WORKERS * (2 * load.BUFFER + LARGE_PAGE + on_the_way) + SLACK
