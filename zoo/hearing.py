@@ -37,7 +37,7 @@ def of_prompt(samples: Sequence[Any], plan: Plan) -> list[Media]:
 
 
 def beside_ids(sounds: Sequence[Any], plan: Plan) -> list[Media]:
-    """Sounds for the places of token ids: a tensor is a spectrogram already, all else is read as `wav_of` does."""
+    """Sounds for the places of token ids: a tensor is a spectrogram already, all else is read as `samples_of` does."""
     return [
         Media(NODE, sound) if isinstance(sound, Tensor) else of_prompt([samples_of(sound)], plan)[0] for sound in sounds
     ]

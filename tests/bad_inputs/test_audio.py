@@ -14,7 +14,7 @@ import torch
 
 import zoo
 from zoo.components.audio.spectrogram import spectrogram
-from zoo.registry.errors import RequestError, TextError, ZooError
+from zoo.registry.errors import FetchError, RequestError, TextError, ZooError
 
 if TYPE_CHECKING:
     from tests.bad_inputs.conftest import Desk
@@ -70,9 +70,9 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
     "no such file": (
         lambda m: m.transcribe("none.wav"),
         RequestError,
-        "none.wav: the sound cannot be read; found No such file or directory",
+        "audio: the sound cannot be read; found none.wav (No such file or directory); expected a path, an http",
     ),
-    "a folder": (lambda m: m.transcribe(Path()), RequestError, ".: the sound cannot be read; found Is a directory"),
+    "a folder": (lambda m: m.transcribe(Path()), RequestError, "audio: the sound cannot be read; found . (Is a direct"),
     "a text file": (
         lambda m: m.transcribe(b"This is no sound at all, but a text."),
         RequestError,
@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
     "samples without a rate": (
         lambda m: m.transcribe(numpy.zeros(9)),
         RequestError,
-        "audio: not a sound; found ndarray; expected a path, a URL, a file's bytes, or a pair",
+        "audio: this is no sound; found ndarray; expected a path, an http, https or data: address, a file's bytes",
     ),
     "two channels of samples": (
         lambda m: m.transcribe((numpy.zeros((9, 2)), RATE)),
@@ -98,8 +98,8 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
     ),
     "an address of nothing": (
         lambda m: m.transcribe("http://127.0.0.1:9/a.wav"),
-        RequestError,
-        "audio: no sound can be fetched from there; found http://127.0.0.1:9/a.wav: ",
+        FetchError,
+        "audio: the sound's address gives no sound; found http://127.0.0.1:9/a.wav: ",
     ),
     "a language by its name": (
         lambda m: m.transcribe(wave(), language="English"),
@@ -239,6 +239,14 @@ def test_the_commands_say_it_too(desk: Desk) -> None:
         assert DEAF in found.err
     found = desk.command("run", "model", "--raw", "--audio", "a.wav", "--prompt", "Who?")
     assert "--audio needs the chat format; found --raw as well" in found.err
+
+
+def test_a_sounds_address_is_not_asked_offline(listener: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_OFFLINE", "1")
+    with pytest.raises(
+        FetchError, match=r"audio: a sound's address cannot be asked offline; found ZOO_OFFLINE=1, http"
+    ):
+        listener.transcribe("http://127.0.0.1:9/a.wav")
 
 
 def test_the_extra_is_named_where_it_is_missing(listener: Model, monkeypatch: pytest.MonkeyPatch) -> None:

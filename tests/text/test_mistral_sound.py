@@ -110,7 +110,7 @@ def test_samples_keep_all_of_their_bits() -> None:
         ({"type": "image", "image": "x"}, "part 1 is an image, which this tokenizer cannot take$"),
         ({"type": "audio", "audio": b""}, r"message 1 \(user\), part 1: the sound is empty; found 0 bytes"),
         ({"type": "audio", "audio": b"x", "format": "wav"}, "not a part of type audio; found type, audio, format"),
-        ({"type": "audio", "audio": 7}, "not a sound; found int; expected a path, a URL, a file's bytes"),
+        ({"type": "audio", "audio": 7}, "this is no sound; found int; expected a path, an http"),
         ({"type": "input_audio", "input_audio": {"data": "??"}}, r"the sound is not in base64; found '\?\?'"),
         (
             {"type": "input_audio", "input_audio": {"format": "wav"}},

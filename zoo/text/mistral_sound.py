@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from zoo.attached import from_base64
 from zoo.registry.errors import RequestError, TextError
-from zoo.text.sound import from_base64, wav_of
+from zoo.text.sound import wav_of
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.base import Tokenized
@@ -47,7 +48,7 @@ def _source(kind: str, given: Any, where: str) -> Any:
     key = "data" if kind == "input_audio" else "url"
     value = given.get(key) if isinstance(given, Mapping) else given
     if kind == "input_audio" and isinstance(value, str) and not value.startswith("data:"):
-        return from_base64(value, where)
+        return from_base64(value, "sound", where)
     if not isinstance(value, str | bytes):
         expected = f"a text, or a mapping with {key!r}"
         raise RequestError(f"the part has no {kind}", where=where, found=repr(given)[:60], expected=expected)

@@ -5,27 +5,24 @@ Reading is mistral-common's own, by way of soundfile and soxr, which come with t
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
+from zoo.attached import bytes_of
 from zoo.components.audio.spec import SAMPLING_RATE
 from zoo.registry.errors import RequestError
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.audio import Audio
 
-KNOWN = "a path, a URL, a file's bytes, or a pair (samples, samples per second)"
-
 
 def wav_of(sound: Any, where: str = "audio") -> bytes:
     """The sound as a WAV file of one channel, float32, at its own rate; channels are averaged.
 
     sound: a path, an http(s), file or data URL, a file's bytes, or a pair of samples (one channel) and their rate.
-    where: what messages call it. Raises RequestError for what cannot be read, is empty, or needs the extra `audio`.
+    where: what messages call it. Raises RequestError for what cannot be read, is empty, or needs the extra `audio`,
+    and FetchError as `bytes_of`.
     """
     _check_extra(where)
     found = _audio(sound, where)
@@ -68,33 +65,9 @@ def _check_extra(where: str) -> None:
 def _audio(sound: Any, where: str) -> Audio:
     if isinstance(sound, tuple) and len(sound) == 2:
         return _of_samples(*sound, where)
-    if isinstance(sound, bytes | bytearray):
-        return _decoded(bytes(sound), where)
-    if not isinstance(sound, str | Path) or not str(sound):
-        raise RequestError("not a sound", where=where, found=type(sound).__name__, expected=KNOWN)
-    scheme = urlsplit(sound).scheme if isinstance(sound, str) else ""
-    if scheme in ("http", "https"):
-        return _fetched(str(sound), where)
-    if scheme == "data":
-        return _decoded(from_base64(str(sound).partition(",")[2], where), where)
-    path = Path(unquote(urlsplit(str(sound)).path)) if scheme == "file" else Path(sound).expanduser()
-    return _decoded(_file(path), str(path))
-
-
-def from_base64(text: str, where: str) -> bytes:
-    """The bytes that a base64 text stands for. Raises RequestError for one that is none."""
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise RequestError("the sound is not in base64", where=where, found=repr(text[:20]), expected=KNOWN) from None
-
-
-def _file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        hint = "a folder of sounds is read file by file" if path.is_dir() else None
-        raise RequestError("the sound cannot be read", where=str(path), found=error.strerror, hint=hint) from None
+    # A message on what a file holds names the file.
+    named = str(sound) if isinstance(sound, str | Path) and not str(sound).startswith("data:") else where
+    return _decoded(bytes_of(sound, "sound", where), named)
 
 
 def _of_samples(samples: Any, rate: Any, where: str) -> Audio:
@@ -122,13 +95,3 @@ def _decoded(data: bytes, where: str) -> Audio:
             found=getattr(refusal, "error_string", None) or " ".join(str(refusal).split())[:200],
             expected="WAV, FLAC, Ogg, MP3 or another format of libsndfile",
         ) from None
-
-
-def _fetched(url: str, where: str) -> Audio:
-    from mistral_common.tokens.tokenizers.audio import Audio
-
-    try:
-        return Audio.from_url(url, strict=False, timeout=None)
-    except ValueError as refusal:
-        cause = " ".join(str(refusal.__cause__ or refusal).split())[:200]
-        raise RequestError("no sound can be fetched from there", where=where, found=f"{url}: {cause}") from None
