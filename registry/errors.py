@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class ZooError(Exception):
@@ -63,6 +64,20 @@ class CapacityError(ZooError):
 
 class RankError(ZooError):
     """A process of a model that runs on several devices has ended, or does not answer."""
+
+
+def fields_of(error: ZooError) -> dict[str, str | None]:
+    """An error as plain data, for another process."""
+    details = {name: getattr(error, name) for name in ("message", "where", "found", "expected", "hint")}
+    return {"kind": type(error).__name__, **{name: None if d is None else str(d) for name, d in details.items()}}
+
+
+def error_of(origin: str, fields: Mapping[str, Any]) -> ZooError:
+    """Another process's error, of its own kind. origin: what that process is called."""
+    kinds = {kind.__name__: kind for kind in ZooError.__subclasses__()}
+    where = f"{origin}, {fields['where']}" if fields.get("where") else origin
+    details = {name: fields.get(name) for name in ("found", "expected", "hint")}
+    return kinds.get(str(fields.get("kind")), ZooError)(str(fields.get("message")), where=where, **details)
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str | None:

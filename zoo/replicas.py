@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from zoo.registry import errors
-from zoo.registry.errors import RankError, ZooError
+from zoo.registry.errors import RankError, ZooError, error_of, fields_of
 
 Answer = dict[str, Any]
 
@@ -199,7 +198,7 @@ class Actor:
             for chunk in self._model.stream(prompt, **options):
                 yield chunk.to_dict()
         except ZooError as error:
-            yield {"error": _fields(error)}
+            yield {"error": fields_of(error)}
 
 
 class RayReplica:
@@ -255,19 +254,7 @@ def _told(make: Callable[[], Answer]) -> Answer:
     try:
         return make()
     except ZooError as error:
-        return {"error": _fields(error)}
-
-
-def _fields(error: ZooError) -> Answer:
-    found = None if error.found is None else str(error.found)
-    return {
-        "kind": type(error).__name__,
-        "message": error.message,
-        "where": error.where,
-        "found": found,
-        "expected": error.expected,
-        "hint": error.hint,
-    }
+        return {"error": fields_of(error)}
 
 
 def _checked(number: int, answer: Answer) -> Answer:
@@ -275,6 +262,4 @@ def _checked(number: int, answer: Answer) -> Answer:
     fields = answer.get("error")
     if not isinstance(fields, dict):
         return answer
-    kind = getattr(errors, str(fields.pop("kind")), ZooError)
-    where = f"replica {number}" + (f", {fields['where']}" if fields.get("where") else "")
-    raise kind(**{**fields, "where": where})
+    raise error_of(f"replica {number}", fields)

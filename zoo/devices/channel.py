@@ -8,11 +8,9 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 from zoo.devices.group import LostError
-from zoo.registry import errors
 from zoo.registry.errors import ZooError
 
 LENGTH = struct.Struct("!Q")
@@ -126,19 +124,3 @@ def knock(host: str, port: int, rank: int, token: str, deadline: float) -> Chann
     channel.wait_at_most(None)
     channel.send({"rank": rank, "token": token})
     return channel
-
-
-def fields_of(error: ZooError) -> dict[str, str | None]:
-    """An error in plain data, for another rank."""
-    details = {name: getattr(error, name) for name in ("message", "where", "found", "expected", "hint")}
-    plain = {name: None if value is None else str(value) for name, value in details.items()}
-    return {"kind": type(error).__name__, **plain}
-
-
-def error_of(rank: int, fields: Mapping[str, Any]) -> ZooError:
-    """Another rank's error, as its own kind."""
-    kind = getattr(errors, str(fields.get("kind")), ZooError)
-    details = {name: fields.get(name) for name in ("found", "expected", "hint")}
-    where = f"rank {rank}" + (f", {fields['where']}" if fields.get("where") else "")
-    found: ZooError = kind(str(fields.get("message")), where=where, **details)
-    return found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.devices.channel import Channel, ClosedError, error_of
+from zoo.devices.channel import Channel, ClosedError
 from zoo.devices.group import LostError, Waits
 from zoo.devices.peer import MEETING, Peer, Watch
 from zoo.devices.process_group import ProcessGroup
@@ -23,7 +23,7 @@ from zoo.devices.processes import Worker
 from zoo.devices.pulse import Pulse
 from zoo.engine.leading import Message
 from zoo.engine.memory import MIRRORED, Memory
-from zoo.registry.errors import RankError, ZooError
+from zoo.registry.errors import RankError, ZooError, error_of
 from zoo.registry.spec import StateSpec
 
 GRACE = 3.0
@@ -192,7 +192,7 @@ class Ranks:
                     hint="ZOO_DEADLINE=SECONDS waits longer",
                 ) from None
             if "error" in message:
-                raise error_of(peer.rank, message["error"])
+                raise error_of(f"rank {peer.rank}", message["error"])
             if word in message:
                 return message[word]
 
@@ -221,7 +221,7 @@ class Ranks:
             try:
                 while "error" not in (message := peer.receive(0.5)):
                     pass
-                return error_of(peer.rank, message["error"])
+                return error_of(f"rank {peer.rank}", message["error"])
             except (ClosedError, TimeoutError):
                 continue
         return None

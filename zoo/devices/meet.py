@@ -18,7 +18,7 @@ import torch.distributed
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from zoo.devices.channel import Channel, Door, error_of, fields_of, knock
+from zoo.devices.channel import Channel, Door, knock
 from zoo.devices.group import LostError, Waits
 from zoo.devices.lead import Ranks
 from zoo.devices.mesh import Mesh
@@ -26,7 +26,7 @@ from zoo.devices.peer import MEETING
 from zoo.devices.process_group import ProcessGroup
 from zoo.devices.processes import Worker
 from zoo.registry.environment import deadline
-from zoo.registry.errors import RankError, RequestError, ZooError
+from zoo.registry.errors import RankError, RequestError, ZooError, error_of, fields_of
 
 LOCAL = "127.0.0.1"
 KEY = "zoo"
@@ -198,7 +198,7 @@ def join_started(rank: int, size: int) -> tuple[Meeting, Ranks | Channel]:
             said = json.loads(store.get(KEY).decode())
         if "error" in said:
             store.set(_heard(rank), "")
-            raise error_of(0, said["error"])
+            raise error_of("rank 0", said["error"])
         return meeting, knock(host, said["port"], rank, said["token"], limit)
     token = secrets.token_hex(16)
     door = Door(host if host in (LOCAL, "localhost") else "", token)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from zoo.device import memory_free
-from zoo.devices.channel import Channel, fields_of
+from zoo.devices.channel import Channel
 from zoo.devices.gather import GIVE, give
 from zoo.devices.group import Group, LostError, Waits
 from zoo.devices.likeness import compare
@@ -31,7 +31,7 @@ from zoo.engine.engine import Engine
 from zoo.engine.leading import ANSWERED, Reads, follow
 from zoo.loading.fill import adapter_of, filled
 from zoo.registry.environment import deadline
-from zoo.registry.errors import RankError, ZooError
+from zoo.registry.errors import RankError, ZooError, fields_of
 
 Gives = Callable[[dict[str, Any]], None]
 """Sends the first rank what this one has of a tensor."""
