@@ -1,10 +1,8 @@
 """The public functions, and the only place where loading is put together."""
 
 import builtins
-import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +10,7 @@ from zoo.asking import asked, batch_of, context_of
 from zoo.components.kinds import kind_named
 from zoo.costs.memory import CACHE_SHARE
 from zoo.devices import reported
+from zoo.garbage import without_collections
 from zoo.inspection import BYTES, Inspection
 from zoo.locating import Located, Ref, locate
 from zoo.registry.card import Card, list_cards
@@ -119,7 +118,7 @@ def load(
 
     place = weights_at_hand(found, weights) if _alone(devices) else None
     with ReadAhead(place, found.card.source.layout) as ahead:
-        with _without_collections():
+        with without_collections():
             from zoo.device import choose
             from zoo.devices import running
             from zoo.drafts import draft_named
@@ -138,7 +137,7 @@ def load(
         notes = [placement.note]
         source = _source(found, weights, progress, notes.append)
         folder = found.folder if source == "random" else _beside(Path(source))
-        with _without_collections():
+        with without_collections():
             tokenizer = _tokenizer(plan, folder)
         if first is not None and not follows:
             asked(first, plan, tokenizer, source)
@@ -154,18 +153,6 @@ def load(
     with model.engine.between_steps() as (loaded, _):
         loaded.defaults = names
     return model
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Python collects no garbage meanwhile: of all that imports make it finds none, again and again."""
-    wanted = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if wanted:
-            gc.enable()
 
 
 @reported

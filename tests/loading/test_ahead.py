@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.cli.run import load_model
+from zoo.cli.asking import load_model
 from zoo.loading import ahead
 from zoo.loading.ahead import ReadAhead, weights_at_hand
 from zoo.loading.mapped import Mapped
@@ -143,7 +143,7 @@ def test_commands_look_for_no_garbage_while_they_load(collections: list[int], mo
 
     monkeypatch.setattr("zoo.api.load", load)
     flags = dict.fromkeys(("devices", "overrides"))
-    monkeypatch.setattr("zoo.cli.run.load_arguments", lambda given: flags)
+    monkeypatch.setattr("zoo.cli.asking.load_arguments", lambda given: flags)
     load_model("tiny", flags)
     assert collections == []
     assert gc.isenabled()

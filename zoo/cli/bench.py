@@ -81,8 +81,8 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     """Fills `found["model"]` as figures come."""
     from zoo.bench.limits import machine_limits
     from zoo.bench.suite import Options, Report, fill
+    from zoo.cli.asking import load_model
     from zoo.cli.console import note
-    from zoo.cli.run import load_model
     from zoo.device import choose, describe
 
     flags["prompt_tokens"] = _prompt_tokens(ref, flags)  # before the seconds that measuring takes

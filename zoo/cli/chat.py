@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zoo.cli.asking import load_model, utf8_input, write_stream
 from zoo.cli.options import (
     chat_options,
     effort_option,
@@ -17,7 +18,6 @@ from zoo.cli.options import (
     sample_arguments,
     sample_options,
 )
-from zoo.cli.run import load_model, utf8_input, write_stream
 from zoo.registry.errors import RequestError, TextError, ZooError, nearest
 from zoo.registry.training import check_trained
 

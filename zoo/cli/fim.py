@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
+from zoo.cli.asking import ask
 from zoo.cli.options import load_options, parse_overrides, sample_arguments, sample_options
-from zoo.cli.run import answer, collect, write_stream
 from zoo.registry.errors import RequestError
 from zoo.registry.training import check_trained
 
@@ -19,7 +19,6 @@ from zoo.registry.training import check_trained
 @sample_options
 def fim(ref: str, prefix: str | None, suffix: str | None, as_json: bool, **flags: Any) -> None:
     """Fill in the text between a prefix and a suffix with REF, a code model with the feature fim."""
-    from zoo.cli.console import emit
     from zoo.engine.request import SamplingParams
     from zoo.locating import locate
 
@@ -28,8 +27,4 @@ def fim(ref: str, prefix: str | None, suffix: str | None, as_json: bool, **flags
     between, options = (prefix or "", suffix or ""), sample_arguments(flags)
     check_trained(locate(ref, parse_overrides(flags["overrides"])).card, "fim")
     params = SamplingParams.from_options(options)
-    with answer(ref, flags, lambda prompts: prompts.fill(*between, params)) as (_, chunks):
-        if as_json:
-            emit(collect(chunks).to_dict())
-        else:
-            write_stream(chunks)
+    ask(ref, flags, lambda prompts: prompts.fill(*between, params), as_json=as_json)
