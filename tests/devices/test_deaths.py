@@ -252,7 +252,7 @@ def test_between_steps_a_rank_may_be_silent_for_longer() -> None:
 def test_ctrl_c_ends_the_command_and_its_workers() -> None:
     command = [sys.executable, "-c", "from zoo.cli import main; main()", "run", "tiny", "--prompt", "Hello"]
     run = subprocess.Popen(
-        [*command, "--devices", "2", "--device", "cpu", "--temperature", "9", "--max-tokens", "1900"],
+        [*command, "--devices", "2", "--device", "cpu", "--temperature", "9", "--seed", "1", "--max-tokens", "1900"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
