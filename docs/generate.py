@@ -33,7 +33,7 @@ def pages() -> dict[Path, str]:
     by_family = _by_family([inspect(card) for card in cards() if not _from_plugin(card.name)])
     lists = {"architectures": _architectures(), "layouts": _layouts()}
     return {
-        ROOT / "README.md": _with_lists(ROOT / "README.md", {"cards": _card_table(by_family)}),
+        ROOT / "README.md": _with_lists(ROOT / "README.md", {"families": _family_table(by_family)}),
         ROOT / "docs/formats.md": _with_lists(ROOT / "docs/formats.md", lists),
         ROOT / "docs/cards.md": MADE + _cards_page(by_family),
         ROOT / "docs/components.md": MADE + _components_page(),
@@ -73,15 +73,27 @@ def _from_plugin(name: str) -> bool:
     return name not in Manager(installed=False).cards()
 
 
+def _family_table(by_family: dict[str, list[Inspection]]) -> str:
+    """Each family's number of cards, and the sizes of its smallest and its largest model."""
+    rows = ["| family | cards | parameters |", "|---|---:|---:|"]
+    for name, family in by_family.items():
+        sizes = sorted({i.parameters for i in family if i.resolved})
+        span = " to ".join(number(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+        rows.append(f"| [{name}](docs/cards.md#{name}) | {len(family)} | {span} |")
+    return "\n".join(rows)
+
+
 def _card_table(by_family: dict[str, list[Inspection]]) -> str:
     rows = ["| card | family | parameters | active | context | licence |", "|---|---|---:|---:|---:|---|"]
-    for i in (i for family in by_family.values() for i in family if i.resolved):
-        active = number(i.active_parameters) if i.active_parameters != i.parameters else ""
+    for i in (i for family in by_family.values() for i in family):
+        active = number(i.active_parameters) if i.resolved and i.active_parameters != i.parameters else ""
+        size = number(i.parameters) if i.resolved else "not supported"
+        card = i.card
         rows.append(
-            f"| [`{i.card.name}`](docs/cards.md#{_anchor(i)}) | {i.card.family} | {number(i.parameters)} | {active} "
-            f"| {i.card.context_length:,} | {i.card.license} |"
+            f"| [`{card.name}`](#{_anchor(i)}) | {card.family} | {size} | {active} | {card.context_length:,} "
+            f"| {card.license} |"
         )
-    return "\n".join(rows)
+    return "\n".join(rows) + "\n"
 
 
 def _anchor(inspection: Inspection) -> str:
@@ -90,9 +102,8 @@ def _anchor(inspection: Inspection) -> str:
 
 
 def _cards_page(by_family: dict[str, list[Inspection]]) -> str:
-    parts = ["# Cards\n\nWhat `zoo list` knows. Bytes are for the card's own number format.\n\n"]
-    for name, family in by_family.items():
-        parts.append(f"- {name}: " + ", ".join(f"[{i.card.name}](#{_anchor(i)})" for i in family) + "\n")
+    head = "# Cards\n\nWhat `zoo list` knows. Bytes are for the card's own number format.\n\n"
+    parts = [head, _card_table(by_family)]
     for name, family in by_family.items():
         parts += [f"\n## {name}\n", *map(_card, family)]
     return "".join(parts)
