@@ -4,6 +4,7 @@ Importing this package is free: each public name is imported from its home on fi
 and torch only when a model is loaded.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,13 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES, "__version__"]
+
+# A thread that waits for the others first looks again and again whether they are done, then sleeps. By default libgomp
+# looks for up to 16 ms, which keeps the processor from those it waits for where other programs run too; longer than
+# what lies between two products is of no use. Read once, when torch is imported.
+SPINS = "1000"
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def __getattr__(name: str) -> Any:
