@@ -6,7 +6,8 @@ a model on a CPU pays the system for each of their pages again. Told to keep the
 
 import ctypes
 import os
-import sys
+
+from zoo.components.linux import system
 
 _TRIM, _MAP = -1, -3
 """glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD."""
@@ -46,7 +47,5 @@ def give_back_memory() -> None:
 
 
 def _library() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
+    library = system()
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None

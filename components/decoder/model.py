@@ -58,11 +58,11 @@ class Decoder(nn.Module):
             step.memo[EMBEDDINGS] = x_TD
         return x_TD
 
-    def pieces(self, rows: int) -> int:
+    def pieces(self, rows: int, device: torch.device) -> int:
         """Into how many pieces a step of so many rows is best cut, which are computed one after the other."""
         return 1
 
-    def turns(self, rows: int) -> int:
+    def turns(self, rows: int, device: torch.device) -> int:
         """In how many groups so many sequences that decode are best computed, whose steps begin one after the other."""
         return 1
 

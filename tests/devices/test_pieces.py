@@ -85,7 +85,7 @@ def test_pieces_give_what_the_whole_gives(mesh: Mesh, monkeypatch: pytest.Monkey
 def test_steps_with_images_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """What encoders made has its rows in the whole step."""
     module = filled(make_plan())
-    monkeypatch.setattr(module, "pieces", lambda _: 3)
+    monkeypatch.setattr(module, "pieces", lambda *_: 3)
     runner = runner_of(module)
     rows = Rows(torch.arange(2), torch.zeros(2, module.spec.dim))
     assert (runner.pieces(STEPS[0], None), runner.pieces(STEPS[0], rows)) == (3, 1)

@@ -99,7 +99,7 @@ class FakeDecoder(nn.Module):
         self.logit_rows: list[int] = []
         self.fault: Callable[[Step], None] | None = None
 
-    def pieces(self, rows: int) -> int:
+    def pieces(self, rows: int, device: torch.device) -> int:
         """As `Decoder.pieces`."""
         return 1
 

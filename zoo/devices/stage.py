@@ -134,6 +134,10 @@ def _holders(model: DecoderSpec, layers: Sequence[Spec], start: int) -> tuple[tu
     )
 
 
+def _least(device: torch.device) -> int:
+    return PIECE.get(device.type, OTHER_PIECE)
+
+
 class Link(Protocol):
     """How a stage's stream reaches it, and leaves it."""
 
@@ -166,23 +170,19 @@ class Stage(Decoder):
             self.add_module(name, make(encoder))
         self.head = None if spec.tied_embeddings or not spec.ends else Linear(spec.dim, spec.vocab_size)
 
-    def pieces(self, rows: int) -> int:
+    def pieces(self, rows: int, device: torch.device) -> int:
         """So many that all stages work: a stage computes one piece while the next one computes the one before."""
-        return max(1, min(2 * self.stages, rows // self._least))
+        return max(1, min(2 * self.stages, rows // _least(device)))
 
-    def turns(self, rows: int) -> int:
+    def turns(self, rows: int, device: torch.device) -> int:
         """So many that each stage computes one of them, unless they become smaller than is worth it."""
-        return max(1, min(self.stages, rows // self._least))
+        return max(1, min(self.stages, rows // _least(device)))
 
     @property
     def given(self) -> tuple[tuple[int, int], ...]:
         """What goes on with the stream: of which layer, and how wide."""
         assert isinstance(self.spec, StageSpec)
         return self.spec.given
-
-    @property
-    def _least(self) -> int:
-        return PIECE.get(next(self.parameters()).device.type, OTHER_PIECE)
 
     def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
         """The stream behind this stage's layers, (T, D); of the last stage normalised."""

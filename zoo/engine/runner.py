@@ -58,7 +58,7 @@ class Runner:
 
     def pieces(self, batch: Batch, media: Rows | None) -> int:
         """In how many pieces the step is to be cut."""
-        return 1 if media is not None else self.decoder.pieces(len(batch.tokens_T))
+        return 1 if media is not None else self.decoder.pieces(len(batch.tokens_T), self.device)
 
     def _compute(self, batch: Batch, media: Rows | None, pieces: int) -> Callable[[], Tensor]:
         if self.captured is not None and media is None and not any(map(self.adapters.resolve, batch.adapters)):

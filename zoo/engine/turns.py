@@ -72,7 +72,7 @@ class Turns:
         formed anew."""
         rest = [item for item in work if not item.sequence.begun]
         keeps = not (rest and self._begun)
-        for part in _parted(rest, runner.decoder.turns(len(rest)) if keeps and _decodes(rest) else 1):
+        for part in _parted(rest, runner.decoder.turns(len(rest), runner.device) if keeps and _decodes(rest) else 1):
             self._begin(runner, part, alone=len(part) == len(rest))
         count = len(self._begun)
         for _ in range(count):
@@ -95,7 +95,11 @@ class Turns:
     def _go_on(self, runner: Runner, seqs: Sequence[Running], count: int) -> None:
         """Begins the next step of a group of `count`, unless it has become too small, or there is no room at once."""
         left = [seq for seq in seqs if seq.cache != NOWHERE]
-        if not left or any(seq.todo != 1 for seq in left) or runner.decoder.turns(count * len(left)) < count:
+        if (
+            not left
+            or any(seq.todo != 1 for seq in left)
+            or runner.decoder.turns(count * len(left), runner.device) < count
+        ):
             return
         if all(self._prefixes.grow(seq, len(seq.tokens)) for seq in left):
             self._begin(runner, [Work(seq, 1) for seq in left], alone=False, ahead=True)
