@@ -18,11 +18,11 @@ import yaml
 from zoo.api import inspect
 from zoo.api import list as cards
 from zoo.cli import BUILTIN, cli
-from zoo.cli.console import number, size
 from zoo.inspection import Inspection
 from zoo.loading.infer.families import families
 from zoo.registry.manager import Manager
 from zoo.registry.spec import Inherited, Slot, Spec
+from zoo.units import human_bytes, human_count
 
 ROOT = Path(__file__).parent.parent
 MADE = "<!-- Made by docs/generate.py from the code: change that, then run `make docs`. -->\n\n"
@@ -78,7 +78,7 @@ def _family_table(by_family: dict[str, list[Inspection]]) -> str:
     rows = ["| family | cards | parameters |", "|---|---:|---:|"]
     for name, family in by_family.items():
         sizes = sorted({i.parameters for i in family if i.resolved})
-        span = " to ".join(number(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+        span = " to ".join(human_count(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
         rows.append(f"| [{name}](docs/cards.md#{name}) | {len(family)} | {span} |")
     return "\n".join(rows)
 
@@ -86,8 +86,8 @@ def _family_table(by_family: dict[str, list[Inspection]]) -> str:
 def _card_table(by_family: dict[str, list[Inspection]]) -> str:
     rows = ["| card | family | parameters | active | context | licence |", "|---|---|---:|---:|---:|---|"]
     for i in (i for family in by_family.values() for i in family):
-        active = number(i.active_parameters) if i.resolved and i.active_parameters != i.parameters else ""
-        size = number(i.parameters) if i.resolved else "not supported"
+        active = human_count(i.active_parameters) if i.resolved and i.active_parameters != i.parameters else ""
+        size = human_count(i.parameters) if i.resolved else "not supported"
         card = i.card
         rows.append(
             f"| [`{card.name}`](#{_anchor(i)}) | {card.family} | {size} | {active} | {card.context_length:,} "
@@ -121,7 +121,7 @@ def _card(i: Inspection) -> str:
         )
     return (
         f"{title}"
-        f"- {number(i.parameters)} parameters{_active(i)}; {size(i.weight_bytes)} of weights in {i.dtype}\n"
+        f"- {human_count(i.parameters)} parameters{_active(i)}; {human_bytes(i.weight_bytes)} of weights in {i.dtype}\n"
         f"- context of {card.context_length:,} tokens; {_cache(i)}\n"
         f"- features: {', '.join(card.text.features) or 'none'}\n"
         f"- licence {card.license}; released {card.released or 'unknown'}; weights: {source}\n\n"
@@ -132,13 +132,14 @@ def _card(i: Inspection) -> str:
 
 def _active(inspection: Inspection) -> str:
     active = inspection.active_parameters
-    return f", {number(active)} active for each token" if active != inspection.parameters else ""
+    return f", {human_count(active)} active for each token" if active != inspection.parameters else ""
 
 
 def _cache(inspection: Inspection) -> str:
     """Per token, and for the longest sequence, which windows make shorter than the product."""
     longest = inspection.cache_bytes(inspection.card.context_length)
-    return f"{size(inspection.cache_bytes_per_token)} of cache per token, {size(longest)} for the whole context"
+    token = human_bytes(inspection.cache_bytes_per_token)
+    return f"{token} of cache per token, {human_bytes(longest)} for the whole context"
 
 
 def _layer_row(row: dict[str, Any]) -> str:

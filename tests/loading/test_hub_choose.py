@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zoo.loading.hub import Chosen, RemoteFile, choose, human_bytes
+from zoo.loading.hub import Chosen, RemoteFile, choose
 from zoo.registry.errors import FetchError
 
 SMALL = ("README.md", ".gitattributes", "config.json", "generation_config.json", "special_tokens_map.json")
@@ -190,11 +190,3 @@ def test_no_weights_at_all() -> None:
 
 def test_several_unknown_safetensors_are_not_guessed_between() -> None:
     assert "no weights that zoo can read" in refused("a.safetensors", "b.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (14_495_514_624, "13.5 GiB"), (3 << 40, "3.0 TiB")],
-)
-def test_human_bytes(count: int, text: str) -> None:
-    assert human_bytes(count) == text

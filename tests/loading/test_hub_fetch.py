@@ -17,6 +17,7 @@ from zoo.loading import hub as zoo_hub
 from zoo.loading.hub import fetch, fetching, list_files, plan_fetch
 from zoo.registry.card import Source
 from zoo.registry.errors import FetchError
+from zoo.units import human_bytes
 
 if TYPE_CHECKING:
     from tests.loading.hub_server import Hub
@@ -200,9 +201,7 @@ def test_a_killed_fetch_goes_on_in_the_next_process(hub: Hub, files: dict[str, b
     assert contents(folder)["consolidated.safetensors"] == files["consolidated.safetensors"]
     assert {ask.range for ask in hub.gets("consolidated.safetensors")} == {f"bytes={kept}-"}
     assert f"consolidated.safetensors: going on at byte {kept} of {len(files['consolidated.safetensors'])}" in notes
-    assert notes[0].endswith(
-        f"1 of 4 files to fetch, {zoo_hub.human_bytes(len(files['consolidated.safetensors']) - kept)}"
-    )
+    assert notes[0].endswith(f"1 of 4 files to fetch, {human_bytes(len(files['consolidated.safetensors']) - kept)}")
     assert not partial.exists()
 
 

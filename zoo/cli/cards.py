@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from zoo.registry.errors import ZooError
+from zoo.units import human_count
 
 
 @click.command("list")
@@ -135,7 +136,6 @@ def card_new(folder: Path, output: Path | None) -> None:
 def card_check(refs: tuple[str, ...]) -> int:
     """Check cards by name or file: every field known, every component found, every size consistent."""
     from zoo.api import inspect
-    from zoo.cli.console import number
 
     faults = 0
     for ref in refs:
@@ -144,7 +144,9 @@ def card_check(refs: tuple[str, ...]) -> int:
             if found.card.unsupported:
                 click.echo(f"{ref}: ok, not supported: {found.card.unsupported}")
                 continue
-            click.echo(f"{ref}: ok, {number(found.parameters)} parameters, {len(found.plan.model.children())} parts")
+            click.echo(
+                f"{ref}: ok, {human_count(found.parameters)} parameters, {len(found.plan.model.children())} parts"
+            )
         except ZooError as error:
             faults += 1
             click.echo(f"zoo: {error}", err=True)

@@ -20,6 +20,7 @@ from zoo.cli.options import (
 )
 from zoo.registry.errors import RequestError, TextError, ZooError, nearest
 from zoo.registry.training import check_trained
+from zoo.units import human_bytes
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -182,12 +183,11 @@ class Conversation:
             ) from None
 
     def _info(self, _: str) -> None:
-        from zoo.cli.console import size
 
         memory = self.model.memory
         click.echo(
-            f"{self.model!r}\nweights {size(memory.weights)}, cache {size(memory.cache_used + memory.cache_kept)} "
-            f"of {size(memory.cache_budget)}\n"
+            f"{self.model!r}\nweights {human_bytes(memory.weights)}, "
+            f"cache {human_bytes(memory.cache_used + memory.cache_kept)} of {human_bytes(memory.cache_budget)}\n"
             f"{len(self.messages)} messages, system {self.system!r}, options {self.options}",
             err=True,
         )

@@ -36,24 +36,6 @@ def loading_bar(label: str) -> Iterator[Report | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def size(count: float) -> str:
-    """Bytes for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def number(count: float) -> str:
-    """A count for people, in thousands, millions and billions."""
-    for unit in ("", " K", " M", " B"):
-        if abs(count) < 1000:
-            return f"{count:.0f}" if unit == "" else f"{count:.4g}{unit}"
-        count /= 1000
-    return f"{count:.4g} T"
-
-
 def columns(rows: list[list[str]], *, heading: bool = True) -> str:
     """Rows as aligned columns; the last column is not padded."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -6,6 +6,7 @@ import click
 
 from zoo.registry.card import Card
 from zoo.registry.errors import FetchError
+from zoo.units import human_bytes
 
 
 @click.command()
@@ -13,7 +14,7 @@ from zoo.registry.errors import FetchError
 @click.option("--dry-run", is_flag=True, help="Only say what would be fetched.")
 def pull(ref: str, dry_run: bool) -> None:
     """Fetch REF's weights and tokenizer from the hub: one weight set, resumed where it stopped."""
-    from zoo.cli.console import loading_bar, note, size
+    from zoo.cli.console import loading_bar, note
     from zoo.loading.hub import fetch, plan_fetch
     from zoo.locating import locate
 
@@ -22,7 +23,7 @@ def pull(ref: str, dry_run: bool) -> None:
     if dry_run:
         plan = plan_fetch(card.source)
         for file in plan.chosen.files:
-            click.echo(f"{file.path}  {size(file.size)}")
+            click.echo(f"{file.path}  {human_bytes(file.size)}")
         for line in plan.notes:
             note(line)
         return
@@ -36,7 +37,7 @@ def pull(ref: str, dry_run: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(ref: str, yes: bool) -> None:
     """Remove REF's fetched files from this machine's cache."""
-    from zoo.cli.console import note, size
+    from zoo.cli.console import note
     from zoo.loading.hub import cached, remove
     from zoo.locating import locate
 
@@ -47,8 +48,8 @@ def rm(ref: str, yes: bool) -> None:
         raise FetchError("nothing of this model is in the cache", where=card.name)
     total = sum(revision.size for revision in held)
     if not yes:
-        click.confirm(f"remove {size(total)} of {card.source.hub}?", abort=True, err=True)
-    note(f"{size(remove(card.source))} removed")
+        click.confirm(f"remove {human_bytes(total)} of {card.source.hub}?", abort=True, err=True)
+    note(f"{human_bytes(remove(card.source))} removed")
 
 
 @click.command()
@@ -57,7 +58,7 @@ def rm(ref: str, yes: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def verify(ref: str, weights: Path | None, as_json: bool) -> int:
     """Check a checkpoint's headers against the card: on disk, or on the hub by reading headers only."""
-    from zoo.cli.console import emit, size
+    from zoo.cli.console import emit
     from zoo.loading.verify import verify_files, verify_hub
     from zoo.locating import locate
     from zoo.registry.resolve import resolve
@@ -69,7 +70,7 @@ def verify(ref: str, weights: Path | None, as_json: bool) -> int:
     if as_json:
         emit(report.to_dict())
     elif report.ok:
-        parts = [f"{report.tensors} tensors", size(report.bytes), *report.schemes, f"layout {report.layout}"]
+        parts = [f"{report.tensors} tensors", human_bytes(report.bytes), *report.schemes, f"layout {report.layout}"]
         click.echo(f"{found.card.name}: ok, {', '.join(parts)}")
     else:
         click.echo(f"zoo: {report.summary}", err=True)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zoo.cli.options import parse_overrides
+from zoo.units import human_bytes, human_count
 
 if TYPE_CHECKING:
     from zoo.inspection import Inspection
@@ -83,7 +84,7 @@ def _prompt(found: "Inspection", prompt: str, raw: bool) -> list[dict[str, Any]]
 
 
 def _write(data: dict[str, Any]) -> None:
-    from zoo.cli.console import columns, number, size
+    from zoo.cli.console import columns
 
     facts = [
         ["name", f"{data['name']}: {data['summary']}"],
@@ -96,17 +97,17 @@ def _write(data: dict[str, Any]) -> None:
         return
     memory = data["memory"]
     active = data["active_parameters"]
-    sparse = f" ({number(active)} active for each token)" if active != data["parameters"] else ""
+    sparse = f" ({human_count(active)} active for each token)" if active != data["parameters"] else ""
     facts += [
-        ["parameters", number(data["parameters"]) + sparse],
-        ["weights", f"{size(data['weight_bytes'])} in {_format(data)}"],
+        ["parameters", human_count(data["parameters"]) + sparse],
+        ["weights", f"{human_bytes(data['weight_bytes'])} in {_format(data)}"],
         ["cache", " and ".join(_cache(data)) + (f" in {data['cache_dtype']}" if data["cache_dtype"] else "") or "none"],
-        ["compute", f"{number(data['flops_per_token'])} operations per token"],
+        ["compute", f"{human_count(data['flops_per_token'])} operations per token"],
         ["memory", f"{_total(data, memory)}: {_shares(memory)}"],
-        ["here", f"{size(memory['free_bytes'])} free: {_verdict(memory)}"],
+        ["here", f"{human_bytes(memory['free_bytes'])} free: {_verdict(memory)}"],
     ]
     if gpu := data["gpu_memory"]:
-        facts.append(["GPU", f"{_total(data, gpu)}, {size(gpu['free_bytes'])} free: {_verdict(gpu)}"])
+        facts.append(["GPU", f"{_total(data, gpu)}, {human_bytes(gpu['free_bytes'])} free: {_verdict(gpu)}"])
     facts += _speed(data["speed"])
     facts += [[name, text] for name, text in data["encoders"].items()]
     click.echo(columns(facts, heading=False))
@@ -125,10 +126,9 @@ def _format(data: dict[str, Any]) -> str:
 
 def _total(data: dict[str, Any], memory: dict[str, Any]) -> str:
     """What a run takes, and in which format where that is another than the card's."""
-    from zoo.cli.console import size
 
     other = "" if memory["dtype"] == data["dtype"] else f", in {memory['dtype']}"
-    return f"{size(memory['total_bytes'])} at {memory['context']} tokens{other}"
+    return f"{human_bytes(memory['total_bytes'])} at {memory['context']} tokens{other}"
 
 
 def _verdict(memory: dict[str, Any]) -> str:
@@ -138,12 +138,11 @@ def _verdict(memory: dict[str, Any]) -> str:
 
 def _shares(memory: dict[str, Any]) -> str:
     """What the bytes are for."""
-    from zoo.cli.console import size
 
     names = {"weights": "weights", "cache": "cache", "working": "between", "spare": "left free"}
     names |= {"process": "Python and torch"}
     sizes = {words: memory[f"{name}_bytes"] for name, words in names.items()}
-    return ", ".join(f"{words} {size(count)}" for words, count in sizes.items() if count)
+    return ", ".join(f"{words} {human_bytes(count)}" for words, count in sizes.items() if count)
 
 
 def _speed(speed: dict[str, Any]) -> list[list[str]]:
@@ -167,10 +166,9 @@ def _speed(speed: dict[str, Any]) -> list[list[str]]:
 
 def _cache(data: dict[str, Any]) -> list[str]:
     """What the cache takes: of a sequence however short, and of each token."""
-    from zoo.cli.console import size
 
     return [
-        f"{size(data[f'cache_bytes_per_{what}'])} per {what}"
+        f"{human_bytes(data[f'cache_bytes_per_{what}'])} per {what}"
         for what in ("sequence", "token")
         if data[f"cache_bytes_per_{what}"]
     ]

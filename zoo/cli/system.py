@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from zoo.components.compiled import unbuilt
+from zoo.units import human_bytes
 
 
 @click.command()
@@ -31,15 +32,15 @@ def plugins(as_json: bool) -> None:
 @click.command()
 def doctor() -> None:
     """Show what this machine and installation have, what is missing, and what that costs."""
-    from zoo.cli.console import columns, size
+    from zoo.cli.console import columns
     from zoo.machine import free_memory, total_memory
 
     facts = [
         ["zoo", importlib.metadata.version("zoo-inference")],
         ["python", f"{platform.python_version()} at {sys.executable}"],
         ["system", f"{platform.platform()}, {os.cpu_count()} processors"],
-        ["memory", f"{size(free_memory())} free of {size(total_memory())}"],
-        ["disk", f"{size(shutil.disk_usage(_cache()).free)} free for {_cache()}"],
+        ["memory", f"{human_bytes(free_memory())} free of {human_bytes(total_memory())}"],
+        ["disk", f"{human_bytes(shutil.disk_usage(_cache()).free)} free for {_cache()}"],
         *_torch(),
         ["native kernels", _native()],
         ["--quantize", _quantised()],

@@ -11,9 +11,9 @@ from typing import Any
 from zoo.components.compiled import packs
 from zoo.components.kinds import KINDS, quantised, weight_bytes
 from zoo.costs.work import BYTES, Work, chunk_tokens, grain_tokens
-from zoo.loading.hub.types import human_bytes
 from zoo.machine import cores
 from zoo.registry.errors import CapacityError, RequestError
+from zoo.units import human_bytes
 
 CACHE_SHARE = 0.8
 """Of what a device has free beside the weights: the most that caches take. The rest is for what steps hold in between,

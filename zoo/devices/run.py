@@ -25,10 +25,10 @@ from zoo.devices.mesh import Mesh, Wanted, Wish, lay_out, wish
 from zoo.devices.setup import Setup
 from zoo.devices.shares import Part, join
 from zoo.inspection import Inspection
-from zoo.loading.hub.types import human_bytes
 from zoo.registry.environment import whole
 from zoo.registry.errors import RequestError
 from zoo.registry.plan import Plan
+from zoo.units import human_bytes
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
-from zoo.loading.hub.types import human_bytes
 from zoo.loading.layouts import detect, layout_named, layouts
 from zoo.loading.quantised import folded
 from zoo.loading.reader import TensorInfo, read_headers
 from zoo.registry.errors import WeightsError, nearest
+from zoo.units import human_bytes
 
 KNOWN = ("consolidated.safetensors", "model.safetensors", "consolidated.pth", "consolidated.pt", "pytorch_model.bin")
 """Sets by stem and suffix, in the order of preference; any other name stands behind them."""

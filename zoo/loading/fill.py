@@ -15,7 +15,6 @@ from zoo.inspection import Inspection
 from zoo.loading.adapters.plan import plan_adapter
 from zoo.loading.adapters.read import Adapter, read_adapter
 from zoo.loading.files import WeightSet, locate
-from zoo.loading.hub.types import human_bytes
 from zoo.loading.layouts import layout_named
 from zoo.loading.load import load_weights, random_weights
 from zoo.loading.mapping import plan_mapping
@@ -23,6 +22,7 @@ from zoo.loading.quantising import described, storing_of
 from zoo.loading.reader import Progress
 from zoo.loading.targets import Storing
 from zoo.registry.plan import Plan
+from zoo.units import human_bytes
 
 
 def storing(plan: Plan, device: torch.device, quantize: str | None) -> Storing:

@@ -14,10 +14,10 @@ from zoo.components.kinds import LANES, Kind, quantised
 from zoo.components.linear import fastest
 from zoo.components.matrix import Holder, Making
 from zoo.components.quantised import Quantised, QuantisedFilling, is_native
-from zoo.loading.hub.types import human_bytes
 from zoo.loading.targets import Storing
 from zoo.registry.errors import RequestError
 from zoo.registry.plan import Plan
+from zoo.units import human_bytes
 
 
 def storing_of(plan: Plan, kind: Kind | None, device: torch.device) -> Storing:

@@ -12,7 +12,6 @@ from tempfile import mkdtemp
 
 from zoo.loading.files import WeightSet, local_path, locate, named_like_weights
 from zoo.loading.hub.choice import TEXT_FILES
-from zoo.loading.hub.types import human_bytes
 from zoo.loading.infer import CARD, CONFIG, PARAMS
 from zoo.loading.layouts import layout_named
 from zoo.loading.mapping import plan_mapping
@@ -24,6 +23,7 @@ from zoo.saving.names import FileTensor, file_tensors
 from zoo.saving.settings import Settings, settings_of
 from zoo.saving.values import Weights
 from zoo.saving.write import weight_bytes, write_weights
+from zoo.units import human_bytes
 
 FILE_BYTES = 50_000_000_000
 """The largest weight file that the hub takes."""

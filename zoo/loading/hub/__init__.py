@@ -10,7 +10,7 @@ from zoo.loading.hub.fetching import FetchPlan, fetch, plan_fetch
 from zoo.loading.hub.headers import ranged_headers, read_file
 from zoo.loading.hub.listing import list_files
 from zoo.loading.hub.settings import cache_dir, offline
-from zoo.loading.hub.types import HubSource, Note, Progress, Remote, RemoteFile, human_bytes
+from zoo.loading.hub.types import HubSource, Note, Progress, Remote, RemoteFile
 
 __all__ = [
     "CachedRevision",
@@ -25,7 +25,6 @@ __all__ = [
     "cached",
     "choose",
     "fetch",
-    "human_bytes",
     "list_files",
     "offline",
     "plan_fetch",

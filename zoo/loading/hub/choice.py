@@ -7,8 +7,9 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zoo.loading.hub.types import RemoteFile, human_bytes
+from zoo.loading.hub.types import RemoteFile
 from zoo.registry.errors import FetchError
+from zoo.units import human_bytes
 
 TEXT_FILES = re.compile(
     r"generation_config\.json"

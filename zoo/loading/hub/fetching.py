@@ -16,8 +16,9 @@ from zoo.loading.hub.headers import address
 from zoo.loading.hub.listing import list_files, parse_source
 from zoo.loading.hub.settings import cache_dir, endpoint, offline
 from zoo.loading.hub.transfer import check_file, download
-from zoo.loading.hub.types import HubSource, Note, Progress, Remote, RemoteFile, human_bytes
+from zoo.loading.hub.types import HubSource, Note, Progress, Remote, RemoteFile
 from zoo.registry.errors import FetchError
+from zoo.units import human_bytes
 
 CLIENT_ABOVE = 50_000_000_000
 """Bytes above which the hub serves a file through its own storage protocol only, which the client speaks."""

@@ -7,8 +7,9 @@ from zoo.loading.hub.client import client, client_utils
 from zoo.loading.hub.errors import Ask, page_fault, told_apart
 from zoo.loading.hub.settings import endpoint, offline
 from zoo.loading.hub.transfer import open_stream
-from zoo.loading.hub.types import Remote, RemoteFile, human_bytes
+from zoo.loading.hub.types import Remote, RemoteFile
 from zoo.registry.errors import FetchError
+from zoo.units import human_bytes
 
 _FIRST = 1 << 17
 _LARGEST_HEADER = 100_000_000

@@ -78,15 +78,3 @@ def check_names(repo: str, revision: str) -> None:
         raise FetchError(
             "not the name of a revision", where=repo, found=repr(revision), expected="a branch, a tag or a commit's sha"
         )
-
-
-def human_bytes(count: int) -> str:
-    """Bytes in the units that memory is counted in too: "13.5 GiB"."""
-    if count < 1024:
-        return f"{count} bytes"
-    size = count / 1024
-    for unit in ("KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
