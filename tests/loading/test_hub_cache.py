@@ -165,14 +165,15 @@ def test_head_from_the_cache(hub: Hub, model: dict[str, bytes]) -> None:
     assert hub.gets() == []
 
 
-def test_head_of_a_gated_file(hub: Hub, model: dict[str, bytes]) -> None:
+def test_head_of_a_gated_file(hub: Hub, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repos["ann/model"].gated = True
     remote = list_files("ann/model")
     with pytest.raises(FetchError, match=f"ann/model/{NAME}: the repository is gated and no token was sent"):
         ranged_headers(remote, NAME)
     hub.tokens |= {"hf_good"}
     hub.granted |= {"hf_good"}
-    assert ranged_headers(remote, NAME, token="hf_good") == head(model[NAME])
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    assert ranged_headers(remote, NAME) == head(model[NAME])
 
 
 def test_head_that_is_none(hub: Hub) -> None:

@@ -51,7 +51,6 @@ def test_both_sets_take_the_native_one_and_say_so() -> None:
         "tokenizer.model.v3",
         "tokenizer_config.json",
     }
-    assert chosen.layout_hint == "mistral"
     assert chosen.total_bytes == 5_000_000_000 + 8 * 1000
     assert chosen.note == (
         "weights: consolidated.safetensors (4.7 GiB); left out: 3 files of model safetensors (14.0 GiB)"
@@ -69,7 +68,6 @@ def test_the_layout_of_the_card_decides() -> None:
     chosen = choose(listing(*names), "huggingface")
     assert weights_of(chosen) == shards("model", 2)
     assert small_of(chosen) == {"params.json", "config.json", "model.safetensors.index.json"}
-    assert chosen.layout_hint == "huggingface"
 
 
 def test_a_layout_of_a_plugin_takes_what_auto_takes() -> None:
@@ -84,24 +82,23 @@ def test_small_files_come_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "weights", "layout"),
+    ("names", "weights"),
     [
-        (["tekken.json", "params.json", "consolidated.safetensors"], ["consolidated.safetensors"], "mistral"),
-        (["tekken.json", "consolidated.safetensors"], ["consolidated.safetensors"], "mistral"),
-        (["config.json", "consolidated.safetensors", "model.safetensors"], ["model.safetensors"], "huggingface"),
-        (["params.json", *shards("consolidated", 7)], shards("consolidated", 7), "mistral"),
-        (["config.json", *shards("model", 19), "consolidated.00.pt"], shards("model", 19), "huggingface"),
-        (["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"], "huggingface"),
-        (["consolidated.00.pth", "consolidated.01.pth"], ["consolidated.00.pth", "consolidated.01.pth"], "mistral"),
-        (["config.json", "pytorch_model.bin"], ["pytorch_model.bin"], "huggingface"),
-        (shards("pytorch_model", 2, "bin"), shards("pytorch_model", 2, "bin"), "huggingface"),
-        (["params.json", "my-finetune.safetensors"], ["my-finetune.safetensors"], "auto"),
-        (["model.safetensors", "extra.safetensors"], ["model.safetensors"], "huggingface"),
+        (["tekken.json", "params.json", "consolidated.safetensors"], ["consolidated.safetensors"]),
+        (["tekken.json", "consolidated.safetensors"], ["consolidated.safetensors"]),
+        (["config.json", "consolidated.safetensors", "model.safetensors"], ["model.safetensors"]),
+        (["params.json", *shards("consolidated", 7)], shards("consolidated", 7)),
+        (["config.json", *shards("model", 19), "consolidated.00.pt"], shards("model", 19)),
+        (["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["consolidated.00.pth", "consolidated.01.pth"], ["consolidated.00.pth", "consolidated.01.pth"]),
+        (["config.json", "pytorch_model.bin"], ["pytorch_model.bin"]),
+        (shards("pytorch_model", 2, "bin"), shards("pytorch_model", 2, "bin")),
+        (["params.json", "my-finetune.safetensors"], ["my-finetune.safetensors"]),
+        (["model.safetensors", "extra.safetensors"], ["model.safetensors"]),
     ],
 )
-def test_one_set(names: list[str], weights: list[str], layout: str) -> None:
-    chosen = choose(listing(*names))
-    assert (weights_of(chosen), chosen.layout_hint) == (weights, layout)
+def test_one_set(names: list[str], weights: list[str]) -> None:
+    assert weights_of(choose(listing(*names))) == weights
 
 
 def test_index_of_the_chosen_set_only() -> None:

@@ -108,12 +108,11 @@ def test_tokenizer_without_weights(hub: Hub, files: dict[str, bytes]) -> None:
     assert set(contents(fetch("ann/model", weights=False))) == {"config.json", "params.json", "tekken.json"}
 
 
-def test_dry_run_and_plan_write_nothing(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_plan_writes_nothing(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
     sha = hub.add("ann/model", files)
-    folder = fetch("ann/model", dry_run=True)
     plan = plan_fetch("ann/model")
     assert not (tmp_path / "home").exists()
-    assert folder == plan.folder == tmp_path / "home/hub/models--ann--model/snapshots" / sha
+    assert plan.folder == tmp_path / "home/hub/models--ann--model/snapshots" / sha
     assert [file.path for file in plan.missing] == [file.path for file in plan.chosen.files]
     assert plan.missing_bytes == plan.chosen.total_bytes == sum(len(files[file.path]) for file in plan.missing)
     assert plan.free_bytes > 0
@@ -145,13 +144,6 @@ def test_token_goes_to_the_hub_and_not_to_its_store(
     assert contents(fetch("ann/model"))["consolidated.safetensors"] == files["consolidated.safetensors"]
     tokens = {(ask.host == hub.store, ask.token) for ask in hub.asked}
     assert tokens == {(False, "hf_good"), (True, None)}
-
-
-def test_token_as_an_argument(hub: Hub, files: dict[str, bytes]) -> None:
-    hub.add("ann/model", files, private=True)
-    hub.tokens |= {"hf_mine"}
-    hub.granted |= {"hf_mine"}
-    assert fetch("ann/model", token="hf_mine").is_dir()
 
 
 def test_dropped_connection_goes_on_in_the_same_run(hub: Hub, files: dict[str, bytes]) -> None:

@@ -84,18 +84,18 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
     """A repository made of tmp_path's files; calling it gives the weight files whose heads have been read."""
     seen: list[str] = []
 
-    def listed(repo: str, revision: str | None, *, token: str | None = None) -> Remote:
+    def listed(repo: str, revision: str | None) -> Remote:
         files = [RemoteFile(file.name, file.stat().st_size, None) for file in sorted(tmp_path.iterdir())]
         return Remote(repo, "0" * 40, tuple(files))
 
-    def head(remote: Remote, path: str, *, token: str | None = None) -> bytes:
+    def head(remote: Remote, path: str) -> bytes:
         seen.append(path)
         data = (tmp_path / path).read_bytes()
         return data[: 8 + int.from_bytes(data[:8], "little")]
 
     monkeypatch.setattr(hub, "list_files", listed)
     monkeypatch.setattr(hub, "ranged_headers", head)
-    monkeypatch.setattr(hub, "read_file", lambda remote, path, token=None: (tmp_path / path).read_bytes())
+    monkeypatch.setattr(hub, "read_file", lambda remote, path: (tmp_path / path).read_bytes())
     return lambda: seen
 
 

@@ -60,16 +60,16 @@ def verify_files(plan: Plan, path: str | Path) -> Report:
     return _report(plan, locate(path, plan.card.source.layout))
 
 
-def verify_hub(plan: Plan, *, token: str | None = None) -> Report:
+def verify_hub(plan: Plan) -> Report:
     """Compares the card's repository on the hub by reading the heads of its files. Raises FetchError, WeightsError."""
     from zoo.loading.hub import choose, list_files
 
     source = plan.card.source
     if source.hub is None:
         raise FetchError("the card has no hub repository", where=plan.card.name, expected="source.hub in the card")
-    remote = list_files(source.hub, source.revision, token=token)
+    remote = list_files(source.hub, source.revision)
     chosen = choose(remote.files, source.layout, where=str(remote))
-    folder = HubFolder(remote, {file.path: file.size for file in chosen.files}, token)
+    folder = HubFolder(remote, {file.path: file.size for file in chosen.files})
     return _report(plan, locate_in(folder, source.layout))
 
 
@@ -79,7 +79,6 @@ class HubFolder:
 
     remote: Remote
     files: Mapping[str, int]
-    token: str | None = None
 
     @property
     def path(self) -> Path:
@@ -91,7 +90,7 @@ class HubFolder:
     def read(self, name: str) -> bytes:
         from zoo.loading.hub import read_file
 
-        return read_file(self.remote, name, token=self.token)
+        return read_file(self.remote, name)
 
     def headers(self, name: str) -> dict[str, TensorInfo]:
         from zoo.loading.hub import ranged_headers
@@ -101,7 +100,7 @@ class HubFolder:
             raise FetchError(
                 "only safetensors files can be read by their heads", where=f"{self.path}/{name}", hint=hint
             )
-        head = ranged_headers(self.remote, name, token=self.token)
+        head = ranged_headers(self.remote, name)
         return read_header(self.path / name, self.files[name], lambda start, stop: head[start:stop])
 
 

@@ -62,13 +62,12 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Chosen:
-    """The files to fetch, small ones first; `layout_hint` guesses the tensor names' layout from the files' names.
+    """The files to fetch, small ones first.
 
     `note` is one line for the user: the set taken and the sets left out.
     """
 
     files: tuple[RemoteFile, ...]
-    layout_hint: str
     total_bytes: int
     note: str
 
@@ -115,13 +114,13 @@ def choose(
     others = [weights for weights in found if weights is not taken]
     if others:
         note += "; left out: " + ", ".join(f"{other}, incomplete" if other.absent else str(other) for other in others)
-    return Chosen(picked, taken.kind.layout, sum(file.size for file in picked), note)
+    return Chosen(picked, sum(file.size for file in picked), note)
 
 
 def choose_small(files: Sequence[RemoteFile]) -> Chosen:
     """The configuration and tokenizer files alone, for what needs no weights."""
     picked = tuple(sorted((file for file in files if _COMPANIONS.fullmatch(file.path)), key=_smallest_first))
-    return Chosen(picked, "auto", sum(file.size for file in picked), "no weights: configuration and tokenizer only")
+    return Chosen(picked, sum(file.size for file in picked), "no weights: configuration and tokenizer only")
 
 
 def _smallest_first(file: RemoteFile) -> tuple[int, str]:

@@ -40,18 +40,16 @@ class FetchPlan:
     notes: tuple[str, ...]
 
 
-def plan_fetch(
-    source: HubSource | str, *, layout: str | None = None, weights: bool = True, token: str | None = None
-) -> FetchPlan:
+def plan_fetch(source: HubSource | str, *, weights: bool = True) -> FetchPlan:
     """What fetching would bring. Nothing is written.
 
     If the hub cannot answer and the cache holds a whole model of that revision, the plan is that one and its notes say
     so. Raises FetchError.
     """
     repo, revision, named = parse_source(source)
-    wanted = (layout or named) if weights else None
+    wanted = named if weights else None
     try:
-        return _plan(list_files(repo, revision, token=token), wanted)
+        return _plan(list_files(repo, revision), wanted)
     except FetchError as problem:
         kept = _plan_kept(repo, revision, wanted, problem)
         if kept is None:
@@ -62,31 +60,26 @@ def plan_fetch(
 def fetch(
     source: HubSource | str,
     *,
-    layout: str | None = None,
     weights: bool = True,
-    token: str | None = None,
-    dry_run: bool = False,
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> Path:
     """The folder with the model's files, fetched where the cache lacks them.
 
-    `source` is a card's source section, "owner/name" or "owner/name@revision"; `layout` overrides the source's own.
+    `source` is a card's source section, "owner/name" or "owner/name@revision".
     The disk's room is checked first; an interrupted transfer goes on where it stopped; every file received is checked
-    by size and hash. Without `weights` only the configuration and tokenizer files are fetched. `dry_run` stops before
-    the first transfer. `progress` is called as bytes arrive, `note` with lines for the user. Raises FetchError.
+    by size and hash. Without `weights` only the configuration and tokenizer files are fetched.
+    `progress` is called as bytes arrive, `note` with lines for the user. Raises FetchError.
     """
     say = note or _silent
-    plan = plan_fetch(source, layout=layout, weights=weights, token=token)
+    plan = plan_fetch(source, weights=weights)
     for line in plan.notes:
         say(line)
     _check_may(plan)
-    if dry_run:
-        return plan.folder
     revision = parse_source(source)[1]
     if plan.missing:
         with told_apart(Ask(plan.remote.repo, revision)):
-            _bring_all(plan, revision, token, progress, say)
+            _bring_all(plan, revision, progress, say)
     elif not offline():
         _remember(plan, revision)
     return plan.folder
@@ -143,7 +136,7 @@ def _check_may(plan: FetchPlan) -> None:
         )
 
 
-def _bring_all(plan: FetchPlan, revision: str, token: str | None, progress: Progress | None, say: Note) -> None:
+def _bring_all(plan: FetchPlan, revision: str, progress: Progress | None, say: Note) -> None:
     cache, remote = RepoCache(plan.remote.repo), plan.remote
     cache.record(remote)
     if cache.commit(revision) is None:
@@ -156,9 +149,9 @@ def _bring_all(plan: FetchPlan, revision: str, token: str | None, progress: Prog
             say(f"fetching {file.path}, {human_bytes(file.size)}")
         with told_apart(Ask(remote.repo, revision, file.path)):
             if file.size > CLIENT_ABOVE:
-                _bring_by_client(remote, file, token, bar=progress is not None)
+                _bring_by_client(remote, file, bar=progress is not None)
             else:
-                _bring(remote, file, token, _shifted(progress, before, total), say)
+                _bring(remote, file, _shifted(progress, before, total), say)
         before += file.size
         if progress:
             progress(before, total)
@@ -170,19 +163,17 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Callable[[in
     return None if progress is None else lambda done: progress(before + done, total)
 
 
-def _bring(
-    remote: Remote, file: RemoteFile, token: str | None, progress: Callable[[int], None] | None, say: Note
-) -> None:
+def _bring(remote: Remote, file: RemoteFile, progress: Callable[[int], None] | None, say: Note) -> None:
     cache = RepoCache(remote.repo)
     with _alone(cache, file, say):
         if cache.has(remote, file) or cache.adopt(remote, file):
             return
-        url, headers = address(remote, file, token)
+        url, headers = address(remote, file)
         download(url, file, cache.partial(file), f"{remote.repo}/{file.path}", headers, progress, say)
         cache.place(remote, file)
 
 
-def _bring_by_client(remote: Remote, file: RemoteFile, token: str | None, *, bar: bool) -> None:
+def _bring_by_client(remote: Remote, file: RemoteFile, *, bar: bool) -> None:
     """The client's own download, with its own bar: no resuming in a later process, but the only way to large files."""
     place = {"revision": remote.revision, "cache_dir": cache_dir(), "endpoint": endpoint()}
     utils = client_utils()
@@ -190,7 +181,7 @@ def _bring_by_client(remote: Remote, file: RemoteFile, token: str | None, *, bar
     if silenced:
         utils.disable_progress_bars()
     try:
-        path = Path(client().hf_hub_download(remote.repo, file.path, token=token, library_name="zoo", **place))
+        path = Path(client().hf_hub_download(remote.repo, file.path, library_name="zoo", **place))
     finally:
         if silenced:
             utils.enable_progress_bars()

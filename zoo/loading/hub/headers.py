@@ -16,24 +16,24 @@ _LARGEST_HEADER = 100_000_000
 _LARGEST_FILE = 64_000_000
 
 
-def ranged_headers(remote: Remote, path: str, *, token: str | None = None) -> bytes:
+def ranged_headers(remote: Remote, path: str) -> bytes:
     """The head of a safetensors file: 8 bytes of little-endian length n and n bytes of JSON.
 
     Read from the cache if the file is there, else from the hub; a server that ignores ranges is cut off after the head.
     Raises FetchError for what cannot be a safetensors file, for faults of the network, and offline without the file.
     """
     file = remote.file(path)
-    start = _read(remote, file, min(_FIRST, file.size), token)
+    start = _read(remote, file, min(_FIRST, file.size))
     count = 8 + int.from_bytes(start[:8], "little")
     if len(start) < 8 or count > min(file.size, 8 + _LARGEST_HEADER):
         where = f"{remote}/{path}"
         raise page_fault(start, where) or FetchError(
             "not a safetensors file", where=where, found=f"a header of {count - 8} bytes in a file of {file.size}"
         )
-    return start[:count] if count <= len(start) else _read(remote, file, count, token)
+    return start[:count] if count <= len(start) else _read(remote, file, count)
 
 
-def read_file(remote: Remote, path: str, *, token: str | None = None) -> bytes:
+def read_file(remote: Remote, path: str) -> bytes:
     """All bytes of a small file (a configuration, an index), from the cache or the hub, without storing them."""
     file = remote.file(path)
     if file.size > _LARGEST_FILE:
@@ -43,14 +43,14 @@ def read_file(remote: Remote, path: str, *, token: str | None = None) -> bytes:
             found=human_bytes(file.size),
             expected=f"at most {human_bytes(_LARGEST_FILE)}",
         )
-    data = _read(remote, file, file.size, token)
+    data = _read(remote, file, file.size)
     fault = page_fault(data, f"{remote}/{path}")
     if fault:
         raise fault
     return data
 
 
-def _read(remote: Remote, file: RemoteFile, count: int, token: str | None) -> bytes:
+def _read(remote: Remote, file: RemoteFile, count: int) -> bytes:
     """The first `count` bytes of the file."""
     cache = RepoCache(remote.repo)
     if cache.has(remote, file):
@@ -64,12 +64,12 @@ def _read(remote: Remote, file: RemoteFile, count: int, token: str | None) -> by
             hint="unset the variable, or fetch the model with `zoo pull` first",
         )
     with told_apart(Ask(remote.repo, remote.revision, file.path)):
-        return _read_remote(remote, file, count, token)
+        return _read_remote(remote, file, count)
 
 
-def _read_remote(remote: Remote, file: RemoteFile, count: int, token: str | None) -> bytes:
+def _read_remote(remote: Remote, file: RemoteFile, count: int) -> bytes:
     data = b""
-    url, headers = address(remote, file, token)
+    url, headers = address(remote, file)
     # A server that ignores the range sends the file from its start: the same bytes, and the rest is never read.
     with open_stream(url, headers, f"bytes=0-{count - 1}" if count else None) as answer:
         for piece in answer.iter_bytes():
@@ -83,7 +83,7 @@ def _read_remote(remote: Remote, file: RemoteFile, count: int, token: str | None
     return data[:count]
 
 
-def address(remote: Remote, file: RemoteFile, token: str | None) -> tuple[str, dict[str, str]]:
+def address(remote: Remote, file: RemoteFile) -> tuple[str, dict[str, str]]:
     """The file's URL and the request headers with the user's token."""
     url = client().hf_hub_url(remote.repo, file.path, revision=remote.revision, endpoint=endpoint())
-    return url, client_utils().build_hf_headers(token=token, library_name="zoo")
+    return url, client_utils().build_hf_headers(library_name="zoo")

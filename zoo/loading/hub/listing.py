@@ -30,7 +30,7 @@ def parse_source(source: HubSource | str) -> tuple[str, str, str]:
     return repo, revision or "main", layout
 
 
-def list_files(repo: str, revision: str | None = None, *, token: str | None = None) -> Remote:
+def list_files(repo: str, revision: str | None = None) -> Remote:
     """The repository's files with sizes and hashes, at the commit that the revision (None = main) means now.
 
     Offline, and for a commit listed before, from the cache. Raises FetchError.
@@ -41,7 +41,7 @@ def list_files(repo: str, revision: str | None = None, *, token: str | None = No
     if switch:
         return _cached(repo, asked, switch)
     known = RepoCache(repo).recorded(asked) if is_commit(asked) else None
-    return known or _ask_hub(repo, asked, token)
+    return known or _ask_hub(repo, asked)
 
 
 def _cached(repo: str, revision: str, switch: str) -> Remote:
@@ -55,9 +55,9 @@ def _cached(repo: str, revision: str, switch: str) -> Remote:
     return remote
 
 
-def _ask_hub(repo: str, revision: str, token: str | None) -> Remote:
+def _ask_hub(repo: str, revision: str) -> Remote:
     with told_apart(Ask(repo, revision)):
-        info = _model_info(repo, revision, token)
+        info = _model_info(repo, revision)
     files = []
     for sibling in info.siblings or ():
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
@@ -69,13 +69,13 @@ def _ask_hub(repo: str, revision: str, token: str | None) -> Remote:
     return Remote(repo, info.sha, tuple(files))
 
 
-def _model_info(repo: str, revision: str, token: str | None) -> Any:
+def _model_info(repo: str, revision: str) -> Any:
     """The client's description of the repository; asked again after a fault of the hub that may pass."""
     api = client().HfApi(endpoint=endpoint(), library_name="zoo")
     timeout = client().constants.HF_HUB_ETAG_TIMEOUT
     for wait in (*WAITS, None):
         try:
-            return api.model_info(repo, revision=revision, files_metadata=True, token=token, timeout=timeout)
+            return api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
         except (TypeError, KeyError, AttributeError) as error:
             # JSON of another shape.
             raise _no_hub(repo, f"JSON without {error}") from error
