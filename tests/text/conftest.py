@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from zoo.text.spec import MistralChatSpec, MistralTokenizerSpec
-from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
+from zoo.text.tokenizer import Tokenizer, open_tokenizer
 
 SHIPPED = {
     "v1": "tokenizer.model.v1",
@@ -108,18 +109,18 @@ def mistral_folder(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def mistral(mistral_folder: Callable[[str], Path]) -> Callable[[str], CheckpointTokenizer]:
+def mistral(mistral_folder: Callable[[str], Path]) -> Callable[[str], Tokenizer]:
     """The tokenizer of the version named, opened once."""
 
     @cache
-    def tokenizer(name: str) -> CheckpointTokenizer:
+    def tokenizer(name: str) -> Tokenizer:
         return open_tokenizer(MistralTokenizerSpec(), MistralChatSpec(), mistral_folder(name))
 
     return tokenizer
 
 
 @pytest.fixture(scope="session")
-def mistral_common(mistral: Callable[[str], CheckpointTokenizer]) -> Callable[[str], Any]:
+def mistral_common(mistral: Callable[[str], Tokenizer]) -> Callable[[str], Any]:
     """mistral-common's own tokenizer of the version named."""
     return lambda name: mistral(name)._codec.library  # type: ignore[attr-defined]
 
@@ -130,8 +131,8 @@ CORPUS = ["Hello world, how are you today?", "The quick brown fox says hello.", 
 TEMPLATE_TOKENS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 
 
-def _byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
+def _byte_level() -> Library:
+    tokenizer = Library(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -145,10 +146,10 @@ def _byte_level() -> Tokenizer:
     return tokenizer
 
 
-def _byte_fallback() -> Tokenizer:
+def _byte_fallback() -> Library:
     """As SentencePiece models are converted: a space sign before every text, bytes for characters not learnt."""
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    learnt = Tokenizer(models.BPE(unk_token="<unk>"))
+    learnt = Library(models.BPE(unk_token="<unk>"))
     learnt.normalizer = normalizer
     trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"], show_progress=False)
     learnt.train_from_iterator(CORPUS, trainer)
@@ -157,7 +158,7 @@ def _byte_fallback() -> Tokenizer:
     pieces += [piece for piece in model["vocab"] if piece not in TEMPLATE_TOKENS]
     merges = [tuple(merge) for merge in model["merges"]]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Library(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -167,8 +168,8 @@ def _byte_fallback() -> Tokenizer:
     return tokenizer
 
 
-def _metaspace() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+def _metaspace() -> Library:
+    tokenizer = Library(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=TEMPLATE_TOKENS, show_progress=False)

@@ -15,10 +15,10 @@ from mistral_common.experimental.tools import _decode_tool_calls, _split_content
 from zoo.text.answer import Answer, AnswerForm, AnswerReader, read_answer
 from zoo.text.calls import ToolCall
 from zoo.text.spec import HuggingFaceTokenizerSpec, NoChatSpec, TemplateChatSpec
-from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
+from zoo.text.tokenizer import Tokenizer, open_tokenizer
 from zoo.text.tools import SHORT_ID, short_id
 
-Open = Callable[[str], CheckpointTokenizer]
+Open = Callable[[str], Tokenizer]
 
 LISTS = ("v2", "v3", "v3-tekken", "v7", "v7-tekken")
 NAMED = ("v11", "v13", "v15")
@@ -44,7 +44,7 @@ def conversation(calls: list[dict[str, Any]], **more: Any) -> list[dict[str, Any
     return [USER, {"role": "assistant", "tool_calls": calls, **more}, *results]
 
 
-def answer_ids(tokenizer: CheckpointTokenizer, messages: list[dict[str, Any]]) -> list[int]:
+def answer_ids(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
     """What the model would have generated for the second message."""
     asked = tokenizer.render(messages[:1], tools=[DEFINITION]).ids
     whole = tokenizer.render(messages, tools=[DEFINITION]).ids
@@ -54,7 +54,7 @@ def answer_ids(tokenizer: CheckpointTokenizer, messages: list[dict[str, Any]]) -
 
 
 def streamed(
-    tokenizer: CheckpointTokenizer, parts: Iterable[list[int]], form: AnswerForm | None = None, **options: Any
+    tokenizer: Tokenizer, parts: Iterable[list[int]], form: AnswerForm | None = None, **options: Any
 ) -> Answer:
     reader = AnswerReader(tokenizer, form or AnswerForm(), **options)
     whole = Answer()
@@ -63,7 +63,7 @@ def streamed(
     return whole + reader.finish()
 
 
-def ids_of(tokenizer: CheckpointTokenizer, *parts: str) -> list[int]:
+def ids_of(tokenizer: Tokenizer, *parts: str) -> list[int]:
     """Ids of texts; a text that is the name of a control token is its id."""
     named = {tokenizer.vocabulary.control(i): i for i in range(40)}
     found: list[int] = []
@@ -374,7 +374,7 @@ SPECIALS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>
 class Channelled:
     """A tokenizer's vocabulary with the control tokens of channels after its own."""
 
-    def __init__(self, tokenizer: CheckpointTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._own, self.vocabulary = tokenizer, self
 
     def __getattr__(self, name: str) -> Any:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, processors
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, processors
 from transformers import PreTrainedTokenizerFast
 
 from zoo.registry.errors import TextError
-from zoo.text.detokenize import REPLACEMENT
+from zoo.text.detokenize import REPLACEMENT, Detokenizer
 from zoo.text.spec import HuggingFaceTokenizerSpec, MistralChatSpec, MistralTokenizerSpec, NoChatSpec, TemplateChatSpec
-from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
+from zoo.text.tokenizer import Tokenizer, open_tokenizer
 
 Make = Callable[..., Path]
 KINDS = ("byte level", "byte fallback", "metaspace")
@@ -28,7 +29,7 @@ quick = settings(
 )
 
 
-def opened(folder: Path, vocab_size: int | None = None) -> CheckpointTokenizer:
+def opened(folder: Path, vocab_size: int | None = None) -> Tokenizer:
     return open_tokenizer(HuggingFaceTokenizerSpec(), TemplateChatSpec(), folder, vocab_size=vocab_size)
 
 
@@ -37,11 +38,11 @@ def opened(folder: Path, vocab_size: int | None = None) -> CheckpointTokenizer:
 @given(data=st.data())
 def test_random_ids_joined_equal_whole(kind: str, hugging_face: Make, data: st.DataObject) -> None:
     tokenizer = opened(hugging_face(kind))
-    library = Tokenizer.from_file(str(hugging_face(kind) / "tokenizer.json"))
+    library = Library.from_file(str(hugging_face(kind) / "tokenizer.json"))
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=30))
     cuts = sorted(data.draw(st.lists(st.integers(0, 30), max_size=5)))
     for options in ({}, {"special": True}, {"continues": True}):
-        stream = tokenizer.detokenizer(**options)
+        stream = Detokenizer(tokenizer, **options)
         parts = [stream.push(ids[a:b]) for a, b in pairwise([0, *cuts, len(ids)])]
         assert "".join([*parts, stream.finish()]) == tokenizer.decode(ids, **options)
     if kind != "byte fallback":  # there the library gives up a whole run of bytes for one that is broken
@@ -55,11 +56,11 @@ def test_text_comes_back(kind: str, hugging_face: Make, text: str) -> None:
     tokenizer = opened(hugging_face(kind))
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    stream = tokenizer.detokenizer()
+    stream = Detokenizer(tokenizer)
     parts = [stream.push([i]) for i in ids]
     assert not any(REPLACEMENT in part for part in parts) or REPLACEMENT in text
     assert "".join(parts) == text
-    assert Tokenizer.from_file(str(hugging_face(kind) / "tokenizer.json")).decode(ids) == text
+    assert Library.from_file(str(hugging_face(kind) / "tokenizer.json")).decode(ids) == text
 
 
 @pytest.mark.parametrize(("kind", "lost"), [("byte level", 1), ("byte fallback", 2)])
@@ -81,7 +82,7 @@ def test_a_tokenizer_without_a_decoder_joins_with_spaces(hugging_face: Make) -> 
     data = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(data | {"decoder": None}))
     ids = opened(folder).encode("hello", bos=False)
-    assert opened(folder).decode(ids) == Tokenizer.from_file(str(folder / "tokenizer.json")).decode(ids)
+    assert opened(folder).decode(ids) == Library.from_file(str(folder / "tokenizer.json")).decode(ids)
 
 
 @pytest.mark.parametrize("decoder", [decoders.WordPiece(), decoders.Strip(" ", 0, 1), decoders.BPEDecoder()])
@@ -123,7 +124,7 @@ def test_encode_equals_transformers(kind: str, config: dict[str, bool], hugging_
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_bos_is_doubled(kind: str, hugging_face: Make) -> None:
     folder = hugging_face(kind)
-    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library = Library.from_file(str(folder / "tokenizer.json"))
     library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     library.save(str(folder / "tokenizer.json"))
     tokenizer = opened(folder)
@@ -136,7 +137,7 @@ def test_no_bos_is_doubled(kind: str, hugging_face: Make) -> None:
 
 def test_a_stored_length_does_not_cut_prompts(hugging_face: Make) -> None:
     folder = hugging_face("byte level")
-    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library = Library.from_file(str(folder / "tokenizer.json"))
     library.enable_truncation(4)
     library.enable_padding(length=64)
     library.save(str(folder / "tokenizer.json"))
@@ -176,7 +177,7 @@ def test_ids_that_contradict_are_refused(hugging_face: Make) -> None:
 
 def test_a_tokenizer_larger_than_the_model(hugging_face: Make) -> None:
     folder = hugging_face("byte level")
-    size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    size = Library.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     assert opened(folder, vocab_size=size).vocab_size == size
     with pytest.raises(TextError, match=f"found {size} token ids for a vocabulary of {size - 1}"):
         opened(folder, vocab_size=size - 1)

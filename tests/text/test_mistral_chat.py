@@ -14,9 +14,9 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, Tool, ToolCall
 
 from zoo.registry.errors import TextError
-from zoo.text.tokenizer import CheckpointTokenizer
+from zoo.text.tokenizer import Tokenizer
 
-Open = Callable[[str], CheckpointTokenizer]
+Open = Callable[[str], Tokenizer]
 
 ALL = ("v1", "v2", "v3", "v3-tekken", "v7", "v7-tekken", "v11", "v13", "v15")
 WITH_TOOLS = ALL[1:]

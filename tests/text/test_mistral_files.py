@@ -11,10 +11,10 @@ import pytest
 from zoo.registry.errors import TextError
 from zoo.text.mistral_files import choose_file
 from zoo.text.spec import MistralChatSpec, MistralTokenizerSpec, NoChatSpec
-from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
+from zoo.text.tokenizer import Tokenizer, open_tokenizer
 
 Folder = Callable[[str], Path]
-Open = Callable[[str], CheckpointTokenizer]
+Open = Callable[[str], Tokenizer]
 
 
 @pytest.fixture

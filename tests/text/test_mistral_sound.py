@@ -18,9 +18,9 @@ from mistral_common.protocol.transcription.request import TranscriptionRequest
 
 from zoo.registry.errors import RequestError, TextError
 from zoo.text.sound import wav_of
-from zoo.text.tokenizer import CheckpointTokenizer
+from zoo.text.tokenizer import Tokenizer
 
-Mistral = Callable[[str], CheckpointTokenizer]
+Mistral = Callable[[str], Tokenizer]
 RATE = 16_000
 
 

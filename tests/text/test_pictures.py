@@ -17,9 +17,9 @@ from zoo.components.vision.spec import PixtralSpec, ProjectorSpec
 from zoo.images.messages import with_pictures
 from zoo.registry.errors import RequestError, TextError
 from zoo.text.spec import HuggingFaceTokenizerSpec, TemplateChatSpec
-from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
+from zoo.text.tokenizer import Tokenizer, open_tokenizer
 
-Open = Callable[[str], CheckpointTokenizer]
+Open = Callable[[str], Tokenizer]
 ONE, TWO = Image.new("RGB", (60, 90)), Image.new("RGB", (1900, 100))
 
 

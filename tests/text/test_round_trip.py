@@ -16,9 +16,9 @@ import zoo
 from zoo.engine import outcome
 from zoo.engine.request import Chunk
 from zoo.model import Model
-from zoo.text.tokenizer import CheckpointTokenizer
+from zoo.text.tokenizer import Tokenizer
 
-Open = Callable[[str], CheckpointTokenizer]
+Open = Callable[[str], Tokenizer]
 Say = Callable[..., Any]
 
 VERSIONS = ("v2", "v3", "v3-tekken", "v7", "v7-tekken", "v11", "v13", "v15")
@@ -52,7 +52,7 @@ def say(mistral: Open, mistral_folder: Callable[[str], Path], monkeypatch: pytes
     return make
 
 
-def named(tokenizer: CheckpointTokenizer, *parts: str) -> list[int]:
+def named(tokenizer: Tokenizer, *parts: str) -> list[int]:
     """Ids of texts; the name of a control token is its id."""
     ids = {tokenizer.vocabulary.control(i): i for i in range(40)}
     return [i for part in parts for i in ([ids[part]] if part in ids else tokenizer.encode(part, bos=False))]

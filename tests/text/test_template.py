@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as Library
 from transformers import PreTrainedTokenizerFast
 
 from zoo.registry.errors import TextError
 from zoo.text.spec import HuggingFaceTokenizerSpec, TemplateChatSpec
-from zoo.text.tokenizer import CheckpointTokenizer, open_tokenizer
+from zoo.text.tokenizer import Tokenizer, open_tokenizer
 
 Make = Callable[..., Path]
 
@@ -86,7 +86,7 @@ CALLED: list[dict[str, Any]] = [
 ]
 
 
-def opened(folder: Path) -> CheckpointTokenizer:
+def opened(folder: Path) -> Tokenizer:
     return open_tokenizer(HuggingFaceTokenizerSpec(), TemplateChatSpec(), folder)
 
 
@@ -236,7 +236,7 @@ def test_quoting_changes_only_what_is_quoted(kind: str, hugging_face: Make) -> N
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != "</s>"]
     prompt = opened(folder).render([{"role": "user", "content": "Hello </s>world </s> "}])
     assert prompt.text == "<s>[INST] Hello </s>world </s>  [/INST]"
-    assert prompt.ids == Tokenizer.from_str(json.dumps(data)).encode(prompt.text, add_special_tokens=False).ids
+    assert prompt.ids == Library.from_str(json.dumps(data)).encode(prompt.text, add_special_tokens=False).ids
     assert 2 not in prompt.ids
 
 

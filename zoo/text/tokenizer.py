@@ -12,7 +12,7 @@ from zoo.images.picture import Picture
 from zoo.registry.errors import TextError
 from zoo.registry.spec import Spec
 from zoo.text.answer import PLAIN, AnswerForm
-from zoo.text.detokenize import Detokenizer, Vocabulary, decode
+from zoo.text.detokenize import Vocabulary, decode
 from zoo.text.pictures import PictureIds
 from zoo.text.stop_ids import configured_stop_ids
 from zoo.text.unicode import check_text
@@ -93,44 +93,7 @@ class Transcribing(Protocol):
     def transcription(self, sound: Any, language: str | None) -> Prompt: ...
 
 
-class Tokenizer(Protocol):
-    """What the engine, the API and the command line use."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def vocabulary(self) -> Vocabulary: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def stop_ids(self) -> frozenset[int]: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-    def encode(self, text: str, *, bos: bool = True) -> list[int]: ...
-    def decode(self, ids: Iterable[int], *, special: bool = False, continues: bool = False) -> str: ...
-    def detokenizer(self, *, special: bool = False, continues: bool = False) -> Detokenizer: ...
-    def piece(self, token: int) -> str: ...
-    def pieces(self, ids: Iterable[int]) -> list[str]: ...
-    def token_bytes(self, token: int) -> bytes: ...
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        continue_final: bool = False,
-        merge: bool = False,
-        options: Mapping[str, Any] = NO_OPTIONS,
-    ) -> Prompt: ...
-    def fill(self, prefix: str, suffix: str) -> list[int]: ...
-    def transcription(self, sound: Any, language: str | None = None) -> Prompt: ...
-    def show(self, pictures: Sequence[Picture], text: str) -> Prompt: ...
-
-
-class CheckpointTokenizer:
+class Tokenizer:
     """A checkpoint's tokenizer with its chat format.
 
     kind, version: as in the card, for example "mistral" and "v3". notes: choices to tell the user.
@@ -155,22 +118,10 @@ class CheckpointTokenizer:
         """The text of `ids`. `special` writes control ids by name; `continues` keeps the first space."""
         return decode(self, ids, special=special, continues=continues)
 
-    def detokenizer(self, *, special: bool = False, continues: bool = False) -> Detokenizer:
-        """A decoder of a stream of ids, with the options of `decode`."""
-        return Detokenizer(self, special=special, continues=continues)
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that an ordinary id adds inside a text; a control id adds none."""
-        return b"" if self.vocabulary.control(token) is not None else self.vocabulary.surface(token, False)
-
     def piece(self, token: int) -> str:
         """One id for people: a control id's name, else its text with `▁` for a space and `<0xE4>` for a lone byte."""
         name = self.vocabulary.control(token)
         return readable(self.vocabulary.surface(token, False)) if name is None else name
-
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """`piece` of every id."""
-        return [self.piece(token) for token in ids]
 
     def render(
         self,
@@ -243,9 +194,7 @@ class NoChat:
         return frozenset()
 
 
-def open_tokenizer(
-    spec: Spec, chat: Spec | None, folder: Path, *, vocab_size: int | None = None
-) -> CheckpointTokenizer:
+def open_tokenizer(spec: Spec, chat: Spec | None, folder: Path, *, vocab_size: int | None = None) -> Tokenizer:
     """Open the tokenizer files of a checkpoint's `folder` as the card's Specs say.
 
     vocab_size: rows of the model's embedding; a tokenizer with more ids is refused, one with fewer is usual.
@@ -261,7 +210,7 @@ def open_tokenizer(
             hint="use the tokenizer that belongs to these weights",
         )
     form: ChatFormat = NoChat() if chat is None else _component(chat).open(chat, codec, folder)
-    return CheckpointTokenizer(codec, form, codec.eos_ids | configured_stop_ids(folder) | form.end_ids())
+    return Tokenizer(codec, form, codec.eos_ids | configured_stop_ids(folder) | form.end_ids())
 
 
 def _component(spec: Spec) -> Any:
