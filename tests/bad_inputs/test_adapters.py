@@ -175,7 +175,7 @@ def test_folders(model: Model, peft_folder: Write, tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("")
     assert "there is no adapter in this folder; found notes.txt; expected adapter_config" in message(model, folder)
     (folder / "adapter_config.json").write_text("{")
-    assert "not a JSON file" in message(model, folder)
+    assert "not valid JSON" in message(model, folder)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
     assert "the adapter's weights are missing" in message(model, folder)
     assert "no such folder or file" in message(model, tmp_path / "nowhere")

@@ -486,7 +486,7 @@ def test_nearest_architecture(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"dim": 64,\n "n_layers": }', "params.json:2: not valid JSON; found Expecting value"),
-        ("", "params.json:1: not valid JSON"),
+        ("", "params.json: the file is empty"),
         ("[]", "params.json: not a JSON object; found a list"),
     ],
 )

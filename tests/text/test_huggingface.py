@@ -260,7 +260,7 @@ def test_a_faulty_eos_is_refused(value: Any, hugging_face: Make) -> None:
         opened(folder)
 
 
-@pytest.mark.parametrize(("content", "said"), [("{", "not a JSON object"), ("[]", "not a JSON object; found list")])
+@pytest.mark.parametrize(("content", "said"), [("{", "not valid JSON"), ("[]", "not a JSON object; found a list")])
 def test_faulty_configuration_files_are_refused(content: str, said: str, hugging_face: Make) -> None:
     folder = hugging_face()
     (folder / "generation_config.json").write_text(content)

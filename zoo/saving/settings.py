@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from zoo.json_file import read_object
 from zoo.loading.infer import CONFIG, PARAMS, infer_card
 from zoo.loading.infer.families import Node, families, keys_of
-from zoo.loading.infer.settings import read_object
 from zoo.registry.card import Card
 from zoo.registry.errors import CardError
 from zoo.registry.plan import Plan
@@ -135,7 +135,7 @@ def _nested(flat: Node) -> Node:
 def _source(folder: Path | None, name: str) -> Node:
     """The settings file that came with the weights."""
     file = None if folder is None else folder / name
-    return {} if file is None or not file.is_file() else read_object(file)
+    return {} if file is None else read_object(file, CardError, missing_ok=True)
 
 
 def _plain(values: Node, file: str, dtype: str) -> Node:

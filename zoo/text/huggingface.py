@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from zoo.json_file import damaged, read_object
 from zoo.registry.errors import TextError
 from zoo.text.detokenize import decode
-from zoo.text.json_file import damaged, read_object
 from zoo.text.mistral import outside
 from zoo.text.spec import HuggingFaceTokenizerSpec
 from zoo.text.surface import Surface, surface_of
@@ -49,7 +49,10 @@ class HuggingFaceCodec:
                 where=str(folder),
                 hint=f"add the checkpoint's {FILE}, or give token ids instead of text",
             )
-        config = {**read_object(folder / "special_tokens_map.json"), **read_object(folder / "tokenizer_config.json")}
+        config = {
+            **read_object(folder / "special_tokens_map.json", TextError, missing_ok=True),
+            **read_object(folder / "tokenizer_config.json", TextError, missing_ok=True),
+        }
         library = _read(file)
         _add_configured(library, config, str(folder / "tokenizer_config.json"))
         codec = cls(library, config, str(file))
@@ -122,7 +125,7 @@ def _read(file: Path) -> Tokenizer:
     try:
         library = Tokenizer.from_file(str(file))
     except Exception as fault:  # the library raises bare Exception for a file that it cannot read
-        raise damaged(file, "a tokenizer", fault) from fault
+        raise damaged(file, "a tokenizer", fault, TextError) from fault
     # A length stored by whoever trained it would silently cut prompts.
     library.no_truncation()
     library.no_padding()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from zoo.json_file import damaged
 from zoo.registry.errors import TextError
 from zoo.text.detokenize import Vocabulary
-from zoo.text.json_file import damaged
 from zoo.text.mistral_files import TokenizerFile, choose_file
 from zoo.text.spec import MistralTokenizerSpec
 
@@ -145,7 +145,7 @@ def _library(file: TokenizerFile) -> MistralTokenizer[Any, Any, Any, Any, Any]:
     try:
         return MistralTokenizer.from_file(file.path) if file.named else _unnamed(file)
     except (MistralCommonException, ValueError, KeyError, TypeError, AttributeError, AssertionError) as fault:
-        raise damaged(file.path, f"a tokenizer of version {file.version}", fault) from fault
+        raise damaged(file.path, f"a tokenizer of version {file.version}", fault, TextError) from fault
 
 
 def _unnamed(file: TokenizerFile) -> MistralTokenizer[Any, Any, Any, Any, Any]:

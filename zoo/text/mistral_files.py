@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from zoo.json_file import damaged
 from zoo.registry.errors import TextError
-from zoo.text.json_file import damaged
 
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
 SENTENCEPIECE = re.compile(r".*\.model(?:\.(?P<version>v\d+)(?:m\d+)?)?")
@@ -129,7 +129,7 @@ def _tekken_version(path: Path) -> str:
     try:
         return str(json.loads(path.read_bytes())["config"]["version"])
     except (ValueError, KeyError, TypeError) as fault:
-        raise damaged(path, "a tekken tokenizer", fault) from fault
+        raise damaged(path, "a tekken tokenizer", fault, TextError) from fault
 
 
 def _sentencepiece_version(path: Path) -> str:
@@ -138,7 +138,7 @@ def _sentencepiece_version(path: Path) -> str:
     try:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as fault:
-        raise damaged(path, "a SentencePiece model", fault) from fault
+        raise damaged(path, "a SentencePiece model", fault, TextError) from fault
     unknown = pieces.unk_id()
     for version, needed in NEEDED.items():
         if all(pieces.piece_to_id(name) != unknown for name in needed):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from zoo.json_file import read_object
 from zoo.registry.errors import TextError
-from zoo.text.json_file import read_object
 
 
 def configured_stop_ids(folder: Path) -> frozenset[int]:
@@ -14,8 +14,9 @@ def configured_stop_ids(folder: Path) -> frozenset[int]:
 
     Raises TextError for a file that is not JSON and for a value that is no id.
     """
-    found = _ids(read_object(folder / "generation_config.json"), folder / "generation_config.json")
-    config = read_object(folder / "config.json")
+    own = folder / "generation_config.json"
+    found = _ids(read_object(own, TextError, missing_ok=True), own)
+    config = read_object(folder / "config.json", TextError, missing_ok=True)
     found |= _ids(config, folder / "config.json")
     inner = config.get("text_config")
     return found | (_ids(inner, folder / "config.json") if isinstance(inner, dict) else frozenset())

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from zoo.images.messages import pictures_of
+from zoo.json_file import damaged, read_object
 from zoo.registry.errors import TextError, nearest
 from zoo.text.answer import THINK, AnswerForm
 from zoo.text.conversation import check_messages, fault, joined
 from zoo.text.huggingface import HuggingFaceCodec
-from zoo.text.json_file import damaged, read_object
 from zoo.text.pictures import PictureIds
 from zoo.text.quoting import Quoting
 from zoo.text.sandbox import ChatTemplate
@@ -151,7 +151,7 @@ def find_templates(folder: Path) -> dict[str, tuple[str, str]]:
     """Templates by name, (source, file): `.jinja` files before `chat_template.json` and `tokenizer_config.json`."""
     found: dict[str, tuple[str, str]] = {}
     for name in ("tokenizer_config.json", "chat_template.json"):
-        entry = read_object(folder / name).get("chat_template")
+        entry = read_object(folder / name, TextError, missing_ok=True).get("chat_template")
         listed = {DEFAULT: entry} if isinstance(entry, str) else _named(entry, folder / name)
         found |= {key: (source, str(folder / name)) for key, source in listed.items()}
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
@@ -166,7 +166,7 @@ def _source(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as wrong:
-        raise damaged(file, "a template in UTF-8", wrong) from wrong
+        raise damaged(file, "a template in UTF-8", wrong, TextError) from wrong
 
 
 def _named(entry: Any, file: Path) -> dict[str, str]:

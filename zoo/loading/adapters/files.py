@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from zoo.json_file import read_object
 from zoo.loading.adapters.peft import PeftConfig
 from zoo.loading.files import existing
 from zoo.loading.reader import TensorInfo, read_headers, shape_text
@@ -105,7 +104,7 @@ def _no_config(path: Path) -> WeightsError:
 
 
 def _peft(folder: Path) -> AdapterFiles:
-    config = PeftConfig.read(_json(folder / CONFIG), str(folder / CONFIG))
+    config = PeftConfig.read(read_object(folder / CONFIG, WeightsError), str(folder / CONFIG))
     path = next((folder / name for name in PEFT_FILES if (folder / name).is_file()), None)
     if path is None:
         raise WeightsError("the adapter's weights are missing", where=str(folder), expected=" or ".join(PEFT_FILES))
@@ -124,7 +123,7 @@ def _peft(folder: Path) -> AdapterFiles:
 
 def _native(path: Path, headers: Mapping[str, TensorInfo]) -> AdapterFiles:
     params = path.parent / "params.json"
-    given = _json(params).get("lora") if params.is_file() else None
+    given = read_object(params, WeightsError).get("lora") if params.is_file() else None
     scale, scales = NATIVE_SCALE, "Mistral's default"
     if given is not None:
         if not isinstance(given, dict) or not _is_number(given.get("scaling", NATIVE_SCALE)):
@@ -178,16 +177,6 @@ def _pair(name: str, found: Mapping[str, TensorInfo], path: Path, scale: float) 
     if a.shape[0] == 0:
         raise WeightsError(f"the adapter of {name!r} has rank 0", where=str(path), expected="at least 1")
     return Pair(name, a, b, scale)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise WeightsError("not a JSON file", where=str(path), found=str(error)[:80]) from None
-    if not isinstance(value, dict):
-        raise WeightsError("not a JSON object", where=str(path), found=type(value).__name__)
-    return value
 
 
 def _is_number(value: object) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from zoo.json_file import read_object
 from zoo.loading.files import WeightSet, existing, holds_weights, locate
 from zoo.loading.infer.architecture import Architecture
 from zoo.loading.infer.encoders import encoders, opened
@@ -16,7 +17,7 @@ from zoo.loading.infer.hybrid import Hybrid
 from zoo.loading.infer.latent import Latent
 from zoo.loading.infer.quantised import check_quantised
 from zoo.loading.infer.recurrent import Recurrent
-from zoo.loading.infer.settings import Settings, read_object
+from zoo.loading.infer.settings import Settings
 from zoo.loading.layouts import layout_named
 from zoo.registry.errors import CardError, nearest
 
@@ -65,7 +66,7 @@ def _settings(folder: Path) -> tuple[Settings, Node]:
     file = next((folder / name for name in (PARAMS, CONFIG) if (folder / name).is_file()), None)
     if file is None:
         raise _no_settings(folder)
-    values, rows = read_object(file), families()[file.name]
+    values, rows = read_object(file, CardError), families()[file.name]
     architecture = values.pop("model_type", None)
     if architecture is None and file.name == CONFIG:
         raise CardError("the key 'model_type' is missing", where=str(file), expected=f"one of {', '.join(rows)}")
@@ -145,7 +146,7 @@ def _context(settings: Settings, row: Node, folder: Path) -> int | None:
         return int(settings.number("yarn.factor") * settings.count("yarn.original_max_position_embeddings"))
     beside = folder / CONFIG
     if Path(settings.where).name == PARAMS and beside.is_file():
-        other = Settings(read_object(beside), str(beside), {})
+        other = Settings(read_object(beside, CardError), str(beside), {})
         if other.get("max_position_embeddings") is not None:
             return other.count("max_position_embeddings")
     return None
@@ -178,4 +179,4 @@ def _text(folder: Path, media: list[str]) -> Node:
 def _has_template(folder: Path, names: set[str]) -> bool:
     if names & {"chat_template.jinja", "chat_template.json"}:
         return True
-    return "tokenizer_config.json" in names and bool(read_object(folder / "tokenizer_config.json").get("chat_template"))
+    return bool(read_object(folder / "tokenizer_config.json", CardError, missing_ok=True).get("chat_template"))

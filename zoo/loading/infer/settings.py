@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from zoo.registry.errors import CardError, nearest
@@ -117,18 +116,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CardError with the line of what is wrong."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise CardError("not valid JSON", where=f"{file}:{error.lineno}", found=error.msg) from None
-    except (UnicodeDecodeError, RecursionError):
-        raise CardError("not a JSON file", where=str(file), hint="fetch the file again") from None
-    except OSError as error:
-        raise CardError("cannot read the file", where=str(file), found=error.strerror) from None
-    if not isinstance(value, dict):
-        raise CardError("not a JSON object", where=str(file), found=f"a {type(value).__name__}")
-    return value
