@@ -88,22 +88,23 @@ def load(
     """Build a model, fill its weights and return it ready to generate.
 
     ref: a card's name, a path (card file, or a folder with params.json or config.json), a Card or a dict.
-    quantize: "int8" or "int4": large matrices are stored so as they are read; `model.notes` tell the error.
-    cache_dtype: "int8" or "fp8" caches keys and values in codes of eight bits; "none" as they are computed; "auto" as
-        the card says. The model's notes say what that changes.
+    quantize: "int8" or "int4" stores large matrices so while they are read; `model.notes` tell the error.
+    cache_dtype: "int8" or "fp8" quantises cached keys and values, "none" does not, "auto" does as the card says; the
+        model's notes tell the error.
     weights: "auto" (the ref's own folder, else fetched from the card's hub repository), "random" (real shapes,
         seeded values, no files) or a folder or file.
-    max_batch_size: sequences that may run together (default 64). max_context: tokens of prompt and answer together,
-        for which there must be room (default: the card's context length, of which a part may do).
+    max_batch_size: sequences that run together (default 64). max_context: tokens of prompt and answer together, for
+        which there must be memory (default: the card's context length, or as much of it as fits).
     overrides: dotted card fields and their values.
-    prefix_cache: whether a prompt that begins as an earlier one goes on from what is cached of that.
+    prefix_cache: whether a prompt that begins as an earlier one did goes on from what is cached of that.
     devices: how many to spread the model over, a list of them, or a layout such as "tp=2,pp=2"; see docs/devices.md.
-    adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors; requests use the one that is given, or choose
-        among several by their `adapter`. progress: called with (bytes done, bytes in all) while weights are read.
-    first: called with the model's `Prompts` before its weights are read, so that what cannot be asked is told in time.
-    draft: what guesses tokens ahead, which are checked several at once and change no answer: "lookup", earlier tokens
-        of prompt and answer; or a smaller model of the same vocabulary, as `ref`, on the same device (of several, the
-        first), in the same dtype and quantised alike.
+    adapters: LoRA adapters, PEFT folders or Mistral's lora.safetensors. Requests use the one that is given, or choose
+        among several by their option `adapter`.
+    draft: speculative decoding, which changes no answer: "lookup" drafts tokens from the text so far; another model,
+        smaller and of the same vocabulary, is named as `ref` is, and loaded on the same device (of several, the first)
+        in the same dtype and quantised alike.
+    progress: called with (bytes done, bytes in all) while weights are read.
+    first: called with the model's `Prompts` before its weights are read, so that a faulty request is refused early.
 
     Raises CardError, FetchError, WeightsError or CapacityError, each before memory is taken for the weights
     where it can be known by then; RankError when the process of another device ends.

@@ -1,4 +1,4 @@
-"""Whether a model can guess tokens for another: ids must mean the same to both."""
+"""Whether one model can draft tokens for another: their token ids must mean the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What guessing ahead gives: the same answer with drafts and without, by turns."""
+"""What speculative decoding gives: the same answer with drafts and without, by turns."""
 
 from __future__ import annotations
 

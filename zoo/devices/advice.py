@@ -1,4 +1,4 @@
-"""How many devices a model needs that does not fit on those that it was to run on."""
+"""On how many devices a model would fit that does not fit on those that it was to run on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the layers of a model are cut into stages: so that the fullest device is the least full."""
+"""Where a model is cut into pipeline stages: so that the fullest device is as little full as possible."""
 
 from __future__ import annotations
 

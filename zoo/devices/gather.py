@@ -1,4 +1,4 @@
-"""The tensors of a model that ranks share out, brought together on the first one, whole, one at a time."""
+"""Gathers the tensors of a model that is spread over ranks on the first rank, one whole tensor at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first rank of a run: it meets the others, tells them what to do, and says which of them failed."""
+"""The other ranks as the first one has them: it tells them what to do and finds out which of them failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Another rank as this one hears it, and who finds that it stands still."""
+"""The messages of one other rank, and the watch that notices a rank which hangs."""
 
 from __future__ import annotations
 

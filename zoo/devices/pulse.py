@@ -1,7 +1,7 @@
-"""Signs of life: what a rank tells once a second of what it is doing, while it computes and while it waits.
+"""Heartbeats: once a second a rank reports what it is doing, while it computes and while it waits.
 
-A thread of its own tells it, so that a rank that computes for long is heard all the same, and one that the system has
-stopped is not. It looks at what the rank's own thread has on its stack, which costs the steps nothing.
+A thread of its own sends them, so that a rank is heard during a long computation and not heard when the system has
+stopped it. It reads what the rank does from that thread's stack, which costs the steps nothing.
 """
 
 from __future__ import annotations

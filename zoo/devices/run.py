@@ -1,4 +1,4 @@
-"""A run over several devices, from what a user asks for to ranks that have loaded their parts."""
+"""Starts a run over several devices: from what a user asks for to ranks that have loaded their parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all ranks must know to build their parts of a model, in plain data, and those parts."""
+"""What every rank is told so that it can build its part of the model, as plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank's share of a model: its settings, which pieces of the checkpoint it holds, and what modules add up.
+"""Tensor parallelism: one rank's share of a model, the pieces of the checkpoint that it holds, and what ranks add up.
 
 Components say how their parameters are split (`Split`, `Param.shard`, `Spec.sums`, `Spec.means`); this file does it.
 """

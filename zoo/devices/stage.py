@@ -1,7 +1,7 @@
-"""Some neighbouring layers of a decoder: a stage of several, of which each hands the residual stream to the next.
+"""Pipeline parallelism: a stage is a run of neighbouring layers, which hands the residual stream to the next one.
 
 What later layers read of earlier ones beside the stream travels with it: the embeddings, for shared blocks, and the
-rows that a step appends to a state which others borrow, of which each stage with a borrower keeps a copy.
+rows that a step appends to a state which other layers read too; each stage with such a layer keeps a copy of the state.
 """
 
 from __future__ import annotations

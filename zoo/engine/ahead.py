@@ -1,9 +1,9 @@
-"""Steps that a device begins before the host knows what the last one gave: neither waits for the other.
+"""Asynchronous steps: a device begins the next step before the host has read the last one's tokens.
 
-When every sequence decodes by its likeliest token, the next step is known but for its tokens, and these are on the
-device. So it is begun behind the last one, and only then the last one's tokens are waited for, read and shown. What was
-begun for a sequence that has ended meanwhile is left where it is: a row behind its end, which nobody reads. Layers
-whose rows take the place of older ones, and states, would not forgive that; models that have them do not go ahead.
+When every sequence is decoded greedily, the next step is known but for its tokens, and these are on the device. So it
+is launched behind the last one, and only then are the last one's tokens read and shown. If a sequence turns out to have
+ended, the row that was computed for it stays unused behind its end. Windows and states would be overwritten by such a
+row, so models that have them do not run ahead.
 """
 
 from __future__ import annotations

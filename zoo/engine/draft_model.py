@@ -1,7 +1,7 @@
-"""Drafts from a smaller model of the same vocabulary, which decodes ahead of the one that is asked.
+"""Speculative decoding with a draft model: a smaller one of the same vocabulary proposes the next tokens.
 
 It has a cache of its own and reads a sequence's tokens when drafts are first asked for, a chunk in each step. What it
-has cached of drafts that were wrong is taken back before the next ones.
+has cached of rejected drafts is taken back before the next ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Guesses of the next tokens, checked all at once: where they are right, one step gives several tokens.
+"""Speculative decoding: guesses of the next tokens (drafts) are checked together, so that one step may give several.
 
-A step computes a sequence's last token and its drafts, one row each, and draws a token from every row as it would
-have without them. Those drawn up to the first draft that was wrong are the sequence's next tokens; rows behind it are
-taken back. So drafts change how many steps there are, and nothing else.
+A step computes a sequence's last token and its drafts, one row each, and samples a token from every row as it would
+without drafts. The sampled tokens up to and including the first that differs from its draft are the sequence's next
+ones; the cache rows of the rejected drafts are taken back. So drafts change how many steps there are, and nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a coded cache changes: logits through it beside those without a cache."""
+"""How far logits with a quantised cache (int8, fp8) are from those without a cache."""
 
 from __future__ import annotations
 

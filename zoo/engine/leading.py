@@ -1,7 +1,7 @@
-"""A runner whose steps other ranks repeat, each with its share of the model, and what they are told.
+"""The first rank's runner, whose steps the other ranks repeat with their shares of the model, and its messages.
 
-One rank has the requests, the scheduler and the sampler. Whatever it does to its cache, and each step that it runs, the
-others do too. They are told numbers and names, never objects.
+Only the first rank has requests, a scheduler and a sampler. Whatever it does to its cache, and each step that it runs,
+the others do too. Messages hold numbers and names, never objects.
 """
 
 from __future__ import annotations

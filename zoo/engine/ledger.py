@@ -1,8 +1,7 @@
-"""What guesses cost and what they give, as measured: the unit is a step without any.
+"""What drafts cost and what they save, as measured. The unit is the time of a step without drafts.
 
-How dear more rows are depends on the model, its number format, the context and the machine. So every step is timed, and
-guesses that have not paid lately are made only as far as a small share of the steps, and what earlier ones gained, pays
-for them.
+What further rows cost depends on the model, its number format, the context and the machine, so every step is timed.
+Drafts that have not paid lately are made only within a small share of all steps, and what earlier drafts have saved.
 """
 
 from __future__ import annotations

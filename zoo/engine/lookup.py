@@ -1,8 +1,8 @@
-"""Drafts from a sequence's own tokens: what followed where its end stood before, in prompt or answer.
+"""Prompt lookup: drafts are what followed the sequence's last tokens where they stood before, in prompt or answer.
 
 Quoting, editing and summarising repeat what is there. Every pair of tokens points to the last place where it stood,
 and that one to the place before, as deflate finds its matches (RFC 1951, section 4); among a few candidates the one
-whose tokens agree farthest back wins.
+with the longest match wins.
 """
 
 from __future__ import annotations

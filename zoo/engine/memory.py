@@ -1,7 +1,7 @@
-"""The cache of all sequences within a budget: layers that keep the same state share one Store.
+"""The cache of all sequences within a budget of bytes: layers that keep the same kind of state share one Store.
 
-Of a model in stages on several devices, the first one's memory also counts what the others take, so that a change is
-made where all have room for it, and knows what the layers of all of them need to be entered anew or taken back.
+With pipeline stages, the first device's Memory also counts the caches of the others, so that a sequence grows only
+where all of them have room, and knows what the layers of all stages need to reuse a prefix or to take rows back.
 """
 
 from __future__ import annotations

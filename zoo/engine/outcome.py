@@ -1,4 +1,7 @@
-"""Logits -> what each sequence gets from a step. R logits rows, S sampled ones, N rows of one kind, V vocabulary."""
+"""Logits -> what each sequence gets from a step: sampled tokens, log-probabilities, and whether all is finite.
+
+Letters: R logits rows, S sampled ones, N rows of one kind, V vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What is cached of which tokens: a prompt that begins as an earlier one goes on from there.
+"""Prefix caching: a prompt that begins as an earlier one did goes on from what is cached of that.
 
-Tokens are known here only; the memory gets numbers. A line is one sequence's tokens, from its first on: one that runs,
-or one that ended, was cancelled or made room, whose memory is kept until others need it, least recently used first.
-Where layers keep a window or a state, a line that has gone on cannot be entered at an earlier token; snapshots
-are taken at points where others may want to: where a prompt ends and shortly before, where two prompts part, and at the
-borders of chunks while there is room.
+Tokens are known here only; the memory gets numbers. A line is one sequence's tokens, from its first on: of a sequence
+that runs, or of one that ended, was cancelled or was preempted, whose cache is kept until others need the memory, least
+recently used first. Layers that keep a window or a state have forgotten what belongs to an earlier token, so a line can
+be continued from its end only, or from a snapshot. Snapshots are taken where others may want to continue: where a
+prompt ends and shortly before, where two prompts part, and at the borders of chunks while there is room.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Sequences that decode in groups which take turns, where a step goes through stages of devices, one after the other.
+"""Pipeline parallelism while decoding: sequences form groups (micro-batches) that take turns on the stages.
 
-In one group all stages but one would wait: nobody knows the next tokens before the last stage has ended. Of several
-groups each stage computes another one's step. As soon as what came of a group's step has been applied, its next one
-begins behind those of the others. A sequence whose step has begun may be cancelled or lose its place meanwhile; what
-comes of that step is not read then, and what its layers keep, one row further than is known, not gone on from.
+With one group all stages but one would wait, since nobody knows the next tokens before the last stage has ended. With
+several, each stage computes the step of another group. As soon as the tokens of a group's step are known, its next step
+begins behind those of the others. A sequence may be cancelled or preempted while its step is under way: the step's
+tokens are dropped then, and its cache, which has one row more than is known, is not reused.
 """
 
 from __future__ import annotations
