@@ -92,11 +92,6 @@ def read(text: str, file: str) -> Node:
     return Node(None, file) if root is None else _Converter(file).convert(root, 0)
 
 
-def parse_value(text: str) -> Any:
-    """A value given on a command line, read as in a card: `8`, `1e6`, `null`, `[1, 2]`, `{kind: rms}`."""
-    return read(text, "value").plain()
-
-
 def _character(error: yaml.reader.ReaderError) -> str:
     code = error.character if isinstance(error.character, int) else ord(error.character)
     return f"the control character U+{code:04X}"

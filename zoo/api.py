@@ -245,9 +245,8 @@ def _tokenizer(plan: Plan, folder: Path | None) -> "Tokenizer | TextError":
             hint="pass lists of token ids, or add the model's tokenizer file to the folder",
         )
     assert isinstance(plan.model, DecoderSpec)
-    beside = folder if folder.is_dir() else folder.parent
     try:
-        return open_tokenizer(plan.tokenizer, plan.chat, beside, vocab_size=plan.model.vocab_size)
+        return open_tokenizer(plan.tokenizer, plan.chat, _beside(folder), vocab_size=plan.model.vocab_size)
     except TextError as error:
         return error
 

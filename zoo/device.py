@@ -93,14 +93,18 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _lacks_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def _best_dtype(device: torch.device, card_dtype: str) -> torch.dtype:
-    if card_dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if card_dtype == "bfloat16" and _lacks_bfloat16(device):
         return torch.float16
     return DTYPES.get(usual_dtype(card_dtype, device.type), torch.bfloat16)
 
 
 def _refuse_missing(device: torch.device, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if dtype == torch.bfloat16 and _lacks_bfloat16(device):
         raise RequestError(
             "this GPU does not compute in bfloat16",
             where="dtype",

@@ -28,8 +28,7 @@ class Prompts:
 
     def __init__(self, plan: Plan, tokenizer: Tokenizer | TextError) -> None:
         self.card, self._plan, self._tokenizer = plan.card, plan, tokenizer
-        vision = plan.model.vision if isinstance(plan.model, DecoderSpec) else None
-        self._vision = vision if isinstance(vision, PixtralSpec) else None
+        self._vision = _vision(plan)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -123,8 +122,8 @@ class Prompts:
 
 def vision_of(plan: Plan, count: int) -> PixtralSpec:
     """The model's encoder of images, of which so many are given. Raises RequestError for a model without one."""
-    encoder = plan.model.vision if isinstance(plan.model, DecoderSpec) else None
-    if not isinstance(encoder, PixtralSpec):
+    encoder = _vision(plan)
+    if encoder is None:
         raise RequestError(
             "this model does not read images",
             where=plan.card.name,
@@ -133,6 +132,11 @@ def vision_of(plan: Plan, count: int) -> PixtralSpec:
             hint="`zoo list` shows which cards have the feature vision",
         )
     return encoder
+
+
+def _vision(plan: Plan) -> PixtralSpec | None:
+    encoder = plan.model.vision if isinstance(plan.model, DecoderSpec) else None
+    return encoder if isinstance(encoder, PixtralSpec) else None
 
 
 def _shown(pictures: Sequence[Picture]) -> list[Media]:

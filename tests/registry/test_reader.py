@@ -8,7 +8,7 @@ import yaml
 from zoo.registry import reader
 from zoo.registry.errors import CardError
 from zoo.registry.node import Node
-from zoo.registry.reader import parse_value, read, read_card
+from zoo.registry.reader import read, read_card
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcd", "bcde", strict=True)
@@ -112,7 +112,7 @@ SCALARS = [
 
 @pytest.mark.parametrize(("text", "value"), SCALARS)
 def test_scalars(text: str, value: object) -> None:
-    found = parse_value(text)
+    found = read(text, "value").plain()
     assert found == value and type(found) is type(value)
 
 

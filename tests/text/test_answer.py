@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mistral_common.experimental.tools import _decode_tool_calls, _split_content_and_tool_calls
 
-from zoo.text.answer import Answer, AnswerForm, AnswerReader, read_answer
+from zoo.text.answer import PLAIN, Answer, AnswerForm, AnswerReader
 from zoo.text.calls import ToolCall
 from zoo.text.spec import HuggingFaceTokenizerSpec, NoChatSpec, TemplateChatSpec
 from zoo.text.tokenizer import Tokenizer, open_tokenizer
@@ -42,6 +42,12 @@ def conversation(calls: list[dict[str, Any]], **more: Any) -> list[dict[str, Any
     """A question, an answer with calls, and a result for each."""
     results = [{"role": "tool", "content": "22", "tool_call_id": made.get("id"), "name": "f"} for made in calls]
     return [USER, {"role": "assistant", "tool_calls": calls, **more}, *results]
+
+
+def read_answer(tokenizer: Tokenizer, ids: Iterable[int], form: AnswerForm = PLAIN, *, salt: str = "") -> Answer:
+    """The answer of `ids` in one piece."""
+    reader = AnswerReader(tokenizer, form, salt=salt)
+    return reader.push(ids) + reader.finish()
 
 
 def answer_ids(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:

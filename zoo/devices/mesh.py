@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,11 @@ class Mesh:
 
     def __str__(self) -> str:
         return f"tp={self.tp},pp={self.pp},ep={self.ep}"
+
+
+def device_of(kind: str, rank: int) -> str:
+    """Where a rank computes on this kind of device: on CUDA, each on a device of its own machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', rank)}" if kind == "cuda" else kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from zoo.devices.cut import Load, cut
 from zoo.devices.lead import Ranks
 from zoo.devices.likeness import traits
 from zoo.devices.meet import join_started, start, started
-from zoo.devices.mesh import Mesh, Wanted, Wish, lay_out, wish
+from zoo.devices.mesh import Mesh, Wanted, Wish, device_of, lay_out, wish
 from zoo.devices.setup import Setup
 from zoo.devices.shares import Part, join
 from zoo.inspection import Inspection
@@ -57,16 +56,15 @@ class Spread:
                 expected="cpu or cuda, and devices for how many",
                 hint='devices=["cuda:0", "cuda:2"] names them',
             )
-        near = self.mesh.size if self.own else self.near
-        if kind == "cuda" and torch.cuda.device_count() < near:
+        if kind == "cuda" and torch.cuda.device_count() < self.near:
             raise RequestError(
                 "there are fewer devices than asked for",
                 where="devices",
                 found=f"{torch.cuda.device_count()} CUDA devices",
-                expected=str(near),
+                expected=str(self.near),
                 hint="`--device cpu` runs each rank as a process on the CPU",
             )
-        return f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}" if kind == "cuda" else "cpu"
+        return device_of(kind, self.rank)
 
     def laid(self, plan: Plan, placement: Placement, quantize: str | None, context: int) -> Self:
         """With the stages cut for what their devices hold, and have free where that is known."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.device import Placement, choose
-from zoo.devices.mesh import Mesh
+from zoo.devices.mesh import Mesh, device_of
 from zoo.devices.shares import Part
 from zoo.registry.card import Card
 from zoo.registry.plan import Plan
@@ -46,10 +45,6 @@ class Setup:
         return Part.of(plan, Mesh(tp, pp, ep, tuple(borders)), rank)
 
     def placement(self, rank: int) -> Placement:
-        """Where one rank computes: on CUDA, each on a device of its own machine."""
-        name = self.device
-        if self.names:
-            name = self.names[rank]
-        elif name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+        """Where one rank computes."""
+        name = self.names[rank] if self.names else device_of(self.device, rank)
         return choose(name, self.dtype, self.dtype)

@@ -136,8 +136,6 @@ class Sequence:
             self.top_logprobs += tops
         if reason is None:
             return self._chunk(new, tokens, logprobs, tops)
-        # Rows of drafts behind the end are taken back.
-        self.past = min(self.past, len(self.tokens))
         return self.finish(reason, new, tokens, logprobs, tops)
 
     def finish(

@@ -198,9 +198,3 @@ class AnswerReader:
             name = short_id(f"{name} {len(self._ids)}")
         self._ids.append(name)
         return ToolCall(name, call.name, call.arguments)
-
-
-def read_answer(tokenizer: HasVocabulary, ids: Iterable[int], form: AnswerForm = PLAIN, *, salt: str = "") -> Answer:
-    """The answer of `ids` in one piece."""
-    reader = AnswerReader(tokenizer, form, salt=salt)
-    return reader.push(ids) + reader.finish()
