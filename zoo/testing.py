@@ -13,6 +13,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -32,7 +33,7 @@ from zoo.devices.shares import Part, join
 from zoo.engine.media import place, rows_of_media
 from zoo.engine.memory import Kept, Memory
 from zoo.engine.request import Media
-from zoo.loading.files import locate
+from zoo.loading.files import WeightSet, locate
 from zoo.loading.load import load_weights, random_weights
 from zoo.registry.card import Card
 from zoo.registry.errors import CardError
@@ -194,14 +195,21 @@ def _check_batch(module: Decoder) -> None:
 
 
 def _check_saved(plan: Plan, module: Decoder) -> None:
+    again, parameters = assemble(plan, torch.float32), dict(module.named_parameters())
+    with _saved(plan, module) as files:
+        load_weights(again, plan, files)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, parameters[name]), f"{name} is not the same after saving and loading"
+
+
+@contextmanager
+def _saved(plan: Plan, module: Decoder) -> Iterator[WeightSet]:
+    """The module's weights in a file, under zoo's own names."""
     parameters = dict(module.named_parameters())
     tensors = {t.name: parameters[t.param][t.index].clone().contiguous() for t in plan.model.tensors()}
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder) / "model.safetensors")
-        again = assemble(plan, torch.float32)
-        load_weights(again, plan, locate(Path(folder), "zoo"), device=torch.device("cpu"))
-    for name, parameter in again.named_parameters():
-        assert torch.equal(parameter, parameters[name]), f"{name} is not the same after saving and loading"
+        yield locate(Path(folder), "zoo")
 
 
 def _check_shares(plan: Plan, module: Decoder) -> None:
@@ -237,13 +245,9 @@ class Rank:
 def ranks_of(plan: Plan, module: Decoder, mesh: Mesh) -> list[Rank]:
     """The ranks, each with its pieces of the module's weights, read from a file. Raises IndivisibleError."""
     parts = [Part.of(plan, mesh, rank) for rank in range(mesh.size)]
-    parameters = dict(module.named_parameters())
-    tensors = {t.name: parameters[t.param][t.index].clone().contiguous() for t in plan.model.tensors()}
     world, stages = Table(mesh.size), [Table(mesh.tp) for _ in range(mesh.pp)]
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(tensors, Path(folder) / "model.safetensors")
-        files = locate(Path(folder), "zoo")
+    with _saved(plan, module) as files:
         for part in parts:
             own = assemble(part.local, torch.float32)
             load_weights(own, plan, files, pieces=part.pieces)
