@@ -1,6 +1,6 @@
 """Writes the reference pages from the code, so that they cannot drift; `--check` fails when a page is out of date.
 
-python docs/generate.py            # write docs/cards.md, components.md and cli.md, and lists inside of other pages
+python docs/generate.py            # write docs/cards.md, components.md, cli.md, and parts of other pages
 python docs/generate.py --check    # exit status 1 and a list when one of them differs
 """
 
@@ -33,7 +33,9 @@ def pages() -> dict[Path, str]:
     by_family = _by_family([inspect(card) for card in cards() if not _from_plugin(card.name)])
     lists = {"architectures": _architectures(), "layouts": _layouts()}
     return {
-        ROOT / "README.md": _with_lists(ROOT / "README.md", {"families": _family_table(by_family)}),
+        ROOT / "README.md": _with_lists(
+            ROOT / "README.md", {"figures": _figures(), "families": _family_table(by_family)}
+        ),
         ROOT / "docs/formats.md": _with_lists(ROOT / "docs/formats.md", lists),
         ROOT / "docs/cards.md": MADE + _cards_page(by_family),
         ROOT / "docs/components.md": MADE + _components_page(),
@@ -50,6 +52,47 @@ def _with_lists(page: Path, lists: dict[str, str]) -> str:
         _, _, after = rest.partition(end)
         text = f"{before}{begin}\n{made}\n{end}{after}"
     return text
+
+
+def _figures() -> str:
+    """The first of the benchmarks' figures, as they were measured last."""
+    results = json.loads((ROOT / "docs/benchmarks/cpu.json").read_text(encoding="utf-8"))
+    names = ("prefill", "decode", "mixed", "quantised")
+    prefill, decode, mixed, quantised = (results[name] for name in names)
+    prompt, batches = prefill["rows"][0], {row["batch"]: row for row in decode["rows"]}
+    traffic = {side: figures["new_tokens_per_second"] for side, figures in mixed["sides"].items()}
+    others = max(rate for side, rate in traffic.items() if side != "zoo")
+    coded = quantised["tokens_per_second"]
+    rows: dict[str, tuple[float | None, ...]] = {
+        f"a prompt of {prompt['prompt']} tokens": _sides(prompt),
+        "decode, one sequence": _sides(batches[1]),
+        "decode, 8 sequences": _sides(batches[8]),
+        f"{mixed['requests']} requests that arrive over time, new tokens": (traffic["zoo"], others, None),
+        "decode, one sequence, weights in four bits": (coded["zoo int4"], None, coded["llama.cpp q4_0"]),
+    }
+    dates = sorted({results[name]["date"] for name in names})
+    lines = [
+        f"Tokens per second of a model of 1.1 B parameters in bfloat16 on {decode['machine']['cores']} cores of an "
+        f"{decode['machine']['processor']} with AVX-512, measured on {' and '.join(dates)}. The programs of a row took "
+        "turns in one process; rows are of different runs, and the speed of this shared machine's memory varies.",
+        "",
+        "| | zoo | transformers | llama.cpp |",
+        "|---|---:|---:|---:|",
+        *(f"| {name} | {' | '.join(map(_rate, rates))} |" for name, rates in rows.items()),
+        "",
+        f"One sequence is decoded at {batches[1]['of_read_limit']:.0%} of the rate at which memory can be read.",
+    ]
+    return "\n".join(lines)
+
+
+def _sides(row: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(row["tokens_per_second"][side] for side in ("zoo", "transformers", "llama.cpp bf16"))
+
+
+def _rate(rate: float | None) -> str:
+    if rate is None:
+        return "not measured"
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def _architectures() -> str:
