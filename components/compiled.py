@@ -30,9 +30,9 @@ def kernels_file() -> Path | None:
 def packs() -> bool:
     """Whether weights in bfloat16 are packed on this machine's CPU (zoo.components.native.panels), as far as that is
     known without loading the kernels. Raises RequestError for a ZOO_UNPACKED that is no switch."""
-    if switch("ZOO_UNPACKED") or kernels_file() is None or os.environ.get("ZOO_NATIVE", "auto") not in ("auto", "dot"):
+    if switch("ZOO_UNPACKED") or kernels_file() is None or os.environ.get("ZOO_NATIVE") == "off":
         return False
-    return {"AuthenticAMD", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= _traits()
+    return {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= _traits()
 
 
 @cache

@@ -47,13 +47,14 @@ SINGLE = 4
 _SIZE, _ADDRESS, _COUNT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
 _ROWS: list[Any] = [_ADDRESS, _SIZE]
 _STEP: list[Any] = [_COUNT, _SIZE, _ADDRESS, _SIZE]
+_PANELS: list[Any] = [*[_SIZE] * 3, _ADDRESS, _SIZE, *[_ADDRESS] * 4, _SIZE, _ADDRESS, _COUNT]
 _ARGUMENTS = {
     "zoo_product": [_COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
-    "zoo_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
-    "zoo_packed_panels": [*[_SIZE] * 3, _ADDRESS, _SIZE, *[_ADDRESS] * 4, _SIZE, _ADDRESS, _COUNT],
+    "zoo_panels_by_dots": _PANELS,
     "zoo_pack_panels": [*[_SIZE] * 2, _ADDRESS, _SIZE, *[_ADDRESS] * 3, _SIZE, _COUNT],
     "zoo_unpack_panels": [*[_SIZE] * 4, *[_ADDRESS] * 3, _COUNT],
-    "zoo_panels_by_multiply_adds": [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _COUNT],
+    "zoo_panels_by_multiply_adds": [*_PANELS[:-2], _COUNT],
+    "zoo_panels_by_tiles": _PANELS,
     "zoo_tiles": [],
     "zoo_rms": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, ctypes.c_double, _ADDRESS, _COUNT],
     "zoo_rms_plus_one": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, ctypes.c_double, _ADDRESS, _COUNT],
@@ -78,8 +79,6 @@ _ARGUMENTS = {
 }
 _OTHERS = ("zoo_attend", "zoo_keep", "zoo_lower", "zoo_lift")
 """Declared where they are called."""
-
-_BY_TILES: list[Any] = [*[_SIZE] * 3, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _COUNT]
 
 
 def runs(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> bool:
@@ -178,8 +177,6 @@ class Kernels:
         if not self.absent:
             for name, arguments in _ARGUMENTS.items():
                 getattr(self.handle, name).declare(arguments)
-            if hasattr(self.handle, "zoo_panels_by_tiles"):
-                self.handle.zoo_panels_by_tiles.declare(_BY_TILES)
 
     def use(self, level: int) -> None:
         """Computes products so. Raises ZooError where the processor or the compiler offers no such way."""
@@ -221,14 +218,12 @@ class Kernels:
         rows, inputs = x_TI.shape
         y_TO = torch.empty(rows, outputs, dtype=x_TI.dtype)
         sizes = (rows, inputs, outputs, x_TI.data_ptr(), x_TI.stride(0))
-        places = (words.data_ptr(), None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr(), outputs)
+        matrix = (None if heads is None else heads.data_ptr(), words.data_ptr())
+        places = (*matrix, None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr(), outputs)
         threads = torch.get_num_threads()
-        if heads is not None:
+        if self.level == DOT:
             room = torch.empty(rows * inputs, dtype=x_TI.dtype)
-            self.handle.zoo_packed_panels(*sizes, heads.data_ptr(), *places, room.data_ptr(), threads)
-        elif self.level == DOT:
-            room = torch.empty(rows * inputs, dtype=x_TI.dtype)
-            self.handle.zoo_panels(*sizes, *places, room.data_ptr(), threads)
+            self.handle.zoo_panels_by_dots(*sizes, *places, room.data_ptr(), threads)
         elif self.level == TILES and rows > self.single:
             packed = torch.empty(-(-rows // 16) * -(-inputs // 32) * 512, dtype=x_TI.dtype)
             self.handle.zoo_panels_by_tiles(*sizes, *places, packed.data_ptr(), threads)

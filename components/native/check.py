@@ -35,8 +35,9 @@ def differences() -> Iterator[tuple[str, float]]:
             sized_OI[17, 33] = 2.0**-30
             own = packed(sized_OI)
             assert isinstance(own, PackedPanels), "numbers of few sizes, but for one"
-            same = torch.equal(own.product(many_TI, bias_O), Panels.of(sized_OI).product(many_TI, bias_O))
-            yield "packed panels", 0.0 if same and torch.equal(own.plain(), sized_OI) else 1.0
+            plain = Panels.of(sized_OI)
+            same = [torch.equal(own.product(x, bias_O), plain.product(x, bias_O)) for x in (x_TI[:3], x_TI, many_TI)]
+            yield "packed panels", 0.0 if all(same) and torch.equal(own.plain(), sized_OI) else 1.0
         yield "rms", _error(small.rms(x_TI, weight_OI[0], 1e-5), rms_reference(x_TI, weight_OI[0], 1e-5))
         expected = rms_reference(x_TI.float(), 1 + weight_OI[0].float(), 1e-5)
         yield "rms plus one", _error(small.rms(x_TI, weight_OI[0], 1e-5, plus_one=True), expected)

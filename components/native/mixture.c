@@ -80,16 +80,15 @@ typedef struct {
 static void product(int level, long single, int bits, long rows, long inputs, long outputs, const bf16 *x, long x_next,
                     const matrix *w, const bf16 *bias, bf16 *y, bf16 *room, int threads) {
     int tiled = level == TILES && rows > single;
-    if (bits == 12)
-        zoo_packed_panels(rows, inputs, outputs, x, x_next, w->scales, w->values, bias, y, outputs, room, threads);
-    else if (bits < 16)
+    const void *heads = bits == 12 ? w->scales : NULL;
+    if (bits < 12)
         zoo_quantised_product(tiled, bits, rows, inputs, outputs, x, x_next, w->values, w->scales, bias, y, BFLOAT16, room, threads);
     else if (tiled)
-        zoo_panels_by_tiles(rows, inputs, outputs, x, x_next, w->values, bias, y, outputs, room, threads);
+        zoo_panels_by_tiles(rows, inputs, outputs, x, x_next, heads, w->values, bias, y, outputs, room, threads);
     else if (level == DOT)
-        zoo_panels(rows, inputs, outputs, x, x_next, w->values, bias, y, outputs, room, threads);
+        zoo_panels_by_dots(rows, inputs, outputs, x, x_next, heads, w->values, bias, y, outputs, room, threads);
     else
-        zoo_panels_by_multiply_adds(rows, inputs, outputs, x, x_next, w->values, bias, y, outputs, threads);
+        zoo_panels_by_multiply_adds(rows, inputs, outputs, x, x_next, heads, w->values, bias, y, outputs, threads);
 }
 
 /* y (places, outputs): each place's row times the matrix of its expert. from: the rows of x that places have, NULL for x in

@@ -13,52 +13,15 @@
 #include <omp.h>
 
 #include "numbers.h"
+#include "packed.h"
 #include "products.h"
 
 enum { MOST = 8, SERIAL = 1 << 17 };
 
 static const int WIDTH[MOST + 1] = {0, 8, 8, 8, 6, 4, 4, 3, 3};
 
-/* Panels: w stored as (outputs / 16, inputs / 2, 16, 2), so that a line of memory has two inputs of sixteen outputs. Tiles of
- * R rows of x by N panels; every output has a lane of its own, which adds up its inputs in their order whatever R and N are.
- *
- * Packed panels hold the same numbers in three quarters of the memory. The upper bytes of weights, their signs and most of
- * their exponents, are few different ones: of four lines there are the places of the upper bytes, of four bits each, in a
- * table of those that the panel has most often, and then the lower bytes. A weight whose upper byte is not in the table, an
- * escape, stands with an upper byte of zero, and is put in its place when its line is unpacked, so that results are those of plain panels. */
-
-enum { BLOCK = 4, LINE = 32, PACKED_LINE = 24, TABLE = 16 };
-
-/* place: the pair of inputs times 16, plus the output; pair: the weight, the other one of the pair zero. */
-typedef struct {
-    uint32_t place, pair;
-} escape;
-
-/* Of a packed panel. first: the number of its first escape. */
-typedef struct {
-    uint8_t table[TABLE];
-    uint32_t first, count;
-} head;
-
-/* Panels from a pair of inputs on, `next` apart; of packed ones the heads, and all escapes. */
-typedef struct {
-    const bf16 *w;
-    long next, pair;
-    const head *heads;
-    const escape *escapes;
-} panels;
-
-/* Pairs are packed by fours. */
-static inline long packed_pairs(long pairs) { return (pairs + BLOCK - 1) / BLOCK * BLOCK; }
-
-static inline panels of_packed(long inputs, long outputs, const void *w, const void *heads) {
-    const head *own = heads;
-    return (panels){w, packed_pairs(inputs / 2) * PACKED_LINE, 0, own, (const escape *)(own + outputs / 16)};
-}
-
-static inline panels from_panel(panels w, long first) {
-    return (panels){w.w + first * w.next, w.next, w.pair, w.heads ? w.heads + first : NULL, w.escapes};
-}
+/* Tiles of R rows of x by N panels; every output has a lane of its own, which adds up its inputs in their order whatever R and
+ * N are. */
 
 /* Where results go: of `outputs` from y and bias on; rows are `next` apart. */
 typedef struct {
@@ -129,46 +92,6 @@ AVX512_BF16 INLINE void put(const results *to, long r, long n, __m512 sum) {
         }                                                                                                                \
         END(R, N)                                                                                                        \
     }
-
-/* Four lines of a packed panel. */
-AVX512 INLINE void unpack(const bf16 *w, __m512i table, __m512i *lines) {
-    const __m512i four = _mm512_set1_epi8(15);
-    __m512i places = _mm512_loadu_si512(w), low[2] = {_mm512_loadu_si512(w + LINE), _mm512_loadu_si512(w + 2 * LINE)};
-    __m512i high[2] = {_mm512_shuffle_epi8(table, _mm512_and_si512(places, four)),
-                       _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(places, 4), four))};
-    UNROLLED(int h = 0; h < 2; h++) {
-        lines[2 * h] = _mm512_unpacklo_epi8(low[h], high[h]);
-        lines[2 * h + 1] = _mm512_unpackhi_epi8(low[h], high[h]);
-    }
-}
-
-AVX512 INLINE __m512i table_of(const head *of) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)of->table)); }
-
-/* Escapes that are still to come, and the block of the next one. */
-typedef struct {
-    const escape *next, *end;
-    uint32_t block;
-} coming;
-
-INLINE void gone_on(coming *c) { c->block = c->next < c->end ? c->next->place / (16 * BLOCK) : UINT32_MAX; }
-
-/* Those of a panel from a pair on. */
-static inline coming coming_of(panels w, long n) {
-    const escape *first = w.escapes + w.heads[n].first;
-    coming c = {first, first + w.heads[n].count, 0};
-    while (c.next < c.end && c.next->place / 16 < w.pair) c.next++;
-    gone_on(&c);
-    return c;
-}
-
-/* Puts the escapes of a block in their places. */
-AVX512 static inline void escaped(coming *c, __m512i *lines) {
-    for (uint32_t block = c->block; c->block == block; c->next++, gone_on(c)) {
-        int line = c->next->place / 16 % BLOCK;
-        __m512i pair = _mm512_maskz_set1_epi32(1 << c->next->place % 16, c->next->pair);
-        UNROLLED(int k = 0; k < BLOCK; k++) lines[k] = k == line ? _mm512_or_si512(lines[k], pair) : lines[k];
-    }
-}
 
 /* Pairs beyond the last are zeros. */
 #define PACKED_STEP(PLACE, R, N, COUNT)                                                                                  \
@@ -262,32 +185,18 @@ AVX512 static void lay_beside(long rows, long pairs, const bf16 *x, long x_next,
     }
 }
 
-/* The first lines of at most MANY_PANELS packed panels. */
-AVX512 static panels unpacked(panels w, long count, long pairs) {
-    static _Thread_local bf16 lines[MANY_PANELS * CHUNK * LINE] __attribute__((aligned(64)));
-    for (long n = 0; n < count; n++) {
-        __m512i table = table_of(w.heads + n), *to = (__m512i *)(lines + n * CHUNK * LINE);
-        coming escapes = coming_of(w, n);
-        for (long k = 0; k < pairs; k += BLOCK) {
-            unpack(w.w + n * w.next + k * PACKED_LINE, table, to + k);
-            if (escapes.block == (w.pair + k) / BLOCK) escaped(&escapes, to + k);
-        }
-    }
-    return (panels){lines, CHUNK * LINE, w.pair, NULL, NULL};
-}
-
 /* Groups g to `end` with at most MANY_PANELS panels. Inputs are taken in chunks, so that a piece of w stays in the second cache
  * for all rows; meanwhile the next piece is fetched. x: of each chunk all rows, the pairs of a group side by side. */
 static void many_rows(long rows, long groups, long g, long end, long pairs, const bf16 *x, panels w, results to) {
     static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16];
+    static _Thread_local bf16 lines[MANY_PANELS * CHUNK * LINE] __attribute__((aligned(64)));
     long count = (to.outputs + 15) / 16, next = count * 16, start = row_of(rows, groups, g), all = end - g;
-    long line = w.heads ? PACKED_LINE : LINE;
     int once = w.heads && rows > EACH, each = w.heads && !once;
     for (long i = 0; i < pairs; i += CHUNK) {
         long here = pairs - i < CHUNK ? pairs - i : CHUNK;
-        const bf16 *then = i + CHUNK < pairs ? w.w + (i + CHUNK) * line : w.w + count * w.next;
-        panels own = {w.w + i * line, w.next, i, w.heads, w.escapes};
-        if (once) own = unpacked(own, count, here);
+        const bf16 *then = i + CHUNK < pairs ? from_pair(w, i + CHUNK).w : w.w + count * w.next;
+        panels own = from_pair(w, i);
+        if (once) own = unpacked(own, count, here, lines, CHUNK * LINE);
         for (long h = g; h < end; h++) {
             long r = row_of(rows, groups, h), some = row_of(rows, groups, h + 1) - r;
             fetch ahead = {then + (h - g) * (here / all) * LINE, w.next, all};
@@ -335,17 +244,11 @@ static void multiplied(long rows, long inputs, long outputs, const bf16 *x, long
     }
 }
 
-/* As zoo_product, of w in panels. inputs are even; x's rows may lie at any distance. room: for x once more. */
-void zoo_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
-                long y_next, bf16 *room, int threads) {
-    panels own = {w, inputs / 2 * LINE, 0, NULL, NULL};
-    multiplied(rows, inputs, outputs, x, x_next, own, bias, y, y_next, room, threads);
-}
-
-/* As zoo_panels, of packed panels. heads: of all of these, behind them the escapes. */
-void zoo_packed_panels(long rows, long inputs, long outputs, const bf16 *x, long x_next, const void *heads, const void *w,
-                       const bf16 *bias, bf16 *y, long y_next, bf16 *room, int threads) {
-    multiplied(rows, inputs, outputs, x, x_next, of_packed(inputs, outputs, w, heads), bias, y, y_next, room, threads);
+/* As zoo_product, of w in panels. inputs are even; x's rows may lie at any distance. heads: NULL, or of packed panels, behind
+ * them the escapes. room: for x once more. */
+void zoo_panels_by_dots(long rows, long inputs, long outputs, const bf16 *x, long x_next, const void *heads, const void *w,
+                        const bf16 *bias, bf16 *y, long y_next, bf16 *room, int threads) {
+    multiplied(rows, inputs, outputs, x, x_next, panels_of(inputs, outputs, heads, w), bias, y, y_next, room, threads);
 }
 
 /* The upper bytes that come most often among sixteen rows, of wide ones a quarter. */
@@ -449,7 +352,7 @@ AVX512 static void unpack_panel(long pairs, panels w, bf16 *y) {
 
 /* The numbers of `count` panels from number `first` on, of a matrix of so many outputs: y (count * 16, inputs). */
 void zoo_unpack_panels(long first, long count, long outputs, long inputs, const void *packed, const void *heads, bf16 *y, int threads) {
-    panels w = of_packed(inputs, outputs, packed, heads);
+    panels w = panels_of(inputs, outputs, heads, packed);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long p = 0; p < count; p++) unpack_panel(inputs / 2, from_panel(w, first + p), y + p * 16 * inputs);
 }

@@ -43,9 +43,8 @@ def pays(weight: Tensor) -> bool:
 
 
 def packs() -> bool:
-    """Whether panels are packed: where products are those of pairs, as the kernels for other processors do not unpack,
-    and ZOO_UNPACKED does not forbid it."""
-    return native.library().level == native.DOT and not switch("ZOO_UNPACKED")
+    """Whether panels are packed: unless ZOO_UNPACKED forbids it."""
+    return not switch("ZOO_UNPACKED")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,11 @@
 #include <stdint.h>
 
 /* panels.c, tiles.c: with bfloat16 matrices in panels. */
-void zoo_panels(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const uint16_t *w, const uint16_t *bias,
-                uint16_t *y, long y_next, uint16_t *room, int threads);
-void zoo_packed_panels(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const void *heads, const void *w,
-                       const uint16_t *bias, uint16_t *y, long y_next, uint16_t *room, int threads);
-void zoo_panels_by_multiply_adds(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const uint16_t *w,
+void zoo_panels_by_dots(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const void *heads, const void *w,
+                        const uint16_t *bias, uint16_t *y, long y_next, uint16_t *room, int threads);
+void zoo_panels_by_multiply_adds(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const void *heads, const void *w,
                                  const uint16_t *bias, uint16_t *y, long y_next, int threads);
-void zoo_panels_by_tiles(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const uint16_t *w,
+void zoo_panels_by_tiles(long rows, long inputs, long outputs, const uint16_t *x, long x_next, const void *heads, const void *w,
                          const uint16_t *bias, uint16_t *y, long y_next, uint16_t *scratch, int threads);
 
 /* quantised.c: with matrices in eight and in four bits. */

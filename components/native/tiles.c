@@ -19,6 +19,7 @@
 #include <omp.h>
 
 #include "numbers.h"
+#include "packed.h"
 #include "products.h"
 
 /* Tests put tile operations in plain C in the place of the processor's. */
@@ -81,31 +82,61 @@ static int worth(long rows, long inputs, long outputs, int threads) {
     return threads < most ? threads : (int)most;
 }
 
-enum { STEP = 32, CHUNK = 512, MANY_ROWS = 256, MANY_PANELS = 16, FEW = 4, FEW_INPUTS = 2048, FEW_PANELS = 24 };
+enum { STEP = 32, CHUNK = 512, MANY_ROWS = 256, MANY_PANELS = 16, FEW = 4, EACH = 16, FEW_INPUTS = 2048, FEW_PANELS = 24 };
 
 /* Of a block of the product: at most MANY_ROWS rows and MANY_PANELS panels, or FEW rows and FEW_PANELS. */
 static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16] __attribute__((aligned(64)));
 
-/* Multiply-adds of R rows in float32, FEW_INPUTS apart, with N panels. */
+/* Of a chunk of packed panels. */
+static _Thread_local bf16 chunk_lines[MANY_PANELS * CHUNK * 16] __attribute__((aligned(64)));
 
-typedef void (*fma)(long inputs, const float *x, const bf16 *w, long w_next, float *sums, long next, int first);
+/* Multiply-adds of R rows in float32, FEW_INPUTS apart, with N panels. Packed panels are unpacked by each group of up to EACH
+ * rows, and once for all groups of more, which costs a way through the cache. */
 
-#define FMA(R, N)                                                                                                        \
-    AVX512 static void fma_##R##_##N(long inputs, const float *x, const bf16 *w, long w_next, float *sums, long next, int first) {\
+typedef void (*fma)(long inputs, const float *x, panels w, float *sums, long next, int first);
+
+/* A line's even and odd inputs, from j on, times the rows'. */
+#define ADDED(R, n, u, j)                                                                                                \
+    {                                                                                                                    \
+        __m512 a = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16)), b = _mm512_castsi512_ps(_mm512_and_si512(u, high));    \
+        UNROLLED(int r = 0; r < R; r++) {                                                                                \
+            even[r][n] = _mm512_fmadd_ps(a, _mm512_set1_ps(x[r * FEW_INPUTS + (j)]), even[r][n]);                        \
+            odd[r][n] = _mm512_fmadd_ps(b, _mm512_set1_ps(x[r * FEW_INPUTS + (j) + 1]), odd[r][n]);                      \
+        }                                                                                                                \
+    }
+
+#define PLAIN_LINES(R, N)                                                                                                \
+    for (long j = i; j < end; j += 2) UNROLLED(int n = 0; n < N; n++) {                                                  \
+        __m512i u = _mm512_loadu_si512(w.w + n * w.next + j * 16);                                                       \
+        ADDED(R, n, u, j)                                                                                                \
+    }
+
+#define PACKED_LINES(R, N)                                                                                               \
+    for (long j = i; j < end; j += 2 * BLOCK, block++) UNROLLED(int n = 0; n < N; n++) {                                 \
+        __m512i lines[BLOCK];                                                                                            \
+        unpack(w.w + n * w.next + j / 2 * PACKED_LINE, table_of(w.heads + n), lines);                                    \
+        if (__builtin_expect(escapes[n].block == block, 0)) escaped(escapes + n, lines);                                 \
+        if (__builtin_expect(end - j >= 2 * BLOCK, 1))                                                                   \
+            UNROLLED(int k = 0; k < BLOCK; k++) ADDED(R, n, lines[k], j + 2 * k)                                         \
+        else                                                                                                             \
+            UNROLLED(int k = 0; k < BLOCK; k++) if (j + 2 * k < end) ADDED(R, n, lines[k], j + 2 * k)                    \
+    }
+
+#define PLAIN_BEGIN(N)
+#define PACKED_BEGIN(N)                                                                                                  \
+    uint32_t block = w.pair / BLOCK;                                                                                     \
+    coming escapes[N];                                                                                                   \
+    for (int n = 0; n < N; n++) escapes[n] = coming_of(w, n);
+
+#define FMA(NAME, WAY, R, N)                                                                                             \
+    AVX512 static void NAME##_##R##_##N(long inputs, const float *x, panels w, float *sums, long next, int first) {      \
         const __m512i high = _mm512_set1_epi32(0xffff0000);                                                              \
+        WAY##_BEGIN(N)                                                                                                   \
         for (long i = 0; i < inputs; i += STEP) {                                                                        \
             long end = inputs - i < STEP ? inputs : i + STEP;                                                            \
             __m512 even[R][N], odd[R][N];                                                                                \
             UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) even[r][n] = odd[r][n] = _mm512_setzero_ps();\
-            for (long j = i; j < end; j += 2)                                                                            \
-                UNROLLED(int n = 0; n < N; n++) {                                                                        \
-                    __m512i u = _mm512_loadu_si512(w + n * w_next + j * 16);                                             \
-                    __m512 a = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16)), b = _mm512_castsi512_ps(_mm512_and_si512(u, high));\
-                    UNROLLED(int r = 0; r < R; r++) {                                                                    \
-                        even[r][n] = _mm512_fmadd_ps(a, _mm512_set1_ps(x[r * FEW_INPUTS + j]), even[r][n]);              \
-                        odd[r][n] = _mm512_fmadd_ps(b, _mm512_set1_ps(x[r * FEW_INPUTS + j + 1]), odd[r][n]);            \
-                    }                                                                                                    \
-                }                                                                                                        \
+            WAY##_LINES(R, N)                                                                                            \
             UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) {                                            \
                 float *sum = sums + r * next + n * 16;                                                                   \
                 __m512 old = first && i == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sum);                               \
@@ -114,44 +145,53 @@ typedef void (*fma)(long inputs, const float *x, const bf16 *w, long w_next, flo
         }                                                                                                                \
     }
 
-FMA(1, 8) FMA(2, 6) FMA(3, 4) FMA(4, 3) FMA(1, 1) FMA(2, 1) FMA(3, 1) FMA(4, 1)
+#define FMAS(NAME, WAY)                                                                                                  \
+    FMA(NAME, WAY, 1, 8) FMA(NAME, WAY, 2, 6) FMA(NAME, WAY, 3, 4) FMA(NAME, WAY, 4, 3)                                  \
+    FMA(NAME, WAY, 1, 1) FMA(NAME, WAY, 2, 1) FMA(NAME, WAY, 3, 1) FMA(NAME, WAY, 4, 1)                                  \
+    static const fma NAME##s[2][FEW + 1] = {{NULL, NAME##_1_1, NAME##_2_1, NAME##_3_1, NAME##_4_1},                      \
+                                            {NULL, NAME##_1_8, NAME##_2_6, NAME##_3_4, NAME##_4_3}};
+FMAS(plain_fma, PLAIN)
+FMAS(packed_fma, PACKED)
 static const int WIDTH[FEW + 1] = {0, 8, 6, 4, 3};
-static const fma FMAS[2][FEW + 1] = {{NULL, fma_1_1, fma_2_1, fma_3_1, fma_4_1}, {NULL, fma_1_8, fma_2_6, fma_3_4, fma_4_3}};
 
 /* A block by multiply-adds. Of many rows, inputs are taken in chunks whose piece of w stays in the second cache for all. */
-AVX512 static void fma_block(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias,
+AVX512 static void fma_block(long rows, long inputs, long outputs, const bf16 *x, long x_next, panels w, const bf16 *bias,
                              bf16 *y, long y_next) {
     static _Thread_local float wide[FEW * FEW_INPUTS] __attribute__((aligned(64)));
-    long groups = (rows + FEW - 1) / FEW, panels = (outputs + 15) / 16, next = panels * 16, chunk = groups == 1 ? FEW_INPUTS : CHUNK;
+    long groups = (rows + FEW - 1) / FEW, all = (outputs + 15) / 16, next = all * 16, chunk = groups == 1 ? FEW_INPUTS : CHUNK;
     for (long i = 0, here; i < inputs; i += here) {
+        panels own = from_pair(w, i / 2);
         here = inputs - i < chunk ? inputs - i : chunk;
+        if (w.heads && rows > EACH) own = unpacked(own, all, here / 2, chunk_lines, CHUNK * 16);
         for (long g = 0; g < groups; g++) {
             long r = rows * g / groups, count = rows * (g + 1) / groups - r;
             for (long q = 0; q < count; q++)
                 for (long j = 0; j < here; j += 16)
                     _mm512_store_ps(wide + q * FEW_INPUTS + j, load16(x + (r + q) * x_next + i + j, part_of(here - j)));
-            for (long n = 0, all; n < panels; n += all ? WIDTH[count] : 1) {
-                all = n + WIDTH[count] <= panels;
-                FMAS[all][count](here, wide, w + (n * inputs + i) * 16, inputs * 16, sums + r * next + n * 16, next, i == 0);
+            for (long n = 0, step; n < all; n += step) {
+                int whole = n + WIDTH[count] <= all;
+                step = whole ? WIDTH[count] : 1;
+                (own.heads ? packed_fmas : plain_fmas)[whole][count](here, wide, from_panel(own, n), sums + r * next + n * 16, next, i == 0);
             }
         }
     }
     finish(rows, outputs, sums, next, bias, y, y_next);
 }
 
-/* y = x w^T + bias by multiply-adds, as zoo_panels. */
-void zoo_panels_by_multiply_adds(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias,
-                                 bf16 *y, long y_next, int threads) {
-    long panels = (outputs + 15) / 16, some = rows <= FEW ? FEW_PANELS : MANY_PANELS;
+/* y = x w^T + bias by multiply-adds, as zoo_panels_by_dots. */
+void zoo_panels_by_multiply_adds(long rows, long inputs, long outputs, const bf16 *x, long x_next, const void *heads, const void *w,
+                                 const bf16 *bias, bf16 *y, long y_next, int threads) {
+    long count = (outputs + 15) / 16, some = rows <= FEW ? FEW_PANELS : MANY_PANELS;
+    panels all = panels_of(inputs, outputs, heads, w);
     threads = worth(rows, inputs, outputs, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long t = 0; t < threads; t++) {
         unsigned old = flushed();
-        long last = first_of(panels, t + 1, threads);
-        for (long p = first_of(panels, t, threads); p < last; p += some) {
+        long last = first_of(count, t + 1, threads);
+        for (long p = first_of(count, t, threads); p < last; p += some) {
             long end = (p + some < last ? p + some : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
             for (long r = 0; r < rows; r += MANY_ROWS)
-                fma_block(rows - r < MANY_ROWS ? rows - r : MANY_ROWS, inputs, width, x + r * x_next, x_next, w + p * 16 * inputs,
+                fma_block(rows - r < MANY_ROWS ? rows - r : MANY_ROWS, inputs, width, x + r * x_next, x_next, from_panel(all, p),
                           bias ? bias + p * 16 : NULL, y + r * y_next + p * 16, y_next);
         }
         restored(old);
@@ -249,20 +289,22 @@ AVX512 static void pack(packed to, long rows, long inputs, const bf16 *x, long x
     }
 }
 
-/* Two panels of the inputs from i on, or one, with all tiles of rows: lines beyond the inputs are zeros. */
-TILES static void panels_by_tiles(packed x, long tiles, long inputs, long i, int two, const bf16 *w, float *c, long next, ahead then) {
+/* Two panels of the inputs from i on, or one, with all tiles of rows: lines beyond the inputs are zeros. fetched: how many
+ * lines of each panel to fetch meanwhile. */
+TILES static void panels_by_tiles(packed x, long tiles, long inputs, long i, int two, panels w, float *c, long next, ahead then,
+                                  long fetched) {
     static _Thread_local bf16 last[2 * 512] __attribute__((aligned(64)));
     long here = inputs - i < CHUNK ? inputs - i : CHUNK, steps = here / STEP, rest = here % STEP, below = x.each * next;
     if (rest) {
         memset(last, 0, sizeof last);
-        for (int n = 0; n <= two; n++) memcpy(last + n * 512, w + n * inputs * 16 + steps * 512, rest * 32);
+        for (int n = 0; n <= two; n++) memcpy(last + n * 512, w.w + n * w.next + steps * 512, rest * 32);
         __asm__ volatile("" : : "r"(last) : "memory");
     }
-    then.lines = steps ? (here / 2 + (tiles + 1) / 2 * steps - 1) / ((tiles + 1) / 2 * steps) : 0;
+    then.lines = steps ? (fetched + (tiles + 1) / 2 * steps - 1) / ((tiles + 1) / 2 * steps) : 0;
     for (long t = 0; t < tiles; t += 2) {
         const bf16 *own = x.tiles + (t * x.steps + i / STEP) * 512;
         float *to = c + t * below;
-        if (steps) some_tiles(t + 1 < tiles, two, steps, own, x.steps * 512, w, inputs * 16, to, next, below, i == 0, &then);
+        if (steps) some_tiles(t + 1 < tiles, two, steps, own, x.steps * 512, w.w, w.next, to, next, below, i == 0, &then);
         if (rest) {
             ahead none = {.lines = 0};
             some_tiles(t + 1 < tiles, two, 1, own + steps * 512, x.steps * 512, last, 512, to, next, below, i == 0 && !steps, &none);
@@ -271,39 +313,45 @@ TILES static void panels_by_tiles(packed x, long tiles, long inputs, long i, int
 }
 
 /* A block by tiles: inputs are taken in chunks whose pieces of x and w stay in the second cache. */
-TILES static void tile_block(packed x, long tiles, long rows, long inputs, long outputs, const bf16 *w, const bf16 *bias, bf16 *y,
+TILES static void tile_block(packed x, long tiles, long rows, long inputs, long outputs, panels w, const bf16 *bias, bf16 *y,
                              long y_next) {
-    long panels = (outputs + 15) / 16, next = panels * 16;
+    long count = (outputs + 15) / 16, next = count * 16;
     for (long i = 0; i < inputs; i += CHUNK)
-        for (long n = 0; n < panels; n += 2) {
-            const bf16 *own = w + (n * inputs + i) * 16, *then = own + inputs * 32;
-            if (n + 2 >= panels && i + CHUNK < inputs) then = w + (i + CHUNK) * 16;
-            if (n + 2 >= panels && i + CHUNK >= inputs) then = w + panels * inputs * 16;
-            panels_by_tiles(x, tiles, inputs, i, n + 1 < panels, own, sums + n * 16, next,
-                            (ahead){{(const char *)then, (const char *)(then + inputs * 16)}, 0});
+        for (long n = 0; n < count; n += 2) {
+            panels own = from_pair(from_panel(w, n), i / 2);
+            const bf16 *then = own.w + 2 * w.next;
+            long here = (inputs - i < CHUNK ? inputs - i : CHUNK) / 2, two = n + 1 < count;
+            if (n + 2 >= count) then = i + CHUNK < inputs ? from_pair(w, (i + CHUNK) / 2).w : w.w + count * w.next;
+            if (w.heads) {
+                own = unpacked(own, 1 + two, here, chunk_lines, CHUNK * 16);
+                __asm__ volatile("" : : "r"(chunk_lines) : "memory");
+            }
+            panels_by_tiles(x, tiles, inputs, i, two, own, sums + n * 16, next, (ahead){{(const char *)then, (const char *)(then + w.next)}, 0},
+                            w.heads ? here * PACKED_LINE / LINE : here);
         }
     finish(rows, outputs, sums, next, bias, y, y_next);
 }
 
-/* y = x w^T + bias by tiles, as zoo_panels. scratch: rows / 16 times inputs / 32, both rounded up, of 1024 bytes. */
-TILES void zoo_panels_by_tiles(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias,
-                               bf16 *y, long y_next, bf16 *scratch, int threads) {
-    long tiles = (rows + 15) / 16, panels = (outputs + 15) / 16, most = MANY_ROWS / 16;
+/* y = x w^T + bias by tiles, as zoo_panels_by_dots. scratch: rows / 16 times inputs / 32, both rounded up, of 1024 bytes. */
+TILES void zoo_panels_by_tiles(long rows, long inputs, long outputs, const bf16 *x, long x_next, const void *heads, const void *w,
+                               const bf16 *bias, bf16 *y, long y_next, bf16 *scratch, int threads) {
+    long tiles = (rows + 15) / 16, count = (outputs + 15) / 16, most = MANY_ROWS / 16;
     packed own = {scratch, (inputs + STEP - 1) / STEP, (rows + tiles - 1) / tiles};
+    panels matrix = panels_of(inputs, outputs, heads, w);
 #pragma omp parallel num_threads(worth(rows, inputs, outputs, threads))
     {
         unsigned old = flushed();
-        long me = omp_get_thread_num(), all = omp_get_num_threads(), last = first_of(panels, me + 1, all);
+        long me = omp_get_thread_num(), all = omp_get_num_threads(), last = first_of(count, me + 1, all);
 #pragma omp for schedule(static)
         for (long piece = 0; piece < tiles * own.steps; piece++)
             pack(own, rows, inputs, x, x_next, piece / own.steps, piece % own.steps);
         zoo_tiles_begin((int)own.each, 64);
-        for (long p = first_of(panels, me, all); p < last; p += MANY_PANELS) {
+        for (long p = first_of(count, me, all); p < last; p += MANY_PANELS) {
             long end = (p + MANY_PANELS < last ? p + MANY_PANELS : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
             for (long t = 0; t < tiles; t += most) {
                 packed these = {own.tiles + t * own.steps * 512, own.steps, own.each};
                 long r = t * own.each, here = tiles - t < most ? tiles - t : most;
-                tile_block(these, here, rows - r < here * own.each ? rows - r : here * own.each, inputs, width, w + p * 16 * inputs,
+                tile_block(these, here, rows - r < here * own.each ? rows - r : here * own.each, inputs, width, from_panel(matrix, p),
                            bias ? bias + p * 16 : NULL, y + r * y_next + p * 16, y_next);
             }
         }
@@ -421,9 +469,9 @@ TILES void zoo_tiles_of_codes(int bits, long groups, long blocks, const uint8_t 
 
 /* The compiler knows no tiles: nobody calls these. */
 int zoo_tiles(void) { return 0; }
-void zoo_panels_by_tiles(long rows, long inputs, long outputs, const bf16 *x, long x_next, const bf16 *w, const bf16 *bias, bf16 *y,
-                         long y_next, bf16 *scratch, int threads) {
-    (void)rows, (void)inputs, (void)outputs, (void)x, (void)x_next, (void)w, (void)bias, (void)y, (void)y_next, (void)scratch, (void)threads;
+void zoo_panels_by_tiles(long rows, long inputs, long outputs, const bf16 *x, long x_next, const void *heads, const void *w,
+                         const bf16 *bias, bf16 *y, long y_next, bf16 *scratch, int threads) {
+    (void)rows, (void)inputs, (void)outputs, (void)x, (void)x_next, (void)heads, (void)w, (void)bias, (void)y, (void)y_next, (void)scratch, (void)threads;
 }
 void zoo_tiles_begin(int rows, int bytes) { (void)rows, (void)bytes; }
 void zoo_tiles_end(void) {}

@@ -130,7 +130,10 @@ needs_packing = pytest.mark.skipif(native.missing() is not None or not packs(), 
 
 @needs_packing
 @pytest.mark.parametrize(("inputs", "outputs"), [(74, 48), (2100, 144), (4102, 16), (2048, 784)])
-def test_packed_panels_are_the_same_numbers_in_less(inputs: int, outputs: int) -> None:
+def test_packed_panels_are_the_same_numbers_in_less(
+    inputs: int, outputs: int, kernels: native.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "library", lambda: kernels)
     weight = spread(inputs, outputs)
     matrix, panels = packed(weight), Panels.of(weight)
     assert isinstance(matrix, PackedPanels)
@@ -153,10 +156,16 @@ def test_packed_panels_are_the_same_numbers_in_less(inputs: int, outputs: int) -
 @needs_kernels
 def test_plans_know_whether_panels_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZOO_UNPACKED", raising=False)
-    assert compiled.packs() == packs() == (native.library().level == native.DOT)
+    assert compiled.packs() and packs()
+    for way in native.LEVELS:
+        monkeypatch.setenv("ZOO_NATIVE", way)
+        assert compiled.packs()
+    monkeypatch.setenv("ZOO_NATIVE", "off")
+    assert not compiled.packs()
+    monkeypatch.delenv("ZOO_NATIVE")
     monkeypatch.setenv("ZOO_UNPACKED", "1")
     assert not compiled.packs() and not packs()
-    for known in (compiled.packs, lambda: packs() or native.library().level != native.DOT):
+    for known in (compiled.packs, packs):
         monkeypatch.setenv("ZOO_UNPACKED", "perhaps")
         with pytest.raises(ZooError, match="ZOO_UNPACKED: neither on nor off; found 'perhaps'"):
             assert known() and False
@@ -164,7 +173,7 @@ def test_plans_know_whether_panels_are_packed(monkeypatch: pytest.MonkeyPatch) -
 
 @needs_kernels
 def test_plain_panels_stay_plain() -> None:
-    """Where they are in use, the processor may be one whose kernels do not unpack."""
+    """Where they are in use, they were asked for (ZOO_UNPACKED), or packing did not pay."""
     weight = spread(74, 48)
     renewed = Panels.of(weight).renewed(weight + 1)
     assert isinstance(renewed, Panels)

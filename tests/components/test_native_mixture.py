@@ -225,9 +225,12 @@ def test_what_the_kernels_do_not_know_goes_expert_by_expert(used: list[int], clo
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("store", ["panels", "packed"])
 @pytest.mark.parametrize("level", ["multiply-add", "dot"])
-def test_products_of_other_processors(level: str, monkeypatch: pytest.MonkeyPatch, close: Callable[..., None]) -> None:
-    moe, x_TD = stored(), rows(19)
+def test_products_of_other_processors(
+    level: str, store: str, monkeypatch: pytest.MonkeyPatch, close: Callable[..., None]
+) -> None:
+    moe, x_TD = stored("gated", store), rows(19)
     expected_TD, path = moe(x_TD), kernels_file()
     assert path is not None
     if native.LEVELS[level] > native.Kernels(path).level:

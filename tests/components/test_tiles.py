@@ -22,7 +22,7 @@ from zoo.components import native
 from zoo.components.compiled import kernels_file
 from zoo.components.kinds import INT4, KINDS, Kind
 from zoo.components.native import check, measure, quantised
-from zoo.components.native.panels import Panels
+from zoo.components.native.panels import PackedPanels, Panels, packed
 from zoo.components.quantised import Quantised
 from zoo.registry.errors import ZooError
 
@@ -132,14 +132,64 @@ def test_a_row_is_the_same_by_tiles_and_by_multiply_adds(
             assert torch.equal(found.view(torch.int16), alone[:rows].view(torch.int16)), (rows, kernels.level)
 
 
+PLACES = [(0, 0), (-1, -1), (1, 0), (0, 1), (-1, -2), (-2, 511), (3, 512), (3, 2047), (5, 2048)]
+
+
+def scarce(inputs: int, outputs: int) -> Tensor:
+    """Weights of fifteen upper bytes, and some with another one: the first and the last weight, several of a pair, of a
+    line and of a block, those at the borders of what is unpacked at once; among them zeros and subnormal numbers."""
+    draw = torch.Generator().manual_seed(inputs)
+    usual = torch.tensor([*range(0x38, 0x40), *range(0xB8, 0xBF)])
+    upper, lower = (torch.randint(most, (outputs, inputs), generator=draw) for most in (len(usual), 256))
+    weight_OI = (usual[upper] << 8 | lower).to(torch.uint16).view(torch.bfloat16)
+    odd = torch.tensor([2.0**60, -1e-39, -0.0, 2.0**-60, 1e-39, 0.0, -(2.0**-30)]).bfloat16()
+    for at, (output, column) in enumerate(PLACES if inputs > 100 else PLACES[:3]):
+        if abs(column) < inputs:
+            weight_OI[output, column] = odd[at % len(odd)]
+    return weight_OI
+
+
+def kept(matrix: PackedPanels) -> tuple[Tensor, Tensor]:
+    """Its blocks and heads between values that are nobody's, so that reading too far is seen."""
+    parts = []
+    for part in (matrix.blocks, matrix.heads):
+        room = torch.full((part.numel() + 2 * 4096,), 119, dtype=part.dtype)
+        room[4096:-4096] = part.flatten()
+        parts.append(room[4096:-4096])
+    return parts[0], parts[1]
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(66, 16), (74, 48), (224, 144), (1100, 304), (2062, 416)])
+@pytest.mark.parametrize("way", ["tiles", "multiply_adds"])
+def test_packed_panels_give_the_same_bits(way: str, inputs: int, outputs: int, request: pytest.FixtureRequest) -> None:
+    kernels, weight = request.getfixturevalue(way), scarce(inputs, outputs)
+    matrix, words = packed(weight), surrounded(weight)
+    assert isinstance(matrix, PackedPanels)
+    assert matrix.heads.numel() >= 6 * outputs // 16 + 2 * 3, "of each panel a head, and some escapes"
+    blocks, heads = kept(matrix)
+    for rows in (*range(1, 36), 257, 600) if inputs < 100 else (1, 2, 3, 4, 5, 8, 9, 16, 33, 270):
+        x, _, bias = operands(rows, inputs, outputs)
+        apart = torch.full((rows, inputs + 3), torch.nan, dtype=x.dtype)
+        apart[:, :inputs] = x
+        for added in (None, bias):
+            found, expected = (
+                kernels.panels(apart[:, :inputs], stored, outputs, added, own).view(torch.int16)
+                for stored, own in ((blocks, heads), (words, None))
+            )
+            assert torch.equal(found, expected), rows
+
+
 def test_threads_share_panels(tiles: native.Kernels, multiply_adds: native.Kernels) -> None:
     x, weight, bias = operands(40, 640, 528)
     words, threads = Panels.of(weight).words, torch.get_num_threads()
-    found = []
+    matrix, found = packed(weight), []
+    assert isinstance(matrix, PackedPanels)
     try:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            found += [kernels.panels(x, words, 528, bias) for kernels in (tiles, multiply_adds)]
+            for kernels in (tiles, multiply_adds):
+                found.append(kernels.panels(x, words, 528, bias))
+                found.append(kernels.panels(x, matrix.blocks, 528, bias, matrix.heads))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, found[0]) for one in found)
