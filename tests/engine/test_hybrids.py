@@ -36,7 +36,11 @@ PLAIN: dict[str, Any] = {"kind": "mlp", "hidden_dim": 20, "activation": "relu2"}
 BIASED: dict[str, Any] = MOE | {"router": {"kind": "sigmoid", "scale": 1.5}, "expert": PLAIN, "shared": PLAIN}
 SCALED: dict[str, Any] = {"kind": "scaled", "residual_scale": 0.5, "ffn": GATED}
 SHARED: dict[str, Any] = {"kind": "transformer", "mixer": TURNED, "ffn": GATED, "adapter_rank": 3, "adapt_mixer": True}
+LATENT: dict[str, Any] = {"kind": "latent_attention", "num_heads": 3, "q_lora_rank": 10, "kv_lora_rank": 14}
+LATENT |= {"nope_head_dim": 6, "rope_head_dim": 4, "v_head_dim": 5, "rope": {"theta": 50.0}}
+INDEXED = LATENT | {"indexer": {"kind": "lightning", "num_heads": 4, "head_dim": 6, "top_k": 20, "norm_eps": 1e-6}}
 MODELS: dict[str, dict[str, Any]] = {
+    "indexed": {"layers": [{"mixer": mixer, "ffn": GATED} for mixer in (MAMBA2, INDEXED)]},
     "scaled": {"layers": [SCALED | {"mixer": mixer} for mixer in (MAMBA2, ATTENTION, MAMBA2)]},
     "mixtures": {"layers": [{"mixer": MAMBA1, "ffn": GATED}, {"mixer": ATTENTION, "ffn": MOE | {"router": "softmax"}}]},
     "single parts": {

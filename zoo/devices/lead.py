@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic, sleep
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from zoo.devices.peer import MEETING, Peer, Watch
 from zoo.devices.process_group import ProcessGroup
 from zoo.devices.processes import Worker
 from zoo.devices.pulse import Pulse
+from zoo.engine.interrupts import uninterrupted
 from zoo.engine.leading import Message
 from zoo.engine.memory import MIRRORED, Memory
 from zoo.registry.errors import RankError, ZooError, error_of
@@ -82,7 +80,7 @@ class Ranks:
         self.check()
         if settled:
             self._settle()
-        with _uninterrupted(), self._guarded():
+        with uninterrupted(twice=True), self._guarded():
             self._tell([*self._queue, (task, message)])
             self._queue.clear()
             self.waits.begin()
@@ -152,7 +150,7 @@ class Ranks:
         """Waits for what is under way, up to `last`, and gives what that one does."""
         result = torch.empty(0) if last is None else last.result
         while self._under_way and (last is None or last.result is None):
-            with _uninterrupted(), self._guarded():
+            with uninterrupted(twice=True), self._guarded():
                 first = self._under_way.popleft()
                 first.result = result = first.wait()
         assert result is not None
@@ -256,25 +254,3 @@ class Ranks:
             worker.end(limit)
         for call in self.at_end:
             call()
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block; a second one does not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if seen:
-        signal.raise_signal(signal.SIGINT)

@@ -95,7 +95,8 @@ class Captured:
     def run(self, batch: Batch) -> Tensor | None:
         """Logits (R, V) float32 of a batch of single rows, or None where it cannot be run this way.
 
-        They are overwritten by the next run.
+        They are overwritten by the next run. Raises UnpreparedError where it cannot, after states have moved on: what
+        was cached of the batch's sequences must be computed again.
         """
         if not self._possible or batch.rows_R is not None or max(batch.rows) > 1:
             return None
@@ -114,6 +115,8 @@ class Captured:
             return step.run()[: len(batch.rows)]
         except UnpreparedError:
             self._possible = False
+            if self.memory.moves:
+                raise
             return None
 
     def _key(self, batch: Batch) -> Key:

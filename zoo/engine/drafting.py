@@ -101,6 +101,7 @@ class Drafting:
         self.source, self.memory, self.prefixes, self.most_rows = source, memory, prefixes, most_rows
         self.ledger, self.clock = Ledger(), clock
         self._paces: dict[int, Pace] = {}
+        self._marked: set[int] = set()
         self._begun: float | None = None
         self._spent, self._rows, self._drafts = 0.0, 0, 0
 
@@ -112,6 +113,7 @@ class Drafting:
         for place, drafts in found:
             seq = work[place].sequence
             extended[place] = Work(seq, 1 + len(drafts), drafts)
+            self._marked.add(seq.number)
             self.memory.mark(seq.cache, seq.past, extended[place].rows)
         self._begun = self.clock()
         self._spent = self._begun - start
@@ -128,7 +130,7 @@ class Drafting:
     def settle(self, work: Work, right: int) -> None:
         """The step has moved the sequence on by `right` of the work's drafts: takes the rows of the others back."""
         seq, drafted, price = work.sequence, len(work.drafts), self.ledger.price
-        self.memory.rewind(seq.cache, seq.past)
+        self._rewind(seq)
         # In steps without drafts: a token is worth its share of one, and the drafts cost what they added.
         gain, cost = right / self._rows, 0.0 if price is None else (price - 1) * drafted / self._drafts
         if price is not None:
@@ -136,9 +138,15 @@ class Drafting:
         self._paces[seq.number].learn(drafted, right, right > 0 and gain > cost)
 
     def free(self, seq: Sequence) -> None:
-        """The sequence leaves the cache."""
+        """The sequence leaves the cache, perhaps after a step with drafts that was interrupted."""
+        self._rewind(seq)
         self.source.free(seq.number)
         self._paces.pop(seq.number, None)
+
+    def _rewind(self, seq: Sequence) -> None:
+        if seq.number in self._marked:
+            self._marked.remove(seq.number)
+            self.memory.rewind(seq.cache, seq.past)
 
     def _found(self, work: list[Work], room: int) -> list[tuple[int, tuple[int, ...]]]:
         """Drafts by the place of their sequence in the work."""

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, repeat
 from time import perf_counter
 from types import TracebackType
 from typing import Literal, Self, cast
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
+from zoo.components.cache.kv import UnpreparedError
 from zoo.components.decoder.model import Decoder
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.costs.work import chunk_tokens as usual_chunk
@@ -24,6 +25,7 @@ from zoo.engine.ahead import Steps, goes_ahead
 from zoo.engine.capture import Captured, captures
 from zoo.engine.draft_model import DraftModel
 from zoo.engine.drafting import Drafting, Source
+from zoo.engine.interrupts import interruptible, uninterrupted
 from zoo.engine.leading import Leading, Others
 from zoo.engine.lookup import Lookup
 from zoo.engine.media import Placed, place
@@ -133,8 +135,14 @@ class Engine:
 
     def submit(self, request: Request) -> str:
         """Queue a request and return its id. Raises RequestError or CapacityError for one that could never run."""
-        with self._locked():
-            return self._enter(request, mailed=False)
+        entered: list[str] = []
+        try:
+            with self._locked():
+                entered.append(self._enter(request, mailed=False))
+            return entered[0]
+        except BaseException:
+            self.discard(*entered)
+            raise
 
     def stream(self, request: Request) -> Stream:
         """Queue a request and iterate over its chunks. Errors as `submit`."""
@@ -145,13 +153,13 @@ class Engine:
         """Run all requests together; their completions in order. One that is refused or fails ends them all."""
         entered: list[str] = []
         try:
+            wanted = [*requests]
             with self._locked():
-                for request in requests:
+                for request in wanted:
                     entered.append(self._enter(request, mailed=True))
             return [self._completion(request_id) for request_id in entered]
         finally:
-            for request_id in entered:
-                self.discard(request_id)
+            self.discard(*entered)
 
     def cancel(self, request_id: str) -> bool:
         """End a request with finish reason "cancelled", at once or after the running step; False if it has ended."""
@@ -171,7 +179,8 @@ class Engine:
         """Run one step. The chunks made since the last call for submitted requests; streams keep their own."""
         with self._locked():
             self._advance()
-            chunks, self._loose = self._loose, []
+        # Behind the block, whose end may be Ctrl-C's: the next call has them then.
+        chunks, self._loose = self._loose, []
         return chunks
 
     def run(self) -> list[Completion]:
@@ -195,9 +204,9 @@ class Engine:
                     return None
                 self._advance()
 
-    def discard(self, request_id: str) -> None:
-        """Cancel a stream's request without a last chunk, and forget its mail."""
-        self._doomed.append((request_id, True))
+    def discard(self, *request_ids: str) -> None:
+        """Cancel requests without a last chunk, and forget their mail."""
+        self._doomed.extend(zip(request_ids, repeat(True)))
         self._reap()
 
     # --- without the cache --------------------------------------------------------------------------------------
@@ -218,7 +227,8 @@ class Engine:
         with self._locked():
             runner = self._open()
             self._steps.pause()
-            yield runner.adapters, [seq.params.adapter for seq in self._live.values()]
+            with interruptible():
+                yield runner.adapters, [seq.params.adapter for seq in self._live.values()]
             self._scheduler.prefixes.retain(runner.adapters.keys)
             if runner.captured is not None:
                 runner.captured.clear()
@@ -281,19 +291,22 @@ class Engine:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         try:
-            with self._lock:
+            with self._lock, uninterrupted():
                 yield
         finally:
             self._reap()
 
     def _reap(self) -> None:
         """End the doomed requests, unless a step is running: then its end does."""
-        while self._doomed and self._lock.acquire(blocking=False):
-            try:
-                while self._doomed:
-                    self._end(*self._doomed.popleft())
-            finally:
-                self._lock.release()
+        if not self._doomed:
+            return
+        with uninterrupted():
+            while self._doomed and self._lock.acquire(blocking=False):
+                try:
+                    while self._doomed:
+                        self._end(*self._doomed.popleft())
+                finally:
+                    self._lock.release()
 
     def _end(self, request_id: str, silent: bool) -> None:
         seq = self._live.pop(request_id, None)
@@ -362,6 +375,8 @@ class Engine:
             # Interrupted anywhere, also by Ctrl-C: what the step writes may be half written, tokens are not.
             self._steps.clear()
             self._scheduler.restart(self._live.values(), forget=memory_is_full(error))
+            if isinstance(error, UnpreparedError):
+                return  # the next step is computed another way
             if memory_is_full(error):
                 raise _no_memory(runner.device, error) from error
             raise

@@ -17,6 +17,7 @@ from zoo.components.matrix import weight_bytes
 from zoo.components.step import Rows, Step
 from zoo.engine.adapters import Adapters
 from zoo.engine.capture import Captured
+from zoo.engine.interrupts import interruptible
 from zoo.engine.media import Placed, rows_of_media
 from zoo.engine.memory import Memory
 from zoo.engine.pack import Batch, split
@@ -42,12 +43,13 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits (R, V) float32 of the batch's wanted rows; its tokens are in the cache afterwards."""
-        return self.begin(batch)()
+        with interruptible():
+            return self.begin(batch)()
 
     @torch.inference_mode()
     def begin(self, batch: Batch, pieces: int | None = None) -> Callable[[], Tensor]:
         """Begins a step; what comes back waits for its logits. pieces: in how many it is cut; None: as is best."""
-        with on(self.device):
+        with interruptible(), on(self.device):
             return self.compute(batch, self._media(batch), pieces)
 
     @torch.inference_mode()
@@ -89,12 +91,14 @@ class Runner:
     @torch.no_grad()
     def hidden(self, tokens: Sequence[int], media: Sequence[Placed] = (), adapter: str | None = "auto") -> Tensor:
         """The normalised last hidden states (T, D) of one whole sequence, beside the cache."""
-        return self.whole(tokens, self._rows(tokens, media), adapter, head=False)
+        with interruptible():
+            return self.whole(tokens, self._rows(tokens, media), adapter, head=False)
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int], media: Sequence[Placed] = (), adapter: str | None = "auto") -> Tensor:
         """Logits (T, V) float32 of one whole sequence, beside the cache; an ordinary tensor that may be written to."""
-        return self.whole(tokens, self._rows(tokens, media), adapter, head=True)
+        with interruptible():
+            return self.whole(tokens, self._rows(tokens, media), adapter, head=True)
 
     @torch.no_grad()
     def whole(self, tokens: Sequence[int], media: Rows | None, adapter: str | None, *, head: bool) -> Tensor:

@@ -39,8 +39,8 @@ class Stream(Iterator[Chunk]):
     def close(self) -> None:
         """Cancel what is left of the request."""
         if self._open:
-            self._open = False
             self._engine.discard(self.request_id)
+            self._open = False
 
     def __enter__(self) -> Self:
         return self
