@@ -218,6 +218,17 @@ def test_bench_measures(
     assert "has not been measured" in shown.out
 
 
+@pytest.mark.parametrize(("context", "tokens"), [("41", 20), ("2048", 512)])
+def test_bench_of_a_short_context_has_prompts_that_leave_room(
+    context: str, tokens: int, zoo_command: Command, quick_limits: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sizes = ("--max-context", context, "--new-tokens", "2", "--repeats", "1", "--batch", "1", "--requests", "1")
+    found = json.loads(zoo_command("bench", "tiny", "--weights", "random", "--json", *sizes).out)["model"]
+    assert found["results"][0]["kind"] == "prefill"
+    assert found["results"][0]["tokens"] == tokens
+
+
 def test_bench_of_nothing_is_refused(zoo_command: Command) -> None:
     assert "expected REF, or --machine" in zoo_command("bench").err
 

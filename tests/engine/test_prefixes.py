@@ -20,8 +20,10 @@ from zoo.engine import prefixes
 from zoo.engine.ahead import Steps
 from zoo.engine.engine import Engine
 from zoo.engine.pack import Batch
-from zoo.engine.request import Completion, Request, SamplingParams
+from zoo.engine.prefixes import Match, Prefixes
+from zoo.engine.request import Chunk, Completion, Request, SamplingParams
 from zoo.engine.runner import Runner
+from zoo.engine.sequence import Sequence as Running
 from zoo.loading.adapters.read import Adapter
 from zoo.registry.card import Card
 from zoo.registry.errors import CapacityError, ZooError
@@ -441,6 +443,50 @@ def test_an_interrupted_hand_over_is_nobodys(name: str, storage: Layout, monkeyp
     assert [engine.generate([request])[0].tokens for request in longer] == plain(name, longer)
     assert moved[0], "memory is handed over where nothing of it is lost"
     check(engine)
+
+
+def test_a_hand_over_that_nobody_noted_down_is_nobodys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error when an earlier request's memory has gone over, but is not known to have."""
+    engine = make(name, storage="slab")
+    [before] = engine.generate([ask(ids(30))])
+    longer = ask([*ids(30), *before.tokens, *ids(20, 1)])
+    begin, moved = Prefixes._begin, list[bool]()
+
+    def fails(self: Prefixes, number: int, seq: Running, match: Match | None) -> None:
+        if not moved and match is not None:
+            moved.append(match.move)
+            raise RuntimeError("in between")
+        begin(self, number, seq, match)
+
+    monkeypatch.setattr(Prefixes, "_begin", fails)
+    with pytest.raises(RuntimeError, match="in between"):
+        engine.generate([longer])
+    assert moved == [True], "memory is handed over where nothing of it is lost"
+    check(engine)
+    assert engine.memory["cache_used"] == 0
+    assert [engine.generate([longer])[0].tokens] == plain(name, [longer])
+    check(engine)
+
+
+def test_nobody_waits_for_what_a_line_has_left_behind(name: str) -> None:
+    """One that runs is past the tokens that another shares with it, and may have no state of them any more."""
+    engine = make(name, chunk_tokens=64)
+    engine.submit(ask(ids(47), max_tokens=20))
+    engine.step()
+    other = ask([*ids(47)[:20], *ids(9, 1)])
+    engine.submit(other)
+    engine.step()
+    assert len(engine._scheduler.running) == 2
+    tokens = {chunk.request_id: chunk.completion.tokens for chunk in drained(engine) if chunk.completion}
+    assert tokens["request-1"] == plain(name, [other])[0]
+
+
+def drained(engine: Engine) -> list[Chunk]:
+    """What is still to come."""
+    chunks = list[Chunk]()
+    while engine.busy:
+        chunks += engine.step()
+    return chunks
 
 
 @pytest.mark.parametrize("steps", [0, 2, 5])
