@@ -322,6 +322,15 @@ def test_who_goes_on_from_a_line_has_used_it() -> None:
     assert found[0] == 99 > found[1]
 
 
+def test_a_line_is_handed_over_where_a_copy_has_no_room() -> None:
+    engine = make("full", 1, storage="pages")
+    cached(engine, ask(ids(100), max_tokens=1))
+    request = ask([*ids(100)[:60], *ids(80, 1)])
+    [done] = engine.generate([request])
+    assert (done.tokens, done.usage.cached_tokens) == (plain("full", [request])[0], 60)
+    check(engine)
+
+
 def test_lines_in_pages_lose_their_tails_first() -> None:
     engine = make("full", 2, storage="pages")
     for length in (120, 100, 140):
@@ -479,6 +488,16 @@ def test_nobody_waits_for_what_a_line_has_left_behind(name: str) -> None:
     assert len(engine._scheduler.running) == 2
     tokens = {chunk.request_id: chunk.completion.tokens for chunk in drained(engine) if chunk.completion}
     assert tokens["request-1"] == plain(name, [other])[0]
+
+
+@pytest.mark.parametrize(("shared", "together"), [(5, True), (6, False)])
+def test_others_are_waited_for_where_that_saves_enough(shared: int, together: bool, name: str) -> None:
+    engine = make(name, chunk_tokens=64)
+    for seed in (1, 2):
+        engine.submit(ask([*ids(shared), *ids(20, seed)]))
+    engine.step()
+    assert (len(engine._scheduler.running) == 2) == together
+    drained(engine)
 
 
 def drained(engine: Engine) -> list[Chunk]:
