@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from zoo.engine.memory import Memory
@@ -13,8 +12,6 @@ from zoo.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from zoo.engine.drafting import Drafting
-
-_arrival = attrgetter("number")
 
 
 class Work(NamedTuple):
@@ -66,12 +63,12 @@ class Scheduler:
         line.remove(seq)
 
     def restart(self, seqs: Iterable[Sequence], *, forget: bool) -> None:
-        """Make all unfinished sequences wait after an interrupted step.
+        """Make all unfinished sequences, in order of arrival, wait after an interrupted step.
 
         Their tokens before that step are still cached; windows and states may be half written. forget: give the
         memory of all that is cached back.
         """
-        self.waiting, self.running = deque(sorted(seqs, key=_arrival)), []
+        self.waiting, self.running = deque(seqs), []
         for seq in self.waiting:
             self._leave(seq, whole=False)
             seq.past = 0
