@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, repeat
 from time import perf_counter
-from types import TracebackType
 from typing import Literal, Self, cast
 
 import torch
@@ -33,12 +32,12 @@ from zoo.engine.memory import Kept, Memory, shares, stores
 from zoo.engine.outcome import Outcome
 from zoo.engine.prefixes import Prefixes
 from zoo.engine.request import Chunk, Completion, Media, Request, token_ids
-from zoo.engine.runner import Runner, memory_is_full
+from zoo.engine.runner import Runner, memory_is_full, no_memory
 from zoo.engine.scheduler import Scheduler, Work
 from zoo.engine.sequence import Sequence as Running
 from zoo.engine.stream import Stream
 from zoo.engine.turns import Order, Turns
-from zoo.registry.errors import CapacityError, RequestError, ZooError
+from zoo.registry.errors import RequestError, ZooError
 from zoo.registry.plan import Plan
 
 DRAFT_ROWS = {"cpu": native.FEW}
@@ -135,14 +134,8 @@ class Engine:
 
     def submit(self, request: Request) -> str:
         """Queue a request and return its id. Raises RequestError or CapacityError for one that could never run."""
-        entered: list[str] = []
-        try:
-            with self._locked():
-                entered.append(self._enter(request, mailed=False))
-            return entered[0]
-        except BaseException:
-            self.discard(*entered)
-            raise
+        [request_id] = self._entered([request], mailed=False)
+        return request_id
 
     def stream(self, request: Request) -> Stream:
         """Queue a request and iterate over its chunks. Errors as `submit`."""
@@ -151,12 +144,8 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Run all requests together; their completions in order. One that is refused or fails ends them all."""
-        entered: list[str] = []
+        entered = self._entered([*requests], mailed=True)
         try:
-            wanted = [*requests]
-            with self._locked():
-                for request in wanted:
-                    entered.append(self._enter(request, mailed=True))
             return [self._completion(request_id) for request_id in entered]
         finally:
             self.discard(*entered)
@@ -281,9 +270,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # --- inside: the lock is held from here on ------------------------------------------------------------------
@@ -329,6 +316,18 @@ class Engine:
         self._admission.check_prompt(ids)
         return ids, place(self._encoders, ids, media)
 
+    def _entered(self, requests: Sequence[Request], *, mailed: bool) -> list[str]:
+        """Enters all of them, or none where one is refused or Ctrl-C comes. The lock is not held yet."""
+        entered: list[str] = []
+        try:
+            with self._locked():
+                for request in requests:
+                    entered.append(self._enter(request, mailed=mailed))
+            return entered
+        except BaseException:
+            self.discard(*entered)
+            raise
+
     def _enter(self, request: Request, *, mailed: bool) -> str:
         runner = self._open(request.params.adapter)
         number = next(self._numbers)
@@ -366,7 +365,9 @@ class Engine:
             work = self._scheduler.plan()
             if not work:
                 return
-            self._start(work)
+            now = perf_counter()
+            for item in work:
+                item.sequence.started = item.sequence.started or now
             for done in self._steps.run(runner, work):
                 self._scheduler.ran([item for item, _ in done])
                 for item, outcome in done:
@@ -375,17 +376,11 @@ class Engine:
             # Interrupted anywhere, also by Ctrl-C: what the step writes may be half written, tokens are not.
             self._steps.clear()
             self._scheduler.restart(self._live.values(), forget=memory_is_full(error))
-            if isinstance(error, UnpreparedError):
-                return  # the next step is computed another way
             if memory_is_full(error):
-                raise _no_memory(runner.device, error) from error
-            raise
-
-    def _start(self, work: list[Work]) -> None:
-        now = perf_counter()
-        for item in work:
-            if item.sequence.started is None:
-                item.sequence.started = now
+                raise no_memory(runner.device, error) from error
+            # Without preparation the next step is computed another way.
+            if not isinstance(error, UnpreparedError):
+                raise
 
     def _apply(self, item: Work, outcome: Outcome) -> None:
         """Move the sequence on by its work, and post what came of it."""
@@ -401,12 +396,3 @@ class Engine:
             self._scheduler.drop(seq, sound=sound)
         if chunk is not None:
             self._post(chunk)
-
-
-def _no_memory(device: torch.device, error: BaseException) -> CapacityError:
-    return CapacityError(
-        "memory is full while computing",
-        where=str(device),
-        found=str(error).partition("\n")[0],
-        hint="end other programs, ask for less at once, or load with a smaller max_batch_size or max_context",
-    )

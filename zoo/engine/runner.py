@@ -21,6 +21,7 @@ from zoo.engine.interrupts import interruptible
 from zoo.engine.media import Placed, rows_of_media
 from zoo.engine.memory import Memory
 from zoo.engine.pack import Batch, split
+from zoo.registry.errors import CapacityError
 
 
 class Runner:
@@ -117,3 +118,13 @@ def memory_is_full(error: BaseException) -> bool:
     """Whether an allocation failed. torch has a class for GPUs only; the CPU's allocator is known by its words."""
     words = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return words or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def no_memory(device: torch.device, error: BaseException) -> CapacityError:
+    """What is said of a failed allocation."""
+    return CapacityError(
+        "memory is full while computing",
+        where=str(device),
+        found=str(error).partition("\n")[0],
+        hint="end other programs, ask for less at once, or load with a smaller max_batch_size or max_context",
+    )
