@@ -21,7 +21,7 @@
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
-enum { GROUP = 32, LANES = 16, SPAN = 4, MOST = 6, AHEAD = 1024, TILES = 16 };
+enum { GROUP = 32, LANES = 16, SPAN = 4, MOST = 6, TILES = 16 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 /* codes: (blocks, groups, bits, 64). scales: float32 (blocks, 16) of eight bits, bfloat16 (blocks, groups, 16) of four. */
@@ -80,12 +80,16 @@ VNNI INLINE __m512i four(const int8_t *codes) {
     return _mm512_set1_epi32(value);
 }
 
-/* R rows with N blocks at a time, as many streams from memory. */
+/* Bytes of codes that are asked for ahead. One to four rows wait for memory, which has most to give where each stream runs
+ * through it without a jump; more rows wait for arithmetic meanwhile. */
+#define AHEAD(R) (R > 4 ? 1024 : 256)
+
+/* R rows with N blocks at a time, `apart` blocks from one to the next: as many streams from memory. */
 #define TILE(BITS, R, N)                                                                                                 \
-    VNNI static void tile_##BITS##_##R##_##N(const matrix *w, long block, rows8 x, float *y, long y_next) {              \
+    VNNI static void tile_##BITS##_##R##_##N(const matrix *w, long block, long apart, rows8 x, float *y, long y_next) {  \
         const long groups = w->groups, line = BITS * 64;                                                                 \
         const uint8_t *codes = w->codes + block * groups * line;                                                         \
-        const bf16 *halves = (const bf16 *)w->scales + block * groups * LANES;                                   \
+        const bf16 *halves = (const bf16 *)w->scales + block * groups * LANES;                                           \
         const __m512i low = _mm512_set1_epi8(15);                                                                        \
         __m512 total[R][N];                                                                                              \
         UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) total[r][n] = _mm512_setzero_ps();               \
@@ -95,9 +99,9 @@ VNNI INLINE __m512i four(const int8_t *codes) {
             UNROLLED(int j = 0; j < BITS; j++) {                                                                         \
                 __m512i v[N];                                                                                            \
                 UNROLLED(int n = 0; n < N; n++) {                                                                        \
-                    const uint8_t *at = codes + (n * groups + g) * line + 64 * j;                                        \
+                    const uint8_t *at = codes + (n * apart * groups + g) * line + 64 * j;                                \
                     v[n] = _mm512_loadu_si512(at);                                                                       \
-                    _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                                 \
+                    _mm_prefetch((const char *)at + AHEAD(R), BITS == 4 ? _MM_HINT_T0 : _MM_HINT_T1);                    \
                 }                                                                                                        \
                 UNROLLED(int r = 0; r < R; r++) {                                                                        \
                     __m512i c = four(x.codes + (r * groups + g) * GROUP + 4 * j);                                        \
@@ -112,9 +116,9 @@ VNNI INLINE __m512i four(const int8_t *codes) {
             }                                                                                                            \
             __m512 scale[N];                                                                                             \
             if (BITS == 4) UNROLLED(int n = 0; n < N; n++) {                                                             \
-                const bf16 *at = halves + (n * groups + g) * LANES;                                                  \
+                const bf16 *at = halves + (n * apart * groups + g) * LANES;                                              \
                 scale[n] = load16(at, 0xffff);                                                                           \
-                _mm_prefetch((const char *)at + AHEAD / 4, _MM_HINT_T0);                                                 \
+                _mm_prefetch((const char *)at + AHEAD(R) / 8, _MM_HINT_T0);                                              \
             }                                                                                                            \
             UNROLLED(int r = 0; r < R; r++) {                                                                            \
                 __m512 by = _mm512_set1_ps(x.scales[r * groups + g]);                                                    \
@@ -125,7 +129,7 @@ VNNI INLINE __m512i four(const int8_t *codes) {
             }                                                                                                            \
         }                                                                                                                \
         UNROLLED(int n = 0; n < N; n++) {                                                                                \
-            const float *own = (const float *)w->scales + (block + n) * LANES;                                           \
+            const float *own = (const float *)w->scales + (block + n * apart) * LANES;                                   \
             UNROLLED(int r = 0; r < R; r++)                                                                              \
                 _mm512_storeu_ps(y + r * y_next + n * LANES,                                                             \
                                  BITS == 8 ? _mm512_mul_ps(total[r][n], _mm512_loadu_ps(own)) : total[r][n]);            \
@@ -136,7 +140,7 @@ VNNI INLINE __m512i four(const int8_t *codes) {
 TILES(8)
 TILES(4)
 
-typedef void (*tile)(const matrix *, long, rows8, float *, long);
+typedef void (*tile)(const matrix *, long, long, rows8, float *, long);
 
 /* By rows, falling, and blocks, falling. */
 static const struct {
@@ -148,36 +152,43 @@ static const struct {
     {1, 4, tile_8_1_4, tile_4_1_4},    {1, 1, tile_8_1_1, tile_4_1_1},
 };
 
-/* One row's outputs of a span to where they belong, with the bias, in the row's type. */
-VNNI static void finish(const float *from, const void *bias, void *y, int type, long at, long output, long count) {
-    for (long o = 0; o < count; o += LANES) {
-        __mmask16 mask = lanes(count - o);
-        __m512 value = _mm512_loadu_ps(from + o);
-        if (bias) value = _mm512_add_ps(value, loaded(bias, type, output + o, mask));
+/* One row's outputs of some blocks, `apart` from one to the next, to where they belong, with the bias, in the row's type. */
+VNNI static void finish(const float *from, const void *bias, void *y, int type, long at, long output, long apart, long count,
+                        long outputs) {
+    for (long n = 0; n < count; n++, output += apart * LANES) {
+        __mmask16 mask = lanes(outputs - output);
+        __m512 value = _mm512_loadu_ps(from + n * LANES);
+        if (bias) value = _mm512_add_ps(value, loaded(bias, type, output, mask));
         if (type == FLOAT32)
-            _mm512_mask_storeu_ps((float *)y + at + o, mask, value);
+            _mm512_mask_storeu_ps((float *)y + at + output, mask, value);
         else
-            store16((bf16 *)y + at + o, mask, value);
+            store16((bf16 *)y + at + output, mask, value);
     }
 }
 
-/* All rows with a few blocks, which stay in the core's cache. */
-static void span(const matrix *w, long block, long count, long rows, rows8 x, const void *bias, void *y, int type) {
+/* All rows with a few blocks, `apart` from one to the next, which stay in the core's cache. */
+static void span(const matrix *w, long block, long apart, long count, long rows, rows8 x, const void *bias, void *y, int type) {
     float out[MOST * SPAN * LANES];
-    long output = block * LANES, width = count * LANES;
-    if (width > w->outputs - output) width = w->outputs - output;
     for (long row = 0, taken; row < rows; row += taken) {
         rows8 own = {x.codes + row * w->groups * GROUP, x.scales + row * w->groups, x.starts + row * w->groups};
         int first = 0;
         while (WAYS[first].rows > rows - row) first++;
         taken = WAYS[first].rows;
-        for (long b = 0, way; b < count; b += WAYS[way].blocks) {
-            for (way = first; WAYS[way].blocks > count - b;) way++;
-            (w->bits == 4 ? WAYS[way].four : WAYS[way].eight)(w, block + b, own, out + b * LANES, SPAN * LANES);
+        for (long n = 0, way; n < count; n += WAYS[way].blocks) {
+            for (way = first; WAYS[way].blocks > count - n;) way++;
+            (w->bits == 4 ? WAYS[way].four : WAYS[way].eight)(w, block + n * apart, apart, own, out + n * LANES, SPAN * LANES);
         }
         for (long r = 0; r < taken; r++)
-            finish(out + r * SPAN * LANES, bias, y, type, (row + r) * w->outputs + output, output, width);
+            finish(out + r * SPAN * LANES, bias, y, type, (row + r) * w->outputs, block * LANES, apart, count, w->outputs);
     }
+}
+
+/* All rows with the blocks from `first` to `last`: those of a span lie as far apart as can be, so that each stream goes on
+ * where it was, which processors fetch ahead by themselves. */
+static void streams(const matrix *w, long first, long last, long rows, rows8 x, const void *bias, void *y, int type) {
+    long apart = (last - first) / SPAN, whole = first + apart * SPAN;
+    for (long b = first; b < first + apart; b++) span(w, b, apart, SPAN, rows, x, bias, y, type);
+    if (whole < last) span(w, whole, 1, last - whole, rows, x, bias, y, type);
 }
 
 /* tiles.c */
@@ -194,8 +205,7 @@ typedef struct {
 /* All rows with a few blocks by tiles. */
 static void tiled_span(const matrix *w, long block, long count, long rows, rows8 x, tiling of, const void *bias, void *y, int type) {
     static _Thread_local float out[TILES * 16 * SPAN * LANES];
-    long output = block * LANES, width = count * LANES, step = w->groups * LANES;
-    if (width > w->outputs - output) width = w->outputs - output;
+    long step = w->groups * LANES;
     const uint8_t *codes = w->codes + block * w->groups * w->bits * 64;
     const char *scales = (const char *)w->scales + (w->bits == 4 ? block * w->groups * LANES * 2 : block * LANES * 4);
     for (long t = 0; t < of.count; t += TILES) {
@@ -203,7 +213,7 @@ static void tiled_span(const matrix *w, long block, long count, long rows, rows8
         zoo_tiles_of_codes(w->bits, w->groups, count, codes, scales, here, of.each, x.codes + t * step * GROUP, x.scales + t * step, out,
                            SPAN * LANES);
         for (long r = row; r < rows && r < row + here * of.each; r++)
-            finish(out + (r - row) * SPAN * LANES, bias, y, type, r * w->outputs + output, output, width);
+            finish(out + (r - row) * SPAN * LANES, bias, y, type, r * w->outputs, block * LANES, 1, count, w->outputs);
     }
 }
 
@@ -232,13 +242,11 @@ void zoo_quantised_product(int tiled, int bits, long rows, long inputs, long out
         long all = omp_get_num_threads(), me = omp_get_thread_num();
         quantise_rows(x, type, x_next, &w, total * me / all, total * (me + 1) / all, own, of);
 #pragma omp barrier
+        if (!tiled) streams(&w, w.blocks * me / all, w.blocks * (me + 1) / all, rows, own, bias, y, type);
         if (tiled) zoo_tiles_begin((int)of.each, GROUP);
-        for (long s = spans * me / all; s < spans * (me + 1) / all; s++) {
+        for (long s = spans * me / all; tiled && s < spans * (me + 1) / all; s++) {
             long count = w.blocks - s * SPAN < SPAN ? w.blocks - s * SPAN : SPAN;
-            if (tiled)
-                tiled_span(&w, s * SPAN, count, rows, own, of, bias, y, type);
-            else
-                span(&w, s * SPAN, count, rows, own, bias, y, type);
+            tiled_span(&w, s * SPAN, count, rows, own, of, bias, y, type);
         }
         if (tiled) zoo_tiles_end();
     }
