@@ -54,13 +54,13 @@ KINDS = {kind.name: kind for kind in (INT8, INT4)}
 
 def kind_named(name: str) -> Kind:
     """Raises RequestError for a name that is none."""
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise RequestError(
             "unknown kind of quantised weights",
             where="quantize",
             found=repr(name),
             expected=f"one of {', '.join(KINDS)}",
-            hint=nearest(name, KINDS),
+            hint=nearest(str(name), KINDS),
         )
     return KINDS[name]
 

@@ -143,6 +143,13 @@ class Card(_Part):
 
         List positions count the card's runs. A mapping replaces what it stands on. Raises CardError.
         """
+        if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):
+            raise CardError(
+                "not overrides",
+                where="overrides",
+                found=shown(overrides),
+                expected='fields and their values, such as {"model.layers.0.mixer.window": 1024}',
+            )
         node = self._node
         for key, value in overrides.items():
             node = put(node, undotted(key), from_plain(value, "override"))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
 
 
 class ZooError(Exception):
@@ -32,6 +35,28 @@ class ZooError(Exception):
         if hint:
             text += f". {hint[0].upper()}{hint[1:]}"
         super().__init__(text if text.endswith((".", "?", "!")) else text + ".")
+
+    def within(self, place: str) -> Self:
+        """The same error where `place` stands before where it is."""
+        where = f"{place}, {self.where}" if self.where else place
+        return type(self)(self.message, where=where, found=self.found, expected=self.expected, hint=self.hint)
+
+
+def each(name: str, items: Sequence[T]) -> Iterator[tuple[str | None, T]]:
+    """The items, each with its place for `within`, such as prompts[1]; an only one needs no place."""
+    for number, item in enumerate(items):
+        yield f"{name}[{number}]" if len(items) > 1 else None, item
+
+
+@contextmanager
+def within(place: str | None) -> Iterator[None]:
+    """Errors from inside say that they are of `place`; unchanged where that is None."""
+    try:
+        yield
+    except ZooError as error:
+        if place is None:
+            raise
+        raise error.within(place) from error.__cause__
 
 
 class CardError(ZooError):
@@ -75,9 +100,8 @@ def fields_of(error: ZooError) -> dict[str, str | None]:
 def error_of(origin: str, fields: Mapping[str, Any]) -> ZooError:
     """Another process's error, of its own kind. origin: what that process is called."""
     kinds = {kind.__name__: kind for kind in ZooError.__subclasses__()}
-    where = f"{origin}, {fields['where']}" if fields.get("where") else origin
-    details = {name: fields.get(name) for name in ("found", "expected", "hint")}
-    return kinds.get(str(fields.get("kind")), ZooError)(str(fields.get("message")), where=where, **details)
+    details = {name: fields.get(name) for name in ("where", "found", "expected", "hint")}
+    return kinds.get(str(fields.get("kind")), ZooError)(str(fields.get("message")), **details).within(origin)
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str | None:

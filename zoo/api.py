@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoo.asking import asked, batch_of, context_of
+from zoo.asking import asked, batch_of, check_switches, context_of
 from zoo.components.kinds import kind_named
 from zoo.costs.memory import CACHE_SHARE
 from zoo.devices import reported
@@ -110,6 +110,7 @@ def load(
     where it can be known by then; RankError when the process of another device ends.
     """
     quantize, batch = _kind_name(quantize), batch_of(max_batch_size)
+    check_switches(prefix_cache=prefix_cache)
     deadline()  # told now, and not where a model has several devices only
     # Asks torch for huge pages, which it decides on at its first allocation: weights are read faster by half.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -127,7 +128,7 @@ def load(
             from zoo.loading.fill import filled
 
         spread = _spread(plan, devices)
-        placement = choose(device if spread is None else spread.device(device), dtype, found.card.source.dtype)
+        placement = choose(_place(spread, device, devices), dtype, found.card.source.dtype)
         context = context_of(found.card, max_context)
         if spread is not None:
             spread = spread.laid(plan, placement, quantize, context)
@@ -190,7 +191,7 @@ def layout(
 
 def _alone(devices: "Wanted") -> bool:
     """Whether there is one device, and no other process that torchrun has started."""
-    return devices in (None, 1) and "WORLD_SIZE" not in os.environ
+    return devices in (None, 1) and devices is not True and "WORLD_SIZE" not in os.environ
 
 
 def _spread(plan: Plan, devices: "Wanted") -> "Spread | None":
@@ -200,6 +201,13 @@ def _spread(plan: Plan, devices: "Wanted") -> "Spread | None":
     from zoo.devices.run import spread
 
     return spread(plan, devices)
+
+
+def _place(spread: "Spread | None", device: str, devices: "Wanted") -> str:
+    """Where this process computes: the only one of the devices may have a name."""
+    from zoo.devices.mesh import wish
+
+    return wish(devices).device(device) if spread is None else spread.device(device)
 
 
 def tokenizer_of(inspection: Inspection) -> "Tokenizer":
@@ -268,6 +276,8 @@ def _checked_adapters(
     adapters: Iterable[str | Path], plan: Plan, placement: "Placement"
 ) -> "builtins.list[str | Path]":
     """Refuse adapters that do not fit the model before its weights are read."""
+    if not isinstance(adapters, Iterable):
+        raise RequestError("not adapters", where="adapters", found=repr(adapters), expected="a list of paths")
     paths: builtins.list[str | Path] = [adapters] if isinstance(adapters, str | Path) else [*adapters]
     if paths:
         from zoo.assemble import assemble

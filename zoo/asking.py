@@ -21,7 +21,7 @@ def context_of(card: Card, max_context: int | None) -> int:
     """Tokens of prompt and answer together. Raises RequestError for more than the card has."""
     if max_context is None:
         return card.context_length
-    if not isinstance(max_context, int) or not 1 <= max_context <= card.context_length:
+    if not whole(max_context) or not 1 <= max_context <= card.context_length:
         raise RequestError(
             "max_context is out of range",
             where=card.name,
@@ -34,13 +34,26 @@ def context_of(card: Card, max_context: int | None) -> int:
 
 def batch_of(max_batch_size: int | None) -> int:
     """Sequences that may run together. Raises RequestError for no number of them."""
-    if max_batch_size is None:
-        return DEFAULT_BATCH
-    if not isinstance(max_batch_size, int) or max_batch_size < 1:
-        raise RequestError(
-            "max_batch_size is out of range", where="max_batch_size", found=repr(max_batch_size), expected="at least 1"
-        )
-    return max_batch_size
+    return DEFAULT_BATCH if max_batch_size is None else check_count("max_batch_size", max_batch_size)
+
+
+def check_count(name: str, value: int) -> int:
+    """Raises RequestError for what is no whole number above 0."""
+    if not whole(value) or value < 1:
+        raise RequestError("out of range", where=name, found=repr(value), expected="a whole number, at least 1")
+    return value
+
+
+def check_switches(**switches: bool) -> None:
+    """Raises RequestError for a value that is neither on nor off: a text such as "no" would be on."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise RequestError("out of range", where=name, found=repr(value), expected="True or False")
+
+
+def whole(value: object) -> bool:
+    """Whether it is a whole number; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def asked(first: Callable[[Prompts], object], plan: Plan, tokenizer: Tokenizer | TextError, source: str | Path) -> None:

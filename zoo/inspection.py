@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from zoo.asking import context_of, whole
 from zoo.components.compiled import packs
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.costs.memory import MemoryPlan, stored_bytes
@@ -11,7 +12,7 @@ from zoo.costs.work import BYTES as BYTES
 from zoo.costs.work import Work, usual_dtype
 from zoo.machine import free_memory, gpus_free, total_memory
 from zoo.registry.card import Card
-from zoo.registry.errors import ZooError
+from zoo.registry.errors import RequestError, ZooError
 from zoo.registry.plan import phrase
 from zoo.registry.resolve import Plan
 
@@ -78,7 +79,9 @@ class Inspection:
         return self.cache_bytes(2) - self.cache_bytes(1)
 
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes of cache that one sequence of `tokens` tokens holds."""
+        """Bytes of cache that one sequence of `tokens` tokens holds. Raises RequestError for no number of them."""
+        if not whole(tokens) or tokens < 0:
+            raise RequestError("out of range", where="tokens", found=repr(tokens), expected="a whole number, 0 or more")
         assert isinstance(self.plan.model, DecoderSpec)
         size = BYTES[self.dtype]
         return sum(state.nbytes(tokens, size) for state in self.plan.model.states() if state)
@@ -97,8 +100,10 @@ class Inspection:
 
     def memory_plan(self, context: int | None = None, gpu: int | None = None) -> MemoryPlan:
         """What a sequence of `context` tokens (the card's context length) needs of this machine's main memory, or of a
-        GPU with `gpu` bytes free. What is asked for must fit; without, a model runs that fits with a short sequence."""
-        plan = MemoryPlan(self._work, context or self.card.context_length, 0, asked=context is not None)
+        GPU with `gpu` bytes free. What is asked for must fit; without, a model runs that fits with a short sequence.
+
+        Raises RequestError for more tokens than the card's context length, which no run takes."""
+        plan = MemoryPlan(self._work, context_of(self.card, context), 0, asked=context is not None)
         if gpu is not None:
             return replace(plan, device="cuda", process=0, free=gpu)
         work = replace(self._work, dtype=usual_dtype(self.dtype, "cpu")) if self.usual else self._work
@@ -178,9 +183,8 @@ class Inspection:
         """
         if not self.resolved:
             return self._facts()
-        seen = min(context or 1024, self.card.context_length)
-        speed = self.speed(min(prompt, self.card.context_length), seen)
-        return self._facts() | self._figures(context) | {"speed": speed}
+        figures, most = self._figures(context), self.card.context_length
+        return self._facts() | figures | {"speed": self.speed(min(prompt, most), min(context or 1024, most))}
 
     def _facts(self) -> dict[str, Any]:
         card = self.card

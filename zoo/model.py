@@ -24,7 +24,7 @@ from zoo.loading.quantising import quantised_parts
 from zoo.loading.reader import Progress
 from zoo.prompts import Message, Prompt, Prompts, separate, shared_out
 from zoo.registry.card import Card
-from zoo.registry.errors import RequestError, TextError
+from zoo.registry.errors import RequestError, TextError, each, within
 from zoo.registry.resolve import Plan
 from zoo.saving.save import FILE_BYTES, Saved, Source, save
 from zoo.saving.values import Own
@@ -123,10 +123,10 @@ class Model:
         ignore_eos, adapter, ...); an unknown one raises RequestError.
         """
         params, several = SamplingParams.from_options(options), separate(prompts)
-        shares = shared_out(images, prompts, len(several))
-        asked = [
-            self.request(p, params, raw=raw, images=own, audio=audio) for p, own in zip(several, shares, strict=True)
-        ]
+        shares, asked = shared_out(images, prompts, len(several)), []
+        for (where, prompt), own in zip(each("prompts", several), shares, strict=True):
+            with within(where):
+                asked.append(self.request(prompt, params, raw=raw, images=own, audio=audio))
         return self._engine.generate(asked)
 
     def stream(
@@ -234,9 +234,12 @@ class Model:
     def embed(self, texts: str | Sequence[str]) -> Tensor:
         """One unit vector per text, (N, D) float32 on the CPU: the mean of its tokens' final hidden states."""
         several = [texts] if isinstance(texts, str) else texts
-        rows = [self._engine.hidden(self.encode(text)).float().mean(0) for text in several]
-        if not rows:
-            raise RequestError("there are no texts", where="texts", found="an empty list", expected="at least one")
+        if not isinstance(several, list | tuple) or not several:
+            raise RequestError("not texts", where="texts", found=repr(texts), expected="a text, or a list of some")
+        rows = []
+        for where, text in each("texts", several):
+            with within(where):
+                rows.append(self._engine.hidden(self.encode(text)).float().mean(0))
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1).cpu()
 
     # --- adapters -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from zoo import hearing
+from zoo.asking import check_switches
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.components.vision.spec import PixtralSpec
 from zoo.engine.request import Media, Request, SamplingParams
@@ -58,6 +59,7 @@ class Prompts:
         audio: Sequence[Any] = (),
     ) -> Request:
         """The request of one prompt; images and sounds go before a text, and where a list of ids has their tokens."""
+        check_switches(raw=raw)
         if audio:
             hearing.encoder_of(self._plan)
         if isinstance(prompt, str):
@@ -98,6 +100,7 @@ class Prompts:
 
     def render(self, messages: Sequence[Message], *, images: Images = (), **form: Any) -> Rendered:
         """The conversation as token ids, with its pictures; `form` as `Tokenizer.render` has it."""
+        check_switches(**{name: form[name] for name in ("continue_final", "merge") if name in form})
         if self._vision is None:
             self._pictures(images)
         elif not isinstance(messages, str | Mapping):

@@ -212,7 +212,7 @@ def test_names(model: Model, native_file: Write) -> None:
             model.load_adapter(file, name=name)
     with pytest.raises(zoo.ZooError, match=r"no adapter of this name is loaded; found 'mien'; .* Did you mean 'mine'"):
         model.generate([1, 2], adapter="mien")
-    with pytest.raises(zoo.ZooError, match="adapter is out of range; found 3; expected the name"):
+    with pytest.raises(zoo.ZooError, match="adapter: out of range; found 3; expected the name"):
         model.generate([1, 2], adapter=3)
     model.unload_adapter("mine")
     with pytest.raises(zoo.ZooError, match="expected no name: no adapter is loaded"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ Ask = Callable[["Model"], Any]
 
 CONTEXT, WINDOW = 512, 8
 IDS = [1, 1072, 1299]
+HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def ask(prompt: Any = (IDS,), **options: Any) -> Ask:
@@ -48,7 +50,16 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
         RequestError,
         f"longer than the context; found 1202 {TOO_LONG}",
     ),
-    "one long prompt among short ones": (ask([[1], [1] * 513, [2]]), RequestError, f"found 513 {TOO_LONG}"),
+    "one long prompt among short ones": (
+        ask([[1], [1] * 513, [2]]),
+        RequestError,
+        f"prompts[1], prompt: the prompt is longer than the context; found 513 {TOO_LONG}",
+    ),
+    "an empty message among others": (
+        ask(["Hello", ""]),
+        TextError,
+        "prompts[1], message 1 (user): the content is empty",
+    ),
     "a token that the model has not": (
         ask([[1, 1400]]),
         RequestError,
@@ -83,45 +94,45 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
         RequestError,
         "this model does not read images; found 1 image(s); expected text or token ids",
     ),
-    "nothing to embed": (lambda model: model.embed([]), RequestError, "texts: there are no texts"),
+    "nothing to embed": (lambda model: model.embed([]), RequestError, "texts: not texts; found []"),
     "nothing to compute": (lambda model: model.logits([]), RequestError, "prompt: the prompt is empty"),
     # Sampling
     "a negative temperature": (
         ask(temperature=-1),
         RequestError,
-        "temperature is out of range; found -1; expected a finite number, 0 or more",
+        "temperature: out of range; found -1; expected a finite number, 0 or more",
     ),
     "a temperature that is no number": (
         ask(temperature=float("nan")),
         RequestError,
-        "temperature is out of range; found nan",
+        "temperature: out of range; found nan",
     ),
-    "an endless temperature": (ask(temperature=float("inf")), RequestError, "temperature is out of range; found inf"),
-    "a temperature as text": (ask(temperature="0.7"), RequestError, "temperature is out of range; found '0.7'"),
+    "an endless temperature": (ask(temperature=float("inf")), RequestError, "temperature: out of range; found inf"),
+    "a temperature as text": (ask(temperature="0.7"), RequestError, "temperature: out of range; found '0.7'"),
     "top-p of zero": (
         ask(top_p=0),
         RequestError,
-        "top_p is out of range; found 0; expected a number above 0, at most 1",
+        "top_p: out of range; found 0; expected a number above 0, at most 1",
     ),
-    "top-p above one": (ask(top_p=1.5), RequestError, "top_p is out of range; found 1.5"),
+    "top-p above one": (ask(top_p=1.5), RequestError, "top_p: out of range; found 1.5"),
     "top-k below zero": (
         ask(top_k=-1),
         RequestError,
-        "top_k is out of range; found -1; expected a whole number, 0 (off) or more",
+        "top_k: out of range; found -1; expected a whole number, 0 (off) or more",
     ),
-    "min-p above one": (ask(min_p=2), RequestError, "min_p is out of range; found 2; expected a number from 0 to 1"),
+    "min-p above one": (ask(min_p=2), RequestError, "min_p: out of range; found 2; expected a number from 0 to 1"),
     "tokens below zero": (
         ask(max_tokens=-1),
         RequestError,
-        "max_tokens is out of range; found -1; expected a whole number, 0 or more",
+        "max_tokens: out of range; found -1; expected a whole number, 0 or more",
     ),
-    "half a token": (ask(max_tokens=2.5), RequestError, "max_tokens is out of range; found 2.5"),
+    "half a token": (ask(max_tokens=2.5), RequestError, "max_tokens: out of range; found 2.5"),
     "a seed as text": (
         ask(seed="7"),
         RequestError,
-        "seed is out of range; found '7'; expected a whole number of 64 bits",
+        "seed: out of range; found '7'; expected a whole number of 64 bits",
     ),
-    "a seed of too many bits": (ask(seed=2**70), RequestError, "seed is out of range; found 1180591620717411303424"),
+    "a seed of too many bits": (ask(seed=2**70), RequestError, "seed: out of range; found 1180591620717411303424"),
     "a seed in the wrong place": (ask(options={"seed": 1}), RequestError, f"options: unknown option; {OPTIONS}"),
     "an option misspelt": (ask(temprature=1), RequestError, "temprature: unknown option; " + OPTIONS),
     "an option of another library": (ask(max_new_tokens=3), RequestError, "max_new_tokens: unknown option;"),
@@ -130,26 +141,26 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
     "log-probabilities below zero": (
         ask(logprobs=-1),
         RequestError,
-        "logprobs is out of range; found -1; expected a whole number",
+        "logprobs: out of range; found -1; expected a whole number",
     ),
     "log-probabilities yes": (
         ask(logprobs=True),
         RequestError,
-        "logprobs is out of range; found True; expected a whole number",
+        "logprobs: out of range; found True; expected a whole number",
     ),
     "more alternatives than tokens": (
         ask(logprobs=1401),
         RequestError,
-        "logprobs is out of range; found 1401; expected at most 1400, the size of the voc",
+        "logprobs: out of range; found 1401; expected at most 1400, the size of the voc",
     ),
     # Stops
     "an empty stop text": (
         ask(stop=""),
         RequestError,
-        "stop is out of range; found ''; expected texts, none of them empty",
+        "stop: out of range; found ''; expected texts, none of them empty",
     ),
-    "an empty stop text among others": (ask(stop=["a", ""]), RequestError, "stop is out of range; found ['a', '']"),
-    "a stop text that is a number": (ask(stop=[3]), RequestError, "stop is out of range; found [3]; expected texts"),
+    "an empty stop text among others": (ask(stop=["a", ""]), RequestError, "stop: out of range; found ['a', '']"),
+    "a stop text that is a number": (ask(stop=[3]), RequestError, "stop: out of range; found [3]; expected texts"),
     "a stop id that the model has not": (
         ask(stop_ids=[1400]),
         RequestError,
@@ -158,8 +169,29 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
     "a stop id without a list": (
         ask(stop_ids=2),
         RequestError,
-        "stop_ids is out of range; found 2; expected token ids",
+        "stop_ids: out of range; found 2; expected token ids",
     ),
+    # Switches
+    "raw, in words": (ask("Hello", raw="no"), RequestError, "raw: out of range; found 'no'; expected True or False"),
+    "merge, in words": (
+        lambda model: model.chat(HELLO, merge=cast(Any, "no")),
+        RequestError,
+        "merge: out of range; found 'no'; expected True or False",
+    ),
+    "continue_final as a number": (
+        lambda model: model.chat(HELLO, continue_final=cast(Any, 1)),
+        RequestError,
+        "continue_final: out of range; found 1; expected True or False",
+    ),
+    "settings of the chat format as a text": (
+        lambda model: model.chat(HELLO, chat_options=cast(Any, "high")),
+        TextError,
+        "chat_options: not settings; found 'high'; expected a dict such as",
+    ),
+    # Texts
+    "no text to encode": (lambda model: model.encode(cast(Any, None)), TextError, "not a text; found None"),
+    "no texts to embed": (lambda model: model.embed(cast(Any, None)), RequestError, "texts: not texts; found None"),
+    "token ids to embed": (lambda model: model.embed(cast(Any, [1, 2])), TextError, "texts[0]: not a text; found 1"),
     # Filling in
     "filling in, untrained": (
         lambda model: model.fill("a", "b"),
@@ -207,15 +239,25 @@ def test_a_shorter_limit_of_the_users_own(desk: Desk) -> None:
         assert len(model.generate([[7] * 15])[0].tokens) == 5
 
 
-@pytest.mark.parametrize("length", [0, -1, 513, "8"])
+@pytest.mark.parametrize("length", [0, -1, 513, "8", True])
 def test_a_limit_that_is_none(desk: Desk, length: Any) -> None:
     said = f"max_context is out of range; found {length!r}; expected 1 to 512, the card's context_length"
     desk.refused(RequestError, [said], lambda: desk.load(max_context=length))
+    told = zoo.inspect(desk.folder)
+    asked: list[Callable[..., Any]] = [told.memory, told.fits, told.memory_plan, told.to_dict]
+    for ask_for in asked:
+        desk.refused(RequestError, [said], partial(ask_for, length))
 
 
-@pytest.mark.parametrize("size", [0, -3])
+@pytest.mark.parametrize("tokens", [-1, 2.5, None])
+def test_a_cache_for_no_number_of_tokens(desk: Desk, tokens: Any) -> None:
+    said = f"tokens: out of range; found {tokens!r}; expected a whole number, 0 or more"
+    desk.refused(RequestError, [said], lambda: zoo.inspect(desk.folder).cache_bytes(tokens))
+
+
+@pytest.mark.parametrize("size", [0, -3, True])
 def test_a_batch_of_none(desk: Desk, size: int) -> None:
-    said = f"max_batch_size is out of range; found {size}; expected at least 1"
+    said = f"max_batch_size: out of range; found {size}; expected a whole number, at least 1"
     desk.refused(RequestError, [said], lambda: desk.load(max_batch_size=size))
 
 

@@ -111,9 +111,44 @@ FAULTS: dict[str, tuple[Act, type[ZooError], list[str]]] = {
     "half a sequence": (
         lambda desk: {"max_batch_size": 2.5},
         RequestError,
-        ["max_batch_size is out of range; found 2.5; expected at least 1"],
+        ["max_batch_size: out of range; found 2.5; expected a whole number, at least 1"],
     ),
-    "no place of weights": (lambda desk: {"weights": None}, WeightsError, ["None: no such folder or file"]),
+    "no place of weights": (lambda desk: {"weights": None}, WeightsError, ["not a path; found None; expected the"]),
+    "an empty place of weights": (lambda desk: {"weights": ""}, WeightsError, ["not a path; found ''"]),
+    "no adapters": (lambda desk: {"adapters": None}, RequestError, ["adapters: not adapters; found None"]),
+    "an adapter that is none": (lambda desk: {"adapters": [None]}, WeightsError, ["not a path; found None"]),
+    "bits for a kind": (
+        lambda desk: {"quantize": 8},
+        RequestError,
+        ["quantize: unknown kind of quantised weights; found 8; expected one of int8, int4"],
+    ),
+    "a switch in words": (
+        lambda desk: {"prefix_cache": "no"},
+        RequestError,
+        ["prefix_cache: out of range; found 'no'; expected True or False"],
+    ),
+    "overrides as they are typed": (
+        lambda desk: {"overrides": ["context_length=8"]},
+        CardError,
+        ["overrides: not overrides; found a list of 1; expected fields and their values"],
+    ),
+    "an override without a name": (
+        lambda desk: {"overrides": {5: 1}},
+        CardError,
+        ["overrides: not overrides; found a mapping with 5"],
+    ),
+    "half a device": (lambda desk: {"devices": 1.5}, RequestError, ["devices: not a number of devices; found 1.5"]),
+    "yes for devices": (lambda desk: {"devices": True}, RequestError, ["devices: not a number of devices; found True"]),
+    "one device by its name": (
+        lambda desk: gpus(1)(desk) or {"device": "auto", "devices": ["cuda:7"]},
+        RequestError,
+        ["found 'cuda:7' with 1 cuda device(s) on this machine", NOT_THERE],
+    ),
+    "devices and a device": (
+        lambda desk: gpus(2)(desk) or {"device": "cpu", "devices": ["cuda:0", "cuda:1"]},
+        RequestError,
+        ["device: devices that have names stand beside another device; found device 'cpu' and devices ['cuda:0', "],
+    ),
     "a busy GPU": (
         on("cuda:0", 1, free=300_000),
         CapacityError,

@@ -86,7 +86,7 @@ def test_a_conversation_with_guesses_says_the_same(draft: str, zoo_command: Call
     assert len(found.out) > 200
     assert "drafts right" in found.err
     assert "drafts right" not in plain.err
-    assert "drafts is out of range" in found.err
+    assert "drafts: out of range" in found.err
     refused = zoo_command(*talk, stdin="/set drafts=2\nHello\n/set drafts=0\nHello")
     assert refused.err.count("nothing guesses") == 1
     assert refused.out

@@ -143,7 +143,7 @@ def test_a_base_model_refuses_to_chat(zoo_command: Command) -> None:
     ("flags", "words"),
     [
         (("--prompt", "Hello", "--max-context", "2"), "the prompt is longer than the context; found 4 tokens"),
-        (("--prompt", "Hello", "--max-batch-size", "0"), "max_batch_size is out of range; found 0"),
+        (("--prompt", "Hello", "--max-batch-size", "0"), "max_batch_size: out of range; found 0"),
         (("--prompt", "Hello", "--set", "text.tokenizer=null", "--set", "text.chat=null"), "there is no tokenizer"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_conversation(zoo_command: Command, tmp_path: Path) -> None:
     assert found.out.count("\n") >= 3
     for words in (
         "2 messages",
-        "temperature is out of range",
+        "temperature: out of range",
         "no command /sett",
         "Did you mean 'set'",
         "colour",

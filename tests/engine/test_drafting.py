@@ -359,7 +359,7 @@ def test_drafts_throw_nobody_out(make_engine: Make, ask: Make, fake_decoder: Mak
 def test_a_request_for_drafts_needs_something_that_guesses(make_engine: Make, ask: Make) -> None:
     with pytest.raises(RequestError, match=r"drafts: nothing guesses.*draft='lookup'"):
         make_engine().submit(ask([1], drafts=2))
-    with pytest.raises(RequestError, match="drafts is out of range"):
+    with pytest.raises(RequestError, match="drafts: out of range"):
         ask([1], drafts=-1)
     assert make_engine().generate([ask([1], drafts=0, max_tokens=2)])[0].usage.drafted_tokens == 0
 

@@ -240,7 +240,7 @@ def test_ids_outside_the_vocabulary_are_refused(make_engine: Make, ask: Make) ->
             engine.logits(prompt)
     with pytest.raises(RequestError, match=r"stop_ids\[0\].* found 61"):
         engine.submit(ask([1], stop_ids=[61]))
-    with pytest.raises(RequestError, match="logprobs is out of range; found 62; expected at most 61"):
+    with pytest.raises(RequestError, match="logprobs: out of range; found 62; expected at most 61"):
         engine.submit(ask([1], logprobs=62))
 
 
@@ -277,9 +277,9 @@ def test_two_unfinished_requests_may_not_share_an_id(make_engine: Make, ask: Mak
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"max_batch_size": 0}, "max_batch_size is out of range; found 0; expected at least 1"),
-        ({"chunk_tokens": 0}, "chunk_tokens is out of range; found 0; expected at least 1"),
-        ({"max_context": 0}, "max_context is out of range; found 0; expected at least 1"),
+        ({"max_batch_size": 0}, "max_batch_size: out of range; found 0; expected a whole number, at least 1"),
+        ({"chunk_tokens": 0}, "chunk_tokens: out of range; found 0; expected a whole number, at least 1"),
+        ({"max_context": 0}, "max_context: out of range; found 0; expected a whole number, at least 1"),
         ({"max_context": 101}, "found 101; expected at most 100, the model's context_length"),
     ],
 )

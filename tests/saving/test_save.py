@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -317,8 +317,15 @@ def test_what_cannot_be_saved(little: Little, tmp_path: Path) -> None:
         model.save(tmp_path / "file")
     with pytest.raises(WeightsError, match=r"unknown weight layout 'mistrall'.*Did you mean 'mistral'"):
         model.save(tmp_path / "it", layout="mistrall")
-    with pytest.raises(RequestError, match="file_bytes: no file can be that small; found 0"):
-        model.save(tmp_path / "it", file_bytes=0)
+    wrong: Any
+    for wrong in (0, "5GB", 1e9):
+        with pytest.raises(RequestError, match=f"file_bytes: out of range; found {wrong!r}; expected a whole number"):
+            model.save(tmp_path / "it", file_bytes=wrong)
+    with pytest.raises(RequestError, match="overwrite: out of range; found 'no'; expected True or False"):
+        model.save(tmp_path / "it", overwrite=cast(Any, "no"))
+    for wrong in (None, ""):
+        with pytest.raises(WeightsError, match=f"not a path; found {wrong!r}"):
+            model.save(wrong)
     normed = [{"repeat": 2, "mixer": MIXER | {"qk_norm": {"kind": "rms", "eps": 1e-5}}, "ffn": GATED}]
     model = little(with_layers(normed), weights="random")
     with pytest.raises(WeightsError, match=r"the layout 'mistral' has no name for layers\.0\.mixer\.q_norm\.weight"):

@@ -75,6 +75,20 @@ class Wish:
     names: tuple[str, ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
 
+    def device(self, name: str, rank: int = 0) -> str:
+        """The device of a rank: what it is called where devices are named, else `name`. Raises RequestError for
+        both."""
+        if not self.names:
+            return name
+        if name not in ("auto", self.names[rank]):
+            raise RequestError(
+                "devices that have names stand beside another device",
+                where="device",
+                found=f"device {name!r} and devices {[*self.names]}",
+                expected="one of the two",
+            )
+        return self.names[rank]
+
 
 def wish(wanted: Wanted) -> Wish:
     """The value of `devices` in order. Raises RequestError for one that means nothing."""
@@ -88,7 +102,7 @@ def wish(wanted: Wanted) -> Wish:
         return Wish(wanted)
     if isinstance(wanted, str):
         return _laid_out(wanted)
-    names = tuple(wanted)
+    names = tuple(wanted) if isinstance(wanted, list | tuple) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise _meaningless(wanted)
     return Wish(len(names), names)

@@ -46,7 +46,7 @@ class Spread:
     def device(self, name: str) -> str:
         """Where this process computes, for `device`. Raises RequestError where there are fewer devices than ranks."""
         if self.wish.names:
-            return self.wish.names[self.rank]
+            return self.wish.device(name, self.rank)
         kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if kind not in ("cpu", "cuda"):
             raise RequestError(

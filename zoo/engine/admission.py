@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from zoo.asking import check_count
 from zoo.engine.memory import Memory
 from zoo.engine.request import Request, nothing_guesses
 from zoo.registry.errors import CapacityError, RequestError
@@ -30,7 +31,7 @@ class Admission:
             raise nothing_guesses(params.drafts)
         if params.logprobs is not None and params.logprobs > self.vocab_size:
             raise RequestError(
-                "logprobs is out of range",
+                "out of range",
                 where="logprobs",
                 found=str(params.logprobs),
                 expected=f"at most {self.vocab_size}, the size of the vocabulary",
@@ -94,11 +95,10 @@ class Sizes:
     def check(self, context_length: int) -> None:
         """Refuse sizes below 1 and a max_context beyond the model's. Raises RequestError naming the size."""
         for name, size in asdict(self).items():
-            if not isinstance(size, int) or size < 1:
-                raise RequestError(f"{name} is out of range", where=name, found=repr(size), expected="at least 1")
+            check_count(name, size)
         if self.max_context > context_length:
             raise RequestError(
-                "max_context is out of range",
+                "out of range",
                 where="max_context",
                 found=str(self.max_context),
                 expected=f"at most {context_length}, the model's context_length",

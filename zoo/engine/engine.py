@@ -37,7 +37,7 @@ from zoo.engine.scheduler import Scheduler, Work
 from zoo.engine.sequence import Sequence as Running
 from zoo.engine.stream import Stream
 from zoo.engine.turns import Order, Turns
-from zoo.registry.errors import RequestError, ZooError
+from zoo.registry.errors import RequestError, ZooError, each, within
 from zoo.registry.plan import Plan
 
 DRAFT_ROWS = {"cpu": native.FEW}
@@ -321,8 +321,9 @@ class Engine:
         entered: list[str] = []
         try:
             with self._locked():
-                for request in requests:
-                    entered.append(self._enter(request, mailed=mailed))
+                for where, request in each("prompts", requests):
+                    with within(where):
+                        entered.append(self._enter(request, mailed=mailed))
             return entered
         except BaseException:
             self.discard(*entered)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from zoo.asking import whole
 from zoo.registry.errors import RequestError, ZooError, nearest
 
 if TYPE_CHECKING:
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from zoo.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _real(value: object) -> bool:
@@ -38,19 +35,19 @@ def _all(values: object, holds: Callable[[Any], bool]) -> bool:
 
 # Option -> what it may hold, as a test and in words.
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "max_tokens": (lambda v: v is None or (_whole(v) and v >= 0), "a whole number, 0 or more, or None"),
+    "max_tokens": (lambda v: v is None or (whole(v) and v >= 0), "a whole number, 0 or more, or None"),
     "temperature": (lambda v: _real(v) and v >= 0, "a finite number, 0 or more"),
     "top_p": (lambda v: _real(v) and 0 < v <= 1, "a number above 0, at most 1"),
-    "top_k": (lambda v: _whole(v) and v >= 0, "a whole number, 0 (off) or more"),
+    "top_k": (lambda v: whole(v) and v >= 0, "a whole number, 0 (off) or more"),
     "min_p": (lambda v: _real(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "seed": (lambda v: v is None or (_whole(v) and -(2**63) <= v < 2**64), "a whole number of 64 bits, or None"),
+    "seed": (lambda v: v is None or (whole(v) and -(2**63) <= v < 2**64), "a whole number of 64 bits, or None"),
     "stop": (lambda v: _all([v] if isinstance(v, str) else v, _text), "texts, none of them empty"),
-    "stop_ids": (lambda v: _all(v, lambda i: _whole(i) and i >= 0), "token ids"),
+    "stop_ids": (lambda v: _all(v, lambda i: whole(i) and i >= 0), "token ids"),
     "ignore_eos": (lambda v: isinstance(v, bool), "True or False"),
-    "logprobs": (lambda v: v is None or (_whole(v) and v >= 0), "a whole number, 0 or more, or None"),
+    "logprobs": (lambda v: v is None or (whole(v) and v >= 0), "a whole number, 0 or more, or None"),
     "prompt_logprobs": (lambda v: isinstance(v, bool), "True or False"),
     "adapter": (lambda v: v is None or _text(v), "the name of a loaded adapter, auto, or None"),
-    "drafts": (lambda v: v is None or (_whole(v) and v >= 0), "a whole number, 0 (off) or more, or None"),
+    "drafts": (lambda v: v is None or (whole(v) and v >= 0), "a whole number, 0 (off) or more, or None"),
 }
 
 
@@ -93,7 +90,7 @@ class SamplingParams:
         for name, (holds, expected) in _RULES.items():
             value = getattr(self, name)
             if not holds(value):
-                raise RequestError(f"{name} is out of range", where=name, found=repr(value), expected=expected)
+                raise RequestError("out of range", where=name, found=repr(value), expected=expected)
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
 

@@ -111,7 +111,12 @@ class _Set:
 
 
 def local_path(ref: str | Path) -> Path:
-    """A path as users write it: `~`, and `file:` with two or three slashes, are understood."""
+    """A path as users write it: `~`, and `file:` with two or three slashes, are understood.
+
+    Raises WeightsError for what is no path, such as None, which would be a folder of that name.
+    """
+    if not isinstance(ref, str | Path) or not str(ref):
+        raise WeightsError("not a path", found=repr(ref), expected="the path of a folder or file")
     text = str(ref)
     if text.startswith("file:"):
         text = unquote(re.sub(r"^file:(//)?", "", text))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
+from zoo.asking import check_count, check_switches
 from zoo.loading.files import WeightSet, local_path, locate, named_like_weights
 from zoo.loading.hub.choice import TEXT_FILES
 from zoo.loading.infer import CARD, CONFIG, PARAMS
@@ -63,8 +64,7 @@ def save(
 ) -> Saved:
     """Writes the model into a folder, as `Model.save` says."""
     target = check_free(folder, overwrite)
-    if file_bytes < 1:
-        raise RequestError("no file can be that small", where="file_bytes", found=str(file_bytes))
+    check_count("file_bytes", file_bytes)
     name, settings = _layout(source, layout)
     kept = source.files and source.files.layout == name and (settings is None or settings.own)
     present = source.files.headers if source.files and kept else ()
@@ -124,6 +124,7 @@ def _fill(
 
 def check_free(folder: str | Path, overwrite: bool) -> Path:
     """The folder as a path. Raises RequestError for one that holds a model already, and for what is no folder."""
+    check_switches(overwrite=overwrite)
     target = local_path(folder)
     if target.exists() and not target.is_dir():
         raise RequestError("not a folder", where=str(target), found="a file", expected="a folder to save into")

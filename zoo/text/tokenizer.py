@@ -142,6 +142,9 @@ class Tokenizer:
         options: settings of the chat format, such as `reasoning_effort` (Mistral v15) or a template's variables.
         Text in messages never becomes control ids. Raises TextError naming the message at fault.
         """
+        if not isinstance(options, Mapping):
+            expected = 'a dict such as {"reasoning_effort": "high"}'
+            raise TextError("not settings", where="chat_options", found=repr(options), expected=expected)
         return self._chat.render(messages, tools=tools, continue_final=continue_final, merge=merge, options=options)
 
     def fill(self, prefix: str, suffix: str) -> list[int]:
