@@ -105,8 +105,9 @@ def error_of(origin: str, fields: Mapping[str, Any]) -> ZooError:
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str | None:
-    """The sentence "did you mean ...?" for the known `names` closest to `name`, or None."""
-    close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
-    ratios = [difflib.SequenceMatcher(None, name, other).ratio() for other in close]
+    """The sentence "did you mean ...?" for the known `names` closest to `name`, however capitals are set, or None."""
+    wanted, known = name.casefold(), {other.casefold(): other for other in names}
+    close = difflib.get_close_matches(wanted, known, n=count, cutoff=0.6)
+    ratios = [difflib.SequenceMatcher(None, wanted, other).ratio() for other in close]
     close = [other for other, ratio in zip(close, ratios, strict=True) if ratio > max(ratios) - 0.1]
-    return f"did you mean {' or '.join(repr(n) for n in close)}?" if close else None
+    return f"did you mean {' or '.join(repr(known[n]) for n in close)}?" if close else None

@@ -121,17 +121,12 @@ def load(
     place = weights_at_hand(found, weights) if _alone(devices) else None
     with ReadAhead(place, found.card.source.layout) as ahead:
         with without_collections():
-            from zoo.device import choose
             from zoo.devices import running
             from zoo.drafts import draft_named
             from zoo.fitting import fitting
             from zoo.loading.fill import filled
 
-        spread = _spread(plan, devices)
-        placement = choose(_place(spread, device, devices), dtype, found.card.source.dtype)
-        context = context_of(found.card, max_context)
-        if spread is not None:
-            spread = spread.laid(plan, placement, quantize, context)
+        spread, placement, context = _laid(plan, device, dtype, devices, quantize, max_context)
         follows = spread is not None and spread.rank > 0
         other = None if follows else draft_named(draft, plan)
         memory = fitting(plan, spread, placement, context, quantize, other, asked=max_context is not None)
@@ -177,16 +172,33 @@ def layout(
     """
     if _alone(devices):
         return None
-    found = locate(ref, _with_cache(cache_dtype, overrides))
-    plan = resolve(found.card)
-    spread = _spread(plan, devices)
-    if spread is None or spread.rank:
-        return None
-    from zoo.device import choose
+    plan, quantize = resolve(locate(ref, _with_cache(cache_dtype, overrides)).card), _kind_name(quantize)
+    spread, placement, context = _laid(plan, device, dtype, devices, quantize, max_context)
+    return None if spread is None or spread.rank else spread.describe(plan, placement, quantize, context)
 
-    placement = choose(spread.device(device), dtype, found.card.source.dtype)
-    load = (placement, _kind_name(quantize), context_of(found.card, max_context))
-    return spread.laid(plan, *load).describe(plan, *load)
+
+@reported
+def check_fits(
+    ref: Ref,
+    *,
+    devices: "Wanted" = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    max_context: int | None = None,
+    cache_dtype: str = "auto",
+    overrides: Mapping[str, Any] | None = None,
+    draft: Ref | None = None,
+    **others: Any,
+) -> None:
+    """Raises what `load` with these arguments would for a model that does not fit, and reads nothing for it."""
+    from zoo.drafts import draft_named
+    from zoo.fitting import fitting
+
+    plan, quantize = resolve(locate(ref, _with_cache(cache_dtype, overrides)).card), _kind_name(quantize)
+    spread, placement, context = _laid(plan, device, dtype, devices, quantize, max_context)
+    guesser, asked_for = draft_named(draft, plan), max_context is not None
+    fitting(plan, spread, placement, context, quantize, guesser, asked=asked_for)
 
 
 def _alone(devices: "Wanted") -> bool:
@@ -203,11 +215,18 @@ def _spread(plan: Plan, devices: "Wanted") -> "Spread | None":
     return spread(plan, devices)
 
 
-def _place(spread: "Spread | None", device: str, devices: "Wanted") -> str:
-    """Where this process computes: the only one of the devices may have a name."""
+def _laid(
+    plan: Plan, device: str, dtype: str, devices: "Wanted", quantize: str | None, max_context: int | None
+) -> "tuple[Spread | None, Placement, int]":
+    """The layout over several devices, where this process computes, and tokens of a sequence."""
+    from zoo.device import choose
     from zoo.devices.mesh import wish
 
-    return wish(devices).device(device) if spread is None else spread.device(device)
+    spread = _spread(plan, devices)
+    # The only one of the devices may have a name.
+    name = wish(devices).device(device) if spread is None else spread.device(device)
+    placement, context = choose(name, dtype, plan.card.source.dtype), context_of(plan.card, max_context)
+    return None if spread is None else spread.laid(plan, placement, quantize, context), placement, context
 
 
 def tokenizer_of(inspection: Inspection) -> "Tokenizer":

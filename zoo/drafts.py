@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from zoo.components.decoder.spec import DecoderSpec
 from zoo.locating import Ref, locate
-from zoo.registry.errors import RequestError
+from zoo.registry.errors import RequestError, within
 from zoo.registry.plan import Plan
 from zoo.registry.resolve import resolve
 
@@ -21,7 +21,8 @@ def draft_named(draft: Ref | None, plan: Plan) -> Literal["lookup"] | Plan | Non
         return None
     if draft == "lookup":
         return "lookup"
-    other = resolve(locate(draft).card)
+    with within("draft"):
+        other = resolve(locate(draft).card)
     check_sizes(plan, other)
     return other
 

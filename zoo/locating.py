@@ -1,5 +1,6 @@
 """What a reference to a model means: a card's name, a path, a Card or a mapping."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,10 @@ def _locate(ref: Ref) -> Located:
 def _at_path(ref: str | Path) -> Located:
     from zoo.loading.files import SUFFIXES, local_path
 
-    path = local_path(ref)
+    path, local = local_path(ref), (*SUFFIXES, ".gguf", ".index.json")
     if path.name in ("params.json", "config.json"):
         path = path.parent
-    if _there(path) and (path.is_dir() or path.name.endswith((*SUFFIXES, ".gguf", ".index.json"))):
+    if _there(path) and (path.is_dir() or path.name.endswith(local)):
         from zoo.loading.infer import CARD, infer_card
 
         beside = path / CARD if path.is_dir() else path.with_name(CARD)
@@ -54,7 +55,7 @@ def _at_path(ref: str | Path) -> Located:
             card = load_card(beside)
             return Located(card, (card.local_path() if path.is_dir() else None) or path)
         return Located(Card.from_dict(infer_card(path), origin=str(path)), path)
-    if (isinstance(ref, Path) or "/" in ref) and not _there(path):
+    if (isinstance(ref, Path) or "/" in ref or path.name.endswith(local)) and not _there(path):
         raise _no_model(path)
     card = load_card(path if "/" in str(ref) else ref)
     return Located(card, card.local_path())
@@ -70,9 +71,13 @@ def _there(path: Path) -> bool:
 def _no_model(path: Path) -> CardError:
     """The error for a path to nothing; a repository of the hub, written with its owner, looks like one."""
     beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = nearest(path.name, beside) or nearest(path.name.lower(), manager().cards())
+    hint = nearest(path.name, beside) or nearest(path.name, manager().cards())
+    # An address of the hub, from which a path leaves one slash out of two, names a repository too.
+    address, repository = re.subn(r"^https?:/+[^/]+/", "", str(path))[::-1]
+    if address:
+        hint = "addresses are not read: fetch the repository to a folder and name that, or name a card"
     for card in list_cards():
-        if card.source.hub == str(path):
+        if card.source.hub == repository:
             hint = f"the card of that repository is {card.name!r}"
             break
     return CardError("there is no such card, folder or file", where=str(path), hint=hint)

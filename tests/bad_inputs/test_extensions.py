@@ -298,6 +298,13 @@ def test_an_unknown_part(name: str, desk: Desk) -> None:
 MODELS: dict[str, tuple[Any, str]] = {
     "a near miss": ("mixtral-8x7", "unknown card 'mixtral-8x7'. Did you mean 'mixtral-8x7b'?"),
     "another case": ("Mixtral-8x7B", "unknown card 'Mixtral-8x7B'. Did you mean 'mixtral-8x7b'?"),
+    "shouted": ("MIXTRAL-8X7B", "unknown card 'MIXTRAL-8X7B'. Did you mean 'mixtral-8x7b'?"),
+    "its address": (
+        "https://huggingface.co/mistralai/Mixtral-8x7B-v0.1",
+        "there is no such card, folder or file. The card of that repository is 'mixtral-8x7b'.",
+    ),
+    "an address": ("https://huggingface.co/a/b", "Addresses are not read: fetch the repository to a folder"),
+    "a file of weights": ("mixtral.gguf", "mixtral.gguf: there is no such card, folder or file"),
     "nothing like it": ("zzzzzz", "unknown card 'zzzzzz'. See `zoo list`."),
     "the hub's name of it": (
         "mistralai/Mixtral-8x7B-v0.1",

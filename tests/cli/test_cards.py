@@ -39,6 +39,8 @@ def test_list_shows_every_card_and_filters(zoo_command: Command) -> None:
     some = json.loads(zoo_command("list", "--json", "mixtral", "chat").out)
     assert {row["name"] for row in some} == {"mixtral-8x7b-instruct", "mixtral-8x22b-instruct"}
     assert zoo_command("list", "mixtral").out.split()[:3] == ["NAME", "FAMILY", "CONTEXT"]
+    none = zoo_command("list", "mixtral", "zebra")
+    assert (none.code, none.out, none.err) == (0, "", "no card has all of these words: mixtral, zebra\n")
 
 
 def test_cards_of_unsupported_models_say_so(zoo_command: Command) -> None:
@@ -127,6 +129,25 @@ def test_inspect_resolved_reads_back(zoo_command: Command, tmp_path: Path) -> No
     (tmp_path / "flat.yaml").write_text(flat)
     found = zoo_command("diff", "mixtral-8x7b-instruct", str(tmp_path / "flat.yaml"))
     assert found.out == "no difference\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--raw"], "--raw: there is no prompt; expected --prompt TEXT"),
+        (["--prompt", "hi", "--prompt-tokens", "5"], "--prompt-tokens: the prompt has its own number of tokens"),
+        (["--prompt-tokens", "2049"], "longer than the context; found 2049; expected at most 2048"),
+        (["--context", "2049"], "max_context is out of range; found 2049; expected 1 to 2048, the card's"),
+        (["--resolved", "--json"], "--json: the flat card is all that is printed; found --resolved as well"),
+        (["--resolved", "--files"], "--files: the flat card is all"),
+        (["--resolved", "--dtype", "float16"], "--dtype: the flat card is all"),
+        (["--resolved", "--prompt", ""], "--prompt: the flat card is all"),
+    ],
+)
+def test_inspect_ignores_no_flag(flags: list[str], words: str, zoo_command: Command) -> None:
+    found = zoo_command("inspect", "tiny", *flags)
+    assert (found.code, found.out) == (2, "")
+    assert words in found.err
 
 
 def test_diff_names_the_changed_fields(zoo_command: Command) -> None:
@@ -243,6 +264,8 @@ def test_bench_of_nothing_is_refused(zoo_command: Command) -> None:
         (["tinyy"], "tinyy"),
         (["tiny", "--batch", "0"], "0 is not in the range x>=1"),
         (["--machine"], "the machine's profile cannot be stored"),
+        (["--machine", "--quantize", "int8"], "--quantize: the option is about a model; found no REF; expected a REF"),
+        (["--machine", "--curves"], "--curves: the option is about a model"),
     ],
 )
 def test_bench_refuses_before_it_measures(

@@ -98,7 +98,9 @@ def test_an_override_is_honoured(zoo_command: Command) -> None:
         (("--devices", "7"), ["among 7 ranks", "Devices that would do: 2 (tp=2), 3 (pp=3), 4 (tp=2,pp=2)"]),
         (("--adapter", "a.safetensors"), ["no such folder or file", "a.safetensors"]),
         (("--image", "a.png"), ["does not read images"]),
-        (("--raw", "--system", "x"), ["--system", "--raw"]),
+        (("--raw", "--system", "x"), ["--system: --system needs the chat format; found --raw as well"]),
+        (("--system", ""), ["message 1 (system): the content is empty"]),
+        (("--draft", "looku"), ["draft: unknown card 'looku'"]),
     ],
 )
 def test_a_faulty_flag_is_one_message(zoo_command: Command, flags: tuple[str, ...], words: list[str]) -> None:
@@ -114,6 +116,7 @@ def test_a_faulty_flag_is_one_message(zoo_command: Command, flags: tuple[str, ..
     ("arguments", "words"),
     [
         (("runn",), ["'runn'", "did you mean 'run'"]),
+        (("serve", "tiny"), ["there is no command 'serve'; this version has no server"]),
         (("run",), ["Missing argument 'REF'"]),
         (("run", "tinny", "--prompt", "x"), ["unknown card 'tinny'", "Did you mean 'tiny'"]),
         (("run", "./nowhere", "--prompt", "x"), ["nowhere"]),
@@ -156,11 +159,13 @@ def test_what_cannot_be_asked_is_told_before_weights_are_read(
     assert words in found.err
 
 
+@pytest.mark.parametrize("devices", ["1", "2"])
 def test_what_does_not_fit_is_told_before_anything_is_measured(
-    zoo_command: Command, monkeypatch: pytest.MonkeyPatch
+    zoo_command: Command, monkeypatch: pytest.MonkeyPatch, devices: str
 ) -> None:
     monkeypatch.setattr("zoo.bench.limits.machine_limits", None)
-    found = zoo_command("bench", "mistral-large-3-2512", "--weights", "random")
+    flags = ("--weights", "random", "--device", "cpu", "--devices", devices)
+    found = zoo_command("bench", "mistral-large-3-2512", *flags)
     assert found.code == 2
     assert "does not fit" in found.err
 
@@ -186,7 +191,7 @@ def test_a_conversation(zoo_command: Command, tmp_path: Path) -> None:
         "/set temperature=1",
         "/retry",
     ]
-    faults = ["/set temperature=-1", "/sett x=1", "/load /nowhere.json", "/set colour=red"]
+    faults = ["/set temperature", "/set temperature=-1", "/sett x=1", "/load /nowhere.json", "/set colour=red"]
     found = zoo_command("chat", "tiny", *RANDOM, stdin="\n".join([*lines, *faults, "/help", "/quit", "unseen"]))
     assert found.code == 0
     talk = json.loads(saved.read_text())
@@ -195,6 +200,7 @@ def test_a_conversation(zoo_command: Command, tmp_path: Path) -> None:
     assert found.out.count("\n") >= 3
     for words in (
         "2 messages",
+        "/set: an override needs a name and a value; found 'temperature'; expected NAME=VALUE, such as temperature",
         "temperature: out of range",
         "no command /sett",
         "Did you mean 'set'",

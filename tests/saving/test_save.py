@@ -333,6 +333,20 @@ def test_what_cannot_be_saved(little: Little, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file"]
 
 
+def test_the_command_tells_what_cannot_be_saved_before_it_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.api.load", lambda *_, **__: pytest.fail("it loads"))
+    (tmp_path / "file").touch()
+    for place, flags, words in (
+        ("it", ("--layout", "mistrall"), "unknown weight layout 'mistrall'"),
+        ("file/deep/it", (), f"{tmp_path / 'file'}: no folder can be made here; found a file"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["save", "tiny", str(tmp_path / place), *flags])
+        assert (ended.value.code, words in capsys.readouterr().err) == (2, True)
+
+
 def test_a_model_that_no_settings_file_can_say(little: Little, tmp_path: Path) -> None:
     """It is saved with its card, and the note says who can read it."""
     uneven = [{"mixer": MIXER, "ffn": GATED}, {"mixer": MIXER, "ffn": GATED | {"hidden_dim": 24}}]

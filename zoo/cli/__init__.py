@@ -41,6 +41,10 @@ BUILTIN = {
 }
 
 
+LATER = {"serve": "this version has no server; from Python, zoo.load(...) answers calls from many threads"}
+"""Commands that other versions have, and what stands for them in this one."""
+
+
 class Commands(click.Group):
     """Imports a command's module when it is called or its help is shown, so that each starts at once."""
 
@@ -62,7 +66,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            hint = nearest(args[0], self.list_commands(ctx)) or "see `zoo --help`"
+            hint = LATER.get(args[0]) or nearest(args[0], self.list_commands(ctx)) or "see `zoo --help`"
             raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from zoo.cli.options import load_arguments, load_options, parse_overrides
 from zoo.registry.errors import RequestError
@@ -47,6 +48,8 @@ def bench(ref: str | None, machine: bool, as_json: bool, **flags: Any) -> None:
     """
     if ref is None and not machine:
         raise RequestError("there is nothing to measure", where="zoo bench", expected="REF, or --machine, or both")
+    if ref is None:
+        _refuse_of_models()
     from zoo.cli.console import emit
 
     found: dict[str, Any] = {}
@@ -64,6 +67,16 @@ def bench(ref: str | None, machine: bool, as_json: bool, **flags: Any) -> None:
             _write(found["model"])
 
 
+def _refuse_of_models() -> None:
+    """RequestError for an option about a model, where none is measured."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        if given and name not in ("machine", "device", "as_json"):
+            raise RequestError("the option is about a model", where=option.opts[0], found="no REF", expected="a REF")
+
+
 def _machine(device: str) -> Any:
     from zoo.bench.machine import profile
     from zoo.cli.console import note
@@ -79,6 +92,7 @@ def _machine(device: str) -> Any:
 
 def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     """Fills `found["model"]` as figures come."""
+    from zoo.api import check_fits
     from zoo.bench.limits import machine_limits
     from zoo.bench.suite import Options, Report, fill
     from zoo.cli.asking import load_model
@@ -86,7 +100,7 @@ def _model(ref: str, flags: dict[str, Any], found: dict[str, Any]) -> None:
     from zoo.device import choose, describe
 
     flags["prompt_tokens"] = _prompt_tokens(ref, flags)  # before the seconds that measuring takes
-    _check_fits(ref, flags)
+    check_fits(ref, **load_arguments(flags))
     device = choose(flags["device"], "auto", "bfloat16").device
     note("the machine's limits")
     here = machine_limits(device)
@@ -122,24 +136,6 @@ def _prompt_tokens(ref: str, flags: dict[str, Any]) -> int:
             expected=f"less than the {most} tokens of the context",
         )
     return int(asked)
-
-
-def _check_fits(ref: str, flags: dict[str, Any]) -> None:
-    """CapacityError for a model that does not fit on the one device that is wanted; of several, loading tells."""
-    from zoo.api import inspect
-    from zoo.device import choose
-    from zoo.drafts import draft_named
-    from zoo.fitting import fitting
-
-    if flags["devices"] not in (None, "1"):
-        return
-    overrides = load_arguments(flags)["overrides"]
-    found = inspect(ref, cache_dtype=flags["cache_dtype"], quantize=flags["quantize"], overrides=overrides)
-    placement = choose(flags["device"], flags["dtype"], found.card.source.dtype)
-    asked = flags["max_context"]
-    context = found.card.context_length if asked is None else asked
-    drafts = draft_named(flags["draft"], found.plan)
-    fitting(found.plan, None, placement, context, found.quantize, drafts, asked=asked is not None)
 
 
 def _stored(device: Any, fresh: Any) -> tuple[Any, str | None]:

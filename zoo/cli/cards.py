@@ -15,11 +15,14 @@ from zoo.units import human_count
 def list_cards(words: tuple[str, ...], as_json: bool) -> None:
     """Show every card, or those that contain all WORDS in name, family, licence, features or summary."""
     from zoo.api import list as known
-    from zoo.cli.console import columns, emit
+    from zoo.cli.console import columns, emit, note
 
     cards = [card for card in known() if all(word.lower() in _haystack(card) for word in words)]
     if as_json:
         emit([{**_row(card), **_details(card)} for card in cards])
+        return
+    if not cards:
+        note(f"no card has all of these words: {', '.join(words)}")
         return
     rows = [[str(value) for value in _row(card).values()] for card in cards]
     for card, row in zip(cards, rows, strict=True):

@@ -159,7 +159,7 @@ class Conversation:
     def _set(self, pair: str) -> None:
         from zoo.engine.request import SamplingParams
 
-        changed = {**self.options, **(parse_overrides((pair,)) or {})}
+        changed = {**self.options, **(parse_overrides((pair,), "/set", "NAME=VALUE, such as temperature=0.7") or {})}
         SamplingParams.from_options(changed)
         self.options = changed
 

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli.options import parse_overrides
+from zoo.cli.options import parse_overrides, refuse_beside
+from zoo.registry.errors import RequestError
 from zoo.units import human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
+    show_default="512, or the card's context length",
     help="Without --prompt: of the prompt whose first new token is reckoned.",
 )
 @click.option("--raw", is_flag=True, help="With --prompt: as raw text, not as a chat turn.")
@@ -39,7 +39,7 @@ def inspect(
     cache_dtype: str,
     quantize: str | None,
     prompt: str | None,
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     raw: bool,
     files: bool,
     resolved: bool,
@@ -50,12 +50,20 @@ def inspect(
     from zoo.api import inspect as examine
     from zoo.cli.console import emit
 
+    if resolved:
+        figures = {"--context": context, "--dtype": dtype != "auto", "--quantize": quantize, "--json": as_json}
+        shown_too = {"--prompt": prompt, "--prompt-tokens": prompt_tokens, "--raw": raw, "--files": files}
+        refuse_beside("--resolved", "the flat card is all that is printed", figures | shown_too)
+    if prompt is not None:
+        refuse_beside("--prompt", "the prompt has its own number of tokens", {"--prompt-tokens": prompt_tokens})
+    elif raw:
+        raise RequestError("there is no prompt", where="--raw", expected="--prompt TEXT")
     found = examine(ref, dtype=dtype, cache_dtype=cache_dtype, quantize=quantize, overrides=parse_overrides(overrides))
     if resolved:
         click.echo(found.card.to_yaml(), nl=False)
         return
     shown = None if prompt is None else _prompt(found, prompt, raw)
-    data = found.to_dict(context, prompt_tokens if shown is None else len(shown))
+    data = found.to_dict(context, _tokens(found.card.context_length, prompt_tokens) if shown is None else len(shown))
     if files:
         data["files"] = _files(found)
     if shown is not None:
@@ -64,6 +72,16 @@ def inspect(
         emit(data)
     else:
         _write(data)
+
+
+def _tokens(most: int, asked: int | None) -> int:
+    """The tokens of the prompt whose answer is reckoned. Raises RequestError for more than the model reads."""
+    if asked is not None and asked > most:
+        expected = f"at most {most}, the card's context_length"
+        raise RequestError(
+            "the prompt is longer than the context", where="--prompt-tokens", found=asked, expected=expected
+        )
+    return min(512, most) if asked is None else asked
 
 
 def _files(found: "Inspection") -> list[dict[str, Any]]:

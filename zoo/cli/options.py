@@ -1,7 +1,7 @@
 """Flags that several commands share, and what they become."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -93,17 +93,27 @@ def chat_options(flags: dict[str, Any]) -> dict[str, Any]:
     return {} if effort is None else {"reasoning_effort": effort}
 
 
-def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any] | None:
+def refuse_beside(other: str, message: str, given: Mapping[str, Any]) -> None:
+    """RequestError, with a message about FLAG, for the first option that is given though `other` stands there."""
+    for flag, value in given.items():
+        if value is not None and value is not False and value != ():
+            found = f"{other} as well"
+            raise RequestError(message.replace("FLAG", flag), where=flag, found=found, expected="one of the two")
+
+
+def parse_overrides(
+    pairs: tuple[str, ...], where: str = "--set", form: str = "FIELD=VALUE, such as model.layers.0.mixer.window=1024"
+) -> dict[str, Any] | None:
     """`--set a.b=3` pairs as dotted fields and values; a value is JSON where it parses, else text."""
     overrides: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise RequestError(
-                "an override needs a field and a value",
-                where="--set",
+                "an override needs a name and a value",
+                where=where,
                 found=repr(pair),
-                expected="FIELD=VALUE, such as model.layers.0.mixer.window=1024",
+                expected=form,
             )
         if name in overrides:
             raise RequestError("the field is set twice", where=f"--set {name}", found=f"{overrides[name]!r} and {text}")

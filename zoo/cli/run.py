@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zoo.cli.asking import ask, check_encoders, read_sounds, utf8_input
-from zoo.cli.options import chat_options, effort_option, load_options, sample_arguments, sample_options
+from zoo.cli.options import chat_options, effort_option, load_options, refuse_beside, sample_arguments, sample_options
 from zoo.registry.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(
     """Answer one prompt with REF: a card's name, a card file or a checkpoint folder."""
     if raw:
         others = {"--system": system, "--tools": tools, "--reasoning-effort": flags["reasoning_effort"]}
-        _refuse_with_raw({**others, "--audio": sounds or None})
+        refuse_beside("--raw", "FLAG needs the chat format", {**others, "--audio": sounds})
     text = "" if sounds and prompt is None else _prompt(prompt)
     heard = read_sounds(sounds)
     definitions = None if tools is None else read_tools(tools)
@@ -57,19 +57,11 @@ def run(
         params = SamplingParams.from_options(options)
         if system is None and definitions is None and not form:
             return prompts.request(text, params, raw=raw, images=images, audio=heard)
-        turns = [{"role": "system", "content": system}] if system else []
+        turns = [] if system is None else [{"role": "system", "content": system}]
         messages = [*turns, user_message(text, heard)]
         return prompts.chat(messages, params, images=images, tools=definitions, options=form)
 
     ask(ref, flags, request, as_json=as_json)
-
-
-def _refuse_with_raw(given: dict[str, Any]) -> None:
-    for flag, value in given.items():
-        if value is not None:
-            raise RequestError(
-                f"{flag} needs the chat format", where=flag, found="--raw as well", expected="one of the two"
-            )
 
 
 def read_tools(name: str) -> list[Any]:

@@ -28,9 +28,12 @@ def save(ref: str, folder: str, adapters: tuple[str, ...], max_file_size: float,
     """Write REF's weights, settings, card and tokenizer to FOLDER: merged, converted or renamed."""
     from zoo.api import load
     from zoo.cli.console import loading_bar, note
+    from zoo.loading.layouts import layout_named
     from zoo.saving.save import check_free
 
     check_free(folder, flags["overwrite"])
+    if flags["layout"] != "auto":
+        layout_named(flags["layout"])
     options = {"layout": flags["layout"], "overwrite": flags["overwrite"]}
     with loading_bar(f"loading {ref}") as progress:
         model = load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,9 +124,14 @@ def _fill(
 
 
 def check_free(folder: str | Path, overwrite: bool) -> Path:
-    """The folder as a path. Raises RequestError for one that holds a model already, and for what is no folder."""
+    """The folder as a path. Raises RequestError for one that holds a model already, for what is no folder, and where
+    none can be made."""
     check_switches(overwrite=overwrite)
     target = local_path(folder)
+    above = next(place for place in (target.absolute(), *target.absolute().parents) if place.exists())
+    if not target.exists() and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        found = "a file" if above.is_file() else "no right to write"
+        raise RequestError("no folder can be made here", where=str(above), found=found)
     if target.exists() and not target.is_dir():
         raise RequestError("not a folder", where=str(target), found="a file", expected="a folder to save into")
     there = sorted(_replaced(target))
