@@ -22,6 +22,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 Images = Sequence[Any]
 
 VISION = "vision"
+SOUNDS = ("sound", "audio")
+"""What they are called, and the option by which they are given."""
 
 
 class Prompts:
@@ -47,7 +49,7 @@ class Prompts:
 
     def media(self, images: Images | None, audio: Sequence[Any] = ()) -> list[Media]:
         """Images and sounds as the encoders take them, for a prompt of token ids."""
-        return [*_shown(self._pictures(images)), *hearing.beside_ids(audio, self._plan)]
+        return [*_shown(self._pictures(images)), *hearing.beside_ids(several(audio, *SOUNDS), self._plan)]
 
     def request(
         self,
@@ -60,6 +62,7 @@ class Prompts:
     ) -> Request:
         """The request of one prompt; images and sounds go before a text, and where a list of ids has their tokens."""
         check_switches(raw=raw)
+        audio = several(audio, *SOUNDS)
         if audio:
             hearing.encoder_of(self._plan)
         if isinstance(prompt, str):
@@ -146,15 +149,14 @@ def _shown(pictures: Sequence[Picture]) -> list[Media]:
     return [Media(VISION, picture.prepared()) for picture in pictures]
 
 
-def several(images: Any) -> list[Any]:
-    """The images of one prompt as a list. Raises RequestError for what is no list of them, such as one alone."""
-    if images is None:
+def several(given: Any, what: str = "image", option: str = "images") -> list[Any]:
+    """The images or sounds of one prompt as a list. Raises RequestError for what is no list, such as one alone."""
+    if given is None:
         return []
-    if not isinstance(images, list | tuple):
-        raise RequestError(
-            "images are given as a list", where="images", found=type(images).__name__, expected="[image, ...]"
-        )
-    return [*images]
+    if not isinstance(given, list | tuple):
+        found, expected = type(given).__name__, f"[{what}, ...]"
+        raise RequestError(f"{what}s are given as a list", where=option, found=found, expected=expected)
+    return [*given]
 
 
 def separate(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 import pytest
@@ -73,6 +73,16 @@ FAULTS: dict[str, tuple[Ask, type[ZooError], str]] = {
         "audio: the sound cannot be read; found none.wav (No such file or directory); expected a path, an http",
     ),
     "a folder": (lambda m: m.transcribe(Path()), RequestError, "audio: the sound cannot be read; found . (Is a direct"),
+    "a sound without its list": (
+        lambda m: m.generate("Who speaks?", audio="a.wav"),
+        RequestError,
+        "audio: sounds are given as a list; found str; expected [sound, ...]",
+    ),
+    "a number for sounds": (
+        lambda m: m.logits([1, AUDIO], audio=cast(Any, 5)),
+        RequestError,
+        "audio: sounds are given as a list; found int",
+    ),
     "a text file": (
         lambda m: m.transcribe(b"This is no sound at all, but a text."),
         RequestError,

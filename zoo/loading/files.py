@@ -111,21 +111,24 @@ class _Set:
 
 
 def local_path(ref: str | Path) -> Path:
-    """A path as users write it: `~`, and `file:` with two or three slashes, are understood.
-
-    Raises WeightsError for what is no path, such as None, which would be a folder of that name.
-    """
-    if not isinstance(ref, str | Path) or not str(ref):
-        raise WeightsError("not a path", found=repr(ref), expected="the path of a folder or file")
+    """A path as users write it: `~`, and `file:` with two or three slashes, are understood."""
     text = str(ref)
     if text.startswith("file:"):
         text = unquote(re.sub(r"^file:(//)?", "", text))
     return Path(text).expanduser()
 
 
+def given_path(ref: str | Path) -> Path:
+    """`local_path` of what must be one. Raises WeightsError for None, which would be a file of that name, and for an
+    empty text, which would be the working folder."""
+    if not isinstance(ref, str | Path) or not str(ref):
+        raise WeightsError("not a path", found=repr(ref), expected="the path of a folder or file")
+    return local_path(ref)
+
+
 def existing(ref: str | Path) -> Path:
     """A path that is there, if only as a link. Raises WeightsError with the nearest name beside it."""
-    path = local_path(ref)
+    path = given_path(ref)
     try:
         if path.exists() or path.is_symlink():
             return path

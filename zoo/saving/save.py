@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from zoo.asking import check_count, check_switches
-from zoo.loading.files import WeightSet, local_path, locate, named_like_weights
+from zoo.loading.files import WeightSet, given_path, locate, named_like_weights
 from zoo.loading.hub.choice import TEXT_FILES
 from zoo.loading.infer import CARD, CONFIG, PARAMS
 from zoo.loading.layouts import layout_named
@@ -127,7 +127,7 @@ def check_free(folder: str | Path, overwrite: bool) -> Path:
     """The folder as a path. Raises RequestError for one that holds a model already, for what is no folder, and where
     none can be made."""
     check_switches(overwrite=overwrite)
-    target = local_path(folder)
+    target = given_path(folder)
     above = next(place for place in (target.absolute(), *target.absolute().parents) if place.exists())
     if not target.exists() and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         found = "a file" if above.is_file() else "no right to write"
