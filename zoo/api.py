@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoo.asking import asked, batch_of, check_switches, context_of
+from zoo.asking import asked, batch_of, check_switches, check_variables, context_of
 from zoo.components.kinds import kind_named
 from zoo.costs.memory import CACHE_SHARE
 from zoo.devices import reported
@@ -135,6 +135,7 @@ def load(
         source = _source(found, weights, progress, notes.append)
         folder = found.folder if source == "random" else _beside(Path(source))
         with without_collections():
+            check_variables(placement.device)
             tokenizer = _tokenizer(plan, folder)
         if first is not None and not follows:
             asked(first, plan, tokenizer, source)

@@ -11,6 +11,8 @@ from zoo.registry.errors import RequestError, TextError, ZooError
 from zoo.registry.plan import Plan
 
 if TYPE_CHECKING:
+    import torch
+
     from zoo.prompts import Prompts
     from zoo.text.tokenizer import Tokenizer
 
@@ -54,6 +56,15 @@ def check_switches(**switches: bool) -> None:
 def whole(value: object) -> bool:
     """Whether it is a whole number; True is none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_variables(device: torch.device) -> None:
+    """Raises ZooError for words in ZOO_ATTENTION, ZOO_CAPTURE and ZOO_FUSED that steps on the device would refuse."""
+    from zoo.components.attention.kernels import chosen
+    from zoo.components.fused import wanted
+    from zoo.engine.capture import captures
+
+    chosen(), wanted(), captures(device)
 
 
 def asked(first: Callable[[Prompts], object], plan: Plan, tokenizer: Tokenizer | TextError, source: str | Path) -> None:

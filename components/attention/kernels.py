@@ -252,12 +252,14 @@ def _automatic(memo: Memo) -> bool:
 
 def _kernel(memo: Memo) -> Kernel:
     if "kernel" not in memo:
-        memo["kernel"] = _named(os.environ.get("ZOO_ATTENTION", "auto"))
+        memo["kernel"] = KERNELS[chosen()]
     kernel: Kernel = memo["kernel"]
     return kernel
 
 
-def _named(name: str) -> Kernel:
+def chosen() -> str:
+    """The kernel's name by ZOO_ATTENTION. Raises ZooError for one that is not known."""
+    name = os.environ.get("ZOO_ATTENTION", "auto")
     if name not in KERNELS:
         raise ZooError(
             "unknown attention kernel",
@@ -266,4 +268,4 @@ def _named(name: str) -> Kernel:
             expected=" or ".join(repr(known) for known in KERNELS),
             hint=nearest(name, KERNELS),
         )
-    return KERNELS[name]
+    return name

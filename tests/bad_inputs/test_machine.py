@@ -373,5 +373,5 @@ def test_a_conversation_of_faults(desk: Desk, parrot: Callable[[str], Path], tmp
         "no question to ask again",
         "cannot be saved",
     ]
-    for line, word in zip(said, [*words, "needs a field and a value", "heat: unknown option"], strict=True):
+    for line, word in zip(said, [*words, "needs a name and a value", "heat: unknown option"], strict=True):
         assert word in line

@@ -186,6 +186,12 @@ def test_verify_reads_headers_only(zoo_command: Command, folder: Path) -> None:
     assert not report["ok"]
 
 
+def test_verify_takes_no_empty_path_for_none(zoo_command: Command) -> None:
+    found = zoo_command("verify", "tiny", "--weights", "")
+    assert (found.code, found.out) == (2, "")
+    assert "not a path; found ''" in found.err
+
+
 def test_a_folder_without_a_tokenizer_says_so(zoo_command: Command, folder: Path) -> None:
     found = zoo_command("run", str(folder), "--prompt", "x", "--device", "cpu")
     assert found.code == 2
@@ -262,6 +268,7 @@ def test_bench_of_nothing_is_refused(zoo_command: Command) -> None:
         (["tiny", "--dtype", "float17"], "unknown dtype"),
         (["tiny", "--quantize", "int7"], "int7"),
         (["tinyy"], "tinyy"),
+        (["tiny", "--longest", "nan"], "'--longest': nan is not a number above 0"),
         (["tiny", "--batch", "0"], "0 is not in the range x>=1"),
         (["--machine"], "the machine's profile cannot be stored"),
         (["--machine", "--quantize", "int8"], "--quantize: the option is about a model; found no REF; expected a REF"),

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import zoo
+from zoo.components.fused import wanted
 
 RANDOM = ("--weights", "random", "--device", "cpu", "--dtype", "float32", "--max-tokens", "12")
 
@@ -157,6 +158,19 @@ def test_what_cannot_be_asked_is_told_before_weights_are_read(
     found = zoo_command("run", "tiny", *flags)
     assert found.code == 2
     assert words in found.err
+
+
+@pytest.mark.parametrize("name", ["ZOO_ATTENTION", "ZOO_CAPTURE", "ZOO_FUSED"])
+def test_a_variable_that_means_nothing_is_told_before_weights_are_read(
+    zoo_command: Command, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr("zoo.loading.fill.load_weights")
+    monkeypatch.setattr("zoo.components.fused.wanted", wanted.__wrapped__)
+    monkeypatch.setenv(name, "maybe")
+    found = zoo_command("run", "tiny", "--prompt", "Hello")
+    assert found.code == 2
+    assert f"{name}: unknown" in found.err
+    assert "found 'maybe'" in found.err
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])

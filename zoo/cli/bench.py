@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from zoo.cli.options import load_arguments, load_options, parse_overrides
+from zoo.cli.options import load_arguments, load_options, parse_overrides, positive
 from zoo.registry.errors import RequestError
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ PROMPT_TOKENS = 512
 @click.option(
     "--requests", type=click.IntRange(min=0), default=24, show_default=True, help="That arrive while others run."
 )
-@click.option("--longest", type=float, default=60.0, show_default=True, help="Seconds that reading prompts may take.")
+@click.option(
+    "--longest", default=60.0, show_default=True, callback=positive, help="Seconds that reading prompts may take."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @load_options
 def bench(ref: str | None, machine: bool, as_json: bool, **flags: Any) -> None:

@@ -1,7 +1,5 @@
 """zoo pull, rm and verify: checkpoints on disk and on the hub."""
 
-from pathlib import Path
-
 import click
 
 from zoo.registry.card import Card
@@ -54,9 +52,9 @@ def rm(ref: str, yes: bool) -> None:
 
 @click.command()
 @click.argument("ref")
-@click.option("--weights", type=click.Path(path_type=Path), help="Check this folder or file against REF's card.")
+@click.option("--weights", metavar="PATH", help="Check this folder or file against REF's card.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-def verify(ref: str, weights: Path | None, as_json: bool) -> int:
+def verify(ref: str, weights: str | None, as_json: bool) -> int:
     """Check a checkpoint's headers against the card: on disk, or on the hub by reading headers only."""
     from zoo.cli.console import emit
     from zoo.loading.verify import verify_files, verify_hub
@@ -65,8 +63,8 @@ def verify(ref: str, weights: Path | None, as_json: bool) -> int:
 
     found = locate(ref)
     plan = resolve(found.card)
-    folder = weights or found.folder
-    report = verify_files(plan, folder) if folder else verify_hub(plan)
+    folder = found.folder if weights is None else weights
+    report = verify_hub(plan) if folder is None else verify_files(plan, folder)
     if as_json:
         emit(report.to_dict())
     elif report.ok:

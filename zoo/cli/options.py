@@ -93,6 +93,13 @@ def chat_options(flags: dict[str, Any]) -> dict[str, Any]:
     return {} if effort is None else {"reasoning_effort": effort}
 
 
+def positive(ctx: click.Context, option: click.Parameter, value: float) -> float:
+    """A number above 0: a click callback, since click's ranges let nan through."""
+    if not 0 < value < float("inf"):
+        raise click.BadParameter(f"{value} is not a number above 0.", ctx, option)
+    return value
+
+
 def refuse_beside(other: str, message: str, given: Mapping[str, Any]) -> None:
     """RequestError, with a message about FLAG, for the first option that is given though `other` stands there."""
     for flag, value in given.items():

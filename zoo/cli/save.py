@@ -4,13 +4,9 @@ from typing import Any
 
 import click
 
+from zoo.cli.options import positive
+
 GIGA = 10**9
-
-
-def _positive(ctx: click.Context, option: click.Parameter, value: float) -> float:
-    if not 0 < value < float("inf"):
-        raise click.BadParameter(f"{value} is not a number above 0.", ctx, option)
-    return value
 
 
 @click.command()
@@ -21,7 +17,7 @@ def _positive(ctx: click.Context, option: click.Parameter, value: float) -> floa
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or the card's.")
 @click.option("--weights", default="auto", show_default=True, help="A folder or file, `random`, or auto.")
 @click.option(
-    "--max-file-size", default=50.0, show_default=True, callback=_positive, help="Gigabytes of one weight file."
+    "--max-file-size", default=50.0, show_default=True, callback=positive, help="Gigabytes of one weight file."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a model that is in FOLDER.")
 def save(ref: str, folder: str, adapters: tuple[str, ...], max_file_size: float, **flags: Any) -> None:

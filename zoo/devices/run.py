@@ -54,7 +54,7 @@ class Spread:
                 where="device",
                 found=repr(name),
                 expected="cpu or cuda, and devices for how many",
-                hint='devices=["cuda:0", "cuda:2"] names them',
+                hint='name them: devices=["cuda:0", "cuda:2"]',
             )
         if kind == "cuda" and torch.cuda.device_count() < self.near:
             raise RequestError(
