@@ -121,8 +121,7 @@ class Engine:
         plain = runner(decoder, self._memory, others is not None or follows)
         self._runner: Runner | None = plain if others is None else Leading(others, plain)
         ahead = others is None and drafting is None and goes_ahead(plain, self._memory)
-        turning = others is not None and drafting is None
-        self._steps: Order = Turns(prefixes) if turning else Steps(prefixes, ahead=ahead)
+        self._steps: Order = Turns(prefixes) if others and not drafting else Steps(prefixes, ahead=ahead)
         self._lock = threading.Lock()
         self._numbers = count()
         self._live: dict[str, Running] = {}
