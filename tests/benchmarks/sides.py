@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +114,10 @@ class Cut:
     def run(self, prompts: Prompts, steps: int) -> Timed:
         with ExitStack() as stack:
             for method, count in self.counts.items():
-                fixed = partial(min, count)
+
+                def fixed(rows: int, device: torch.device, count: int = count) -> int:
+                    return min(rows, count)
+
                 stack.enter_context(patch.object(self.side.model.engine.parts[1].decoder, method, fixed))
             return self.side.run(prompts, steps)
 
