@@ -19,19 +19,22 @@ if TYPE_CHECKING:
 DEFAULT_BATCH = 64
 
 
-def context_of(card: Card, max_context: int | None) -> int:
-    """Tokens of prompt and answer together. Raises RequestError for more than the card has."""
-    if max_context is None:
+def context_of(card: Card, context: int | None, name: str = "max_context") -> int:
+    """Tokens of prompt and answer together. Raises RequestError for more than the card has.
+
+    name: what the caller knows it by.
+    """
+    if context is None:
         return card.context_length
-    if not whole(max_context) or not 1 <= max_context <= card.context_length:
+    if not whole(context) or not 1 <= context <= card.context_length:
         raise RequestError(
-            "max_context is out of range",
+            f"{name} is out of range",
             where=card.name,
-            found=repr(max_context),
+            found=repr(context),
             expected=f"1 to {card.context_length}, the card's context_length",
             hint="override the card's context_length if the model really reads more",
         )
-    return max_context
+    return context
 
 
 def batch_of(max_batch_size: int | None) -> int:

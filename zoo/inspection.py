@@ -103,7 +103,7 @@ class Inspection:
         GPU with `gpu` bytes free. What is asked for must fit; without, a model runs that fits with a short sequence.
 
         Raises RequestError for more tokens than the card's context length, which no run takes."""
-        plan = MemoryPlan(self._work, context_of(self.card, context), 0, asked=context is not None)
+        plan = MemoryPlan(self._work, context_of(self.card, context, "context"), 0, asked=context is not None)
         if gpu is not None:
             return replace(plan, device="cuda", process=0, free=gpu)
         work = replace(self._work, dtype=usual_dtype(self.dtype, "cpu")) if self.usual else self._work

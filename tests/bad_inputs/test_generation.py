@@ -241,12 +241,12 @@ def test_a_shorter_limit_of_the_users_own(desk: Desk) -> None:
 
 @pytest.mark.parametrize("length", [0, -1, 513, "8", True])
 def test_a_limit_that_is_none(desk: Desk, length: Any) -> None:
-    said = f"max_context is out of range; found {length!r}; expected 1 to 512, the card's context_length"
-    desk.refused(RequestError, [said], lambda: desk.load(max_context=length))
+    said = f"context is out of range; found {length!r}; expected 1 to 512, the card's context_length"
+    desk.refused(RequestError, [f"max_{said}"], lambda: desk.load(max_context=length))
     told = zoo.inspect(desk.folder)
     asked: list[Callable[..., Any]] = [told.memory, told.fits, told.memory_plan, told.to_dict]
     for ask_for in asked:
-        desk.refused(RequestError, [said], partial(ask_for, length))
+        desk.refused(RequestError, [f": {said}"], partial(ask_for, length))
 
 
 @pytest.mark.parametrize("tokens", [-1, 2.5, None])

@@ -137,7 +137,7 @@ def test_inspect_resolved_reads_back(zoo_command: Command, tmp_path: Path) -> No
         (["--raw"], "--raw: there is no prompt; expected --prompt TEXT"),
         (["--prompt", "hi", "--prompt-tokens", "5"], "--prompt-tokens: the prompt has its own number of tokens"),
         (["--prompt-tokens", "2049"], "longer than the context; found 2049; expected at most 2048"),
-        (["--context", "2049"], "max_context is out of range; found 2049; expected 1 to 2048, the card's"),
+        (["--context", "2049"], "tiny: context is out of range; found 2049; expected 1 to 2048, the card's"),
         (["--resolved", "--json"], "--json: the flat card is all that is printed; found --resolved as well"),
         (["--resolved", "--files"], "--files: the flat card is all"),
         (["--resolved", "--dtype", "float16"], "--dtype: the flat card is all"),

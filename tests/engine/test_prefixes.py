@@ -15,6 +15,7 @@ from zoo.assemble import assemble
 from zoo.components.adapter import LowRank
 from zoo.components.cache import slab
 from zoo.components.cache.pages import Pages
+from zoo.components.cache.store import Reusable
 from zoo.components.decoder.model import Decoder
 from zoo.engine import prefixes
 from zoo.engine.ahead import Steps
@@ -437,7 +438,8 @@ def test_an_interrupted_hand_over_is_nobodys(name: str, storage: Layout, monkeyp
     [before] = engine.generate([ask(ids(30))])
     longer = [ask([*ids(30), *before.tokens, *ids(20, seed)]) for seed in (1, 2)]
     first, moved = engine._memory._groups[0].store, list[bool]()
-    adopt = first.adopt  # type: ignore[attr-defined]
+    assert isinstance(first, Reusable)
+    adopt = first.adopt
 
     def interrupted(base: int, seq: int, tokens: int, room: int, move: bool) -> None:
         adopt(base, seq, tokens, room, move)
