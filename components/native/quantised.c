@@ -242,13 +242,16 @@ void zoo_quantised_product(int tiled, int bits, long rows, long inputs, long out
         long all = omp_get_num_threads(), me = omp_get_thread_num();
         quantise_rows(x, type, x_next, &w, total * me / all, total * (me + 1) / all, own, of);
 #pragma omp barrier
-        if (!tiled) streams(&w, w.blocks * me / all, w.blocks * (me + 1) / all, rows, own, bias, y, type);
-        if (tiled) zoo_tiles_begin((int)of.each, GROUP);
-        for (long s = spans * me / all; tiled && s < spans * (me + 1) / all; s++) {
-            long count = w.blocks - s * SPAN < SPAN ? w.blocks - s * SPAN : SPAN;
-            tiled_span(&w, s * SPAN, count, rows, own, of, bias, y, type);
+        if (!tiled) {
+            streams(&w, w.blocks * me / all, w.blocks * (me + 1) / all, rows, own, bias, y, type);
+        } else {
+            zoo_tiles_begin((int)of.each, GROUP);
+            for (long s = spans * me / all; s < spans * (me + 1) / all; s++) {
+                long count = w.blocks - s * SPAN < SPAN ? w.blocks - s * SPAN : SPAN;
+                tiled_span(&w, s * SPAN, count, rows, own, of, bias, y, type);
+            }
+            zoo_tiles_end();
         }
-        if (tiled) zoo_tiles_end();
     }
 }
 
