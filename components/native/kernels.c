@@ -238,22 +238,27 @@ AVX512 void zoo_rotate(long rows, long heads, long width, long lanes, const bf16
         }
 }
 
-/* Reads all bytes, by eight streams for each thread, and returns something that depends on them. */
+/* Reads all bytes but a few, by eight streams for each thread that are fetched ahead, and returns something that depends on
+ * them. */
 AVX512 static int read_piece(const char *p, long bytes) {
-    long each = bytes / 8 / 64 * 64;
-    __m512i all[8];
-    UNROLLED(int s = 0; s < 8; s++) all[s] = _mm512_setzero_si512();
+    enum { STREAMS = 8, AHEAD = 3072 };
+    long each = bytes / STREAMS / 64 * 64;
+    __m512i all[STREAMS];
+    UNROLLED(int s = 0; s < STREAMS; s++) all[s] = _mm512_setzero_si512();
     for (long i = 0; i < each; i += 64)
-        UNROLLED(int s = 0; s < 8; s++) all[s] = _mm512_xor_si512(all[s], _mm512_loadu_si512(p + s * each + i));
-    UNROLLED(int s = 1; s < 8; s++) all[0] = _mm512_xor_si512(all[0], all[s]);
+        UNROLLED(int s = 0; s < STREAMS; s++) {
+            _mm_prefetch(p + s * each + i + AHEAD, _MM_HINT_T1);
+            all[s] = _mm512_xor_si512(all[s], _mm512_loadu_si512(p + s * each + i));
+        }
+    UNROLLED(int s = 1; s < STREAMS; s++) all[0] = _mm512_xor_si512(all[0], all[s]);
     return _mm512_reduce_or_epi32(all[0]);
 }
 
 int zoo_read(const char *p, long bytes, int threads) {
-    long size = 1 << 16, pieces = bytes / size;
+    long each = bytes / threads;
     int all = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : all)
-    for (long piece = 0; piece < pieces; piece++) all |= read_piece(p + piece * size, size);
+    for (long t = 0; t < threads; t++) all |= read_piece(p + t * each, each);
     return all;
 }
 

@@ -16,6 +16,10 @@
 
 enum { BLOCK = 4, LINE = 32, PACKED_LINE = 24, TABLE = 16 };
 
+/* Of panels that come from memory for a few rows, the bytes that are asked for while those before are used: it gives most to a
+ * few long streams that it hears of early. */
+enum { AHEAD = 3072 };
+
 /* place: the pair of inputs times 16, plus the output; pair: the weight, the other one of the pair zero. */
 typedef struct {
     uint32_t place, pair;
@@ -27,10 +31,11 @@ typedef struct {
     uint32_t first, count;
 } head;
 
-/* Panels from a pair of inputs on, `next` apart; of packed ones the heads, and all escapes. */
+/* Panels from a pair of inputs on, each `apart` panels after the one before, which is `next` numbers; of packed ones the
+ * heads, and all escapes. */
 typedef struct {
     const bf16 *w;
-    long next, pair;
+    long next, apart, pair;
     const head *heads;
     const escape *escapes;
 } panels;
@@ -41,17 +46,17 @@ static inline long packed_pairs(long pairs) { return (pairs + BLOCK - 1) / BLOCK
 /* A matrix's; heads: NULL unless they are packed. */
 static inline panels panels_of(long inputs, long outputs, const void *heads, const void *w) {
     const head *own = heads;
-    if (!heads) return (panels){w, inputs / 2 * LINE, 0, NULL, NULL};
-    return (panels){w, packed_pairs(inputs / 2) * PACKED_LINE, 0, own, (const escape *)(own + outputs / 16)};
+    if (!heads) return (panels){w, inputs / 2 * LINE, 1, 0, NULL, NULL};
+    return (panels){w, packed_pairs(inputs / 2) * PACKED_LINE, 1, 0, own, (const escape *)(own + outputs / 16)};
 }
 
 static inline panels from_panel(panels w, long first) {
-    return (panels){w.w + first * w.next, w.next, w.pair, w.heads ? w.heads + first : NULL, w.escapes};
+    return (panels){w.w + first * w.next, w.next, w.apart, w.pair, w.heads ? w.heads + first : NULL, w.escapes};
 }
 
 /* From a pair on, of packed ones a multiple of BLOCK. */
 static inline panels from_pair(panels w, long first) {
-    return (panels){w.w + first * (w.heads ? PACKED_LINE : LINE), w.next, w.pair + first, w.heads, w.escapes};
+    return (panels){w.w + first * (w.heads ? PACKED_LINE : LINE), w.next, w.apart, w.pair + first, w.heads, w.escapes};
 }
 
 /* Four lines of a packed panel. */
@@ -104,7 +109,7 @@ AVX512 static inline panels unpacked(panels w, long count, long pairs, bf16 *lin
             if (escapes.block == (w.pair + k) / BLOCK) escaped(&escapes, to + k);
         }
     }
-    return (panels){lines, next, w.pair, NULL, NULL};
+    return (panels){lines, next, 1, w.pair, NULL, NULL};
 }
 
 #endif

@@ -16,7 +16,7 @@
 #include "packed.h"
 #include "products.h"
 
-enum { MOST = 8, SERIAL = 1 << 17 };
+enum { MOST = 8, WIDE = 12, SERIAL = 1 << 17 };
 
 static const int WIDTH[MOST + 1] = {0, 8, 8, 8, 6, 4, 4, 3, 3};
 
@@ -30,7 +30,7 @@ typedef struct {
     long next, outputs;
 } results;
 
-/* What is fetched meanwhile, as the core will need it next: a line of each panel, `next` apart, after `every` pairs. */
+/* What is fetched meanwhile, as the core will need it next: a line of each panel, `next` apart, before each `every` pairs. */
 typedef struct {
     const bf16 *at;
     long next, every;
@@ -66,7 +66,7 @@ AVX512_BF16 INLINE void put(const results *to, long r, long n, __m512 sum) {
         UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) _mm512_storeu_ps(sums + r * next + n * 16, sum[r][n]); \
         return;                                                                                                          \
     }                                                                                                                    \
-    UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) put(last, r, n * 16, sum[r][n]);
+    UNROLLED(int r = 0; r < R; r++) UNROLLED(int n = 0; n < N; n++) put(last, r, n * 16 * w.apart, sum[r][n]);
 
 #define TILE_OF(NAME, R, N)                                                                                              \
     AVX512_BF16 static void NAME##_##R##_##N(long pairs, const bf16 *x, long x_next, panels w, float *sums, long next,   \
@@ -74,12 +74,12 @@ AVX512_BF16 INLINE void put(const results *to, long r, long n, __m512 sum) {
 
 #define PANEL_TILE(NAME, PLACE, R, N)                                                                                    \
     TILE_OF(NAME, R, N) {                                                                                                \
-        long every = ahead ? ahead->every : pairs;                                                                       \
+        long every = ahead ? ahead->every : pairs, line = 0;                                                             \
         (void)x_next; /* for another PLACE */                                                                            \
         BEGIN(R, N)                                                                                                      \
-        for (long i = 0, end; i < pairs;) {                                                                              \
+        for (long i = 0, end; i < pairs; line += LINE) {                                                                 \
             if (ahead) UNROLLED(int n = 0; n < N; n++)                                                                   \
-                _mm_prefetch((const char *)(ahead->at + n * ahead->next + i / every * LINE), _MM_HINT_T1);               \
+                _mm_prefetch((const char *)(ahead->at + n * ahead->next + line), _MM_HINT_T1);                           \
             end = pairs - i < every ? pairs : i + every;                                                                 \
             for (; i < end; i++) {                                                                                       \
                 __m512bh u[N];                                                                                           \
@@ -94,35 +94,51 @@ AVX512_BF16 INLINE void put(const results *to, long r, long n, __m512 sum) {
     }
 
 /* Pairs beyond the last are zeros. */
-#define PACKED_STEP(PLACE, R, N, COUNT)                                                                                  \
+#define PAIR_OF(PLACE, R, r, k, COUNT) _mm512_set1_epi32(k < COUNT ? pair_at(PLACE(R, r, i + k)) : 0)
+
+#define UNPACKED(n, lines)                                                                                               \
+    unpack(w.w + n * w.next + i * PACKED_LINE, table_of(w.heads + n * w.apart), lines);                                  \
+    if (__builtin_expect(escapes[n].block == block, 0)) escaped(escapes + n, lines);
+
+/* Of a few rows: a panel's lines are used where they were unpacked. */
+#define AT_ONCE(PLACE, R, N, COUNT)                                                                                      \
     UNROLLED(int n = 0; n < N; n++) {                                                                                    \
         __m512i lines[BLOCK];                                                                                            \
-        unpack(w.w + n * w.next + i * PACKED_LINE, table_of(w.heads + n), lines);                                        \
-        if (__builtin_expect(escapes[n].block == block, 0)) escaped(escapes + n, lines);                                 \
+        UNPACKED(n, lines)                                                                                               \
+        UNROLLED(int k = 0; k < BLOCK; k++) UNROLLED(int r = 0; r < R; r++)                                              \
+            sum[r][n] = _mm512_dpbf16_ps(sum[r][n], (__m512bh)lines[k], (__m512bh)PAIR_OF(PLACE, R, r, k, COUNT));       \
+    }
+
+/* Of more: all panels' lines go by memory, as there are no registers for them and all sums. */
+#define IN_TURN(PLACE, R, N, COUNT)                                                                                      \
+    {                                                                                                                    \
+        __m512i lines[N][BLOCK];                                                                                         \
+        UNROLLED(int n = 0; n < N; n++) { UNPACKED(n, lines[n]) }                                                        \
+        __asm__("" : "+m"(lines));                                                                                       \
         UNROLLED(int k = 0; k < BLOCK; k++) UNROLLED(int r = 0; r < R; r++) {                                            \
-            __m512i v = _mm512_set1_epi32(k < COUNT ? pair_at(PLACE(R, r, i + k)) : 0);                                  \
-            sum[r][n] = _mm512_dpbf16_ps(sum[r][n], (__m512bh)lines[k], (__m512bh)v);                                    \
+            __m512bh v = (__m512bh)PAIR_OF(PLACE, R, r, k, COUNT);                                                       \
+            UNROLLED(int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], (__m512bh)lines[n][k], v);           \
         }                                                                                                                \
     }
 
-#define PACKED_TILE(NAME, PLACE, R, N)                                                                                   \
+#define PACKED_TILE(NAME, PLACE, STEP, R, N)                                                                             \
     TILE_OF(NAME, R, N) {                                                                                                \
         long i = 0;                                                                                                      \
         uint32_t block = w.pair / BLOCK;                                                                                 \
         coming escapes[N];                                                                                               \
-        for (int n = 0; n < N; n++) escapes[n] = coming_of(w, n);                                                        \
+        for (int n = 0; n < N; n++) escapes[n] = coming_of(w, n * w.apart);                                              \
         (void)x_next;                                                                                                    \
         BEGIN(R, N)                                                                                                      \
         for (; i + BLOCK <= pairs; i += BLOCK, block++) {                                                                \
             if (ahead) UNROLLED(int n = 0; n < 3 * N; n++)                                                               \
                 _mm_prefetch((const char *)(ahead->at + n / 3 * ahead->next + i * PACKED_LINE + n % 3 * LINE), _MM_HINT_T1); \
-            PACKED_STEP(PLACE, R, N, BLOCK)                                                                              \
+            STEP(PLACE, R, N, BLOCK)                                                                                     \
         }                                                                                                                \
-        if (i < pairs) { PACKED_STEP(PLACE, R, N, pairs - i) }                                                           \
+        if (i < pairs) { STEP(PLACE, R, N, pairs - i) }                                                                  \
         END(R, N)                                                                                                        \
     }
 
-#define OF_FEW(R, N) PANEL_TILE(apart, APART, R, N) PACKED_TILE(packed_apart, APART, R, N)
+#define OF_FEW(R, N) PANEL_TILE(apart, APART, R, N) PACKED_TILE(packed_apart, APART, AT_ONCE, R, N)
 OF_FEW(1, 1) OF_FEW(2, 1) OF_FEW(3, 1) OF_FEW(4, 1) OF_FEW(5, 1) OF_FEW(6, 1) OF_FEW(7, 1) OF_FEW(8, 1)
 OF_FEW(1, 8) OF_FEW(2, 8) OF_FEW(3, 8) OF_FEW(4, 6) OF_FEW(5, 4) OF_FEW(6, 4) OF_FEW(7, 3) OF_FEW(8, 3)
 #define TILES_OF_FEW(NAME)                                                                                               \
@@ -130,40 +146,39 @@ OF_FEW(1, 8) OF_FEW(2, 8) OF_FEW(3, 8) OF_FEW(4, 6) OF_FEW(5, 4) OF_FEW(6, 4) OF
      {NULL, NAME##_1_8, NAME##_2_8, NAME##_3_8, NAME##_4_6, NAME##_5_4, NAME##_6_4, NAME##_7_3, NAME##_8_3}}
 static const panel_tile apart_tiles[2][MOST + 1] = TILES_OF_FEW(apart), packed_apart_tiles[2][MOST + 1] = TILES_OF_FEW(packed_apart);
 
-/* More rows than FEW_ROWS make groups of four at least. */
-#define OF_MANY(R, N) PANEL_TILE(beside, BESIDE, R, N) PACKED_TILE(packed_beside, BESIDE, R, N)
-OF_MANY(4, 1) OF_MANY(5, 1) OF_MANY(6, 1) OF_MANY(7, 1) OF_MANY(8, 1)
-OF_MANY(4, 2) OF_MANY(5, 2) OF_MANY(6, 2) OF_MANY(7, 2) OF_MANY(8, 2)
-OF_MANY(4, 3) OF_MANY(5, 3) OF_MANY(6, 3) OF_MANY(7, 3) OF_MANY(8, 3)
-#define TILES_OF_MANY(NAME)                                                                                              \
-    {{NULL},                                                                                                             \
-     {NULL, NULL, NULL, NULL, NAME##_4_1, NAME##_5_1, NAME##_6_1, NAME##_7_1, NAME##_8_1},                               \
-     {NULL, NULL, NULL, NULL, NAME##_4_2, NAME##_5_2, NAME##_6_2, NAME##_7_2, NAME##_8_2},                               \
-     {NULL, NULL, NULL, NULL, NAME##_4_3, NAME##_5_3, NAME##_6_3, NAME##_7_3, NAME##_8_3}}
-static const panel_tile beside_tiles[][MOST + 1] = TILES_OF_MANY(beside), packed_beside_tiles[][MOST + 1] = TILES_OF_MANY(packed_beside);
+/* More rows than FEW_ROWS make groups of four to WIDE. */
+#define OF_MANY(R, N) PANEL_TILE(beside, BESIDE, R, N) PACKED_TILE(packed_beside, BESIDE, IN_TURN, R, N)
+OF_MANY(4, 1) OF_MANY(5, 1) OF_MANY(6, 1) OF_MANY(7, 1) OF_MANY(8, 1) OF_MANY(9, 1) OF_MANY(10, 1) OF_MANY(11, 1) OF_MANY(12, 1)
+OF_MANY(4, 2) OF_MANY(5, 2) OF_MANY(6, 2) OF_MANY(7, 2) OF_MANY(8, 2) OF_MANY(9, 2) OF_MANY(10, 2) OF_MANY(11, 2) OF_MANY(12, 2)
+#define TILES_OF_MANY(NAME, N)                                                                                           \
+    {NULL, NULL, NULL, NULL, NAME##_4_##N, NAME##_5_##N, NAME##_6_##N, NAME##_7_##N, NAME##_8_##N, NAME##_9_##N,         \
+     NAME##_10_##N, NAME##_11_##N, NAME##_12_##N}
+static const panel_tile beside_tiles[][WIDE + 1] = {TILES_OF_MANY(beside, 1), TILES_OF_MANY(beside, 2)};
+static const panel_tile packed_beside_tiles[][WIDE + 1] = {TILES_OF_MANY(packed_beside, 1), TILES_OF_MANY(packed_beside, 2)};
 
 /* Up to FEW_ROWS rows are read where they lie: laying them beside each other would take longer than it saves. Packed panels
- * are unpacked by each group of up to EACH rows, and once for all groups of more, which costs a way through the cache. */
-enum { FEW_ROWS = 6, EACH = 12, PANELS = 24, MANY_PANELS = 3, MANY_ROWS = 512, CHUNK = 1024 };
+ * are unpacked once for all groups of rows where there are several, which costs a way through the cache. */
+enum { FEW_ROWS = 6, MANY_PANELS = 2, MANY_ROWS = 43 * WIDE, CHUNK = 1024 };
 
-/* At most FEW_ROWS rows with at most PANELS panels. */
+/* At most FEW_ROWS rows. The panels of a tile lie as far apart as can be, so that each stream goes on where it was: memory
+ * gives more to a few long streams than to many short ones. */
 static void few_rows(long rows, long pairs, const bf16 *x, long x_next, panels w, results to) {
-    long count = (to.outputs + 15) / 16;
-    for (long n = 0, step; n < count; n += step) {
-        int wide = n + WIDTH[rows] <= count;
-        step = wide ? WIDTH[rows] : 1;
-        (w.heads ? packed_apart_tiles : apart_tiles)[wide][rows](pairs, x, x_next, w, NULL, 0, 1, &to, NULL);
-        w = from_panel(w, step);
-        to.y += step * 16, to.outputs -= step * 16;
-        if (to.bias) to.bias += step * 16;
+    long count = (to.outputs + 15) / 16, apart = count / WIDTH[rows], whole = apart * WIDTH[rows];
+    for (long n = 0; n < count; n = n + 1 == apart ? whole : n + 1) {
+        int wide = n < apart;
+        panels own = from_panel(w, n);
+        results last = {to.y + n * 16, to.bias ? to.bias + n * 16 : NULL, to.next, to.outputs - n * 16};
+        if (wide) own.next *= apart, own.apart = apart;
+        fetch ahead = {own.w + AHEAD / sizeof(bf16), own.next, 1};
+        (w.heads ? packed_apart_tiles : apart_tiles)[wide][rows](pairs, x, x_next, own, NULL, 0, 1, &last, &ahead);
     }
 }
 
-/* Where group g begins, of `groups` of at most MOST rows. */
+/* Where group g begins, of `groups` of at most WIDE rows. */
 static inline long row_of(long rows, long groups, long g) { return rows * g / groups; }
 
-/* A group of at most MOST rows, its pairs side by side: eight pairs of all rows at a time, turned. */
-AVX512 static void lay_beside(long rows, long pairs, const bf16 *x, long x_next, bf16 *to) {
+/* At most eight rows of a group of `of`, its pairs side by side: eight pairs of all rows at a time, turned. */
+AVX512 static void lay_beside(long rows, long of, long pairs, const bf16 *x, long x_next, bf16 *to) {
     for (long i = 0; i < pairs; i += 8) {
         __m256i a[8], b[8], c[8];
         __mmask8 part = part_of(pairs - i) & 0xff;
@@ -180,7 +195,7 @@ AVX512 static void lay_beside(long rows, long pairs, const bf16 *x, long x_next,
             }
         UNROLLED(int j = 0; j < 8; j++) {
             __m256i pair = _mm256_permute2x128_si256(c[j % 4], c[4 + j % 4], j < 4 ? 0x20 : 0x31);
-            if (i + j < pairs) _mm256_mask_storeu_epi32(to + (i + j) * rows * 2, (1u << rows) - 1, pair);
+            if (i + j < pairs) _mm256_mask_storeu_epi32(to + (i + j) * of * 2, (1u << rows) - 1, pair);
         }
     }
 }
@@ -191,7 +206,7 @@ static void many_rows(long rows, long groups, long g, long end, long pairs, cons
     static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16];
     static _Thread_local bf16 lines[MANY_PANELS * CHUNK * LINE] __attribute__((aligned(64)));
     long count = (to.outputs + 15) / 16, next = count * 16, start = row_of(rows, groups, g), all = end - g;
-    int once = w.heads && rows > EACH, each = w.heads && !once;
+    int once = w.heads && groups > 1;
     for (long i = 0; i < pairs; i += CHUNK) {
         long here = pairs - i < CHUNK ? pairs - i : CHUNK;
         const bf16 *then = i + CHUNK < pairs ? from_pair(w, i + CHUNK).w : w.w + count * w.next;
@@ -202,17 +217,17 @@ static void many_rows(long rows, long groups, long g, long end, long pairs, cons
             fetch ahead = {then + (h - g) * (here / all) * LINE, w.next, all};
             results last = to;
             last.y += r * to.next;
-            (each ? packed_beside_tiles : beside_tiles)[count][some](
-                here, x + (i * rows + r * here) * 2, 0, own, sums + (r - start) * next, next, i == 0, i + here == pairs ? &last : NULL,
-                each && h > g ? NULL : &ahead);
+            (own.heads ? packed_beside_tiles : beside_tiles)[count - 1][some](here, x + (i * rows + r * here) * 2, 0, own,
+                                                                              sums + (r - start) * next, next, i == 0,
+                                                                              i + here == pairs ? &last : NULL, &ahead);
         }
     }
 }
 
 static void multiplied(long rows, long inputs, long outputs, const bf16 *x, long x_next, panels w, const bf16 *bias, bf16 *y,
                        long y_next, bf16 *room, int threads) {
-    long count = (outputs + 15) / 16, some = rows <= FEW_ROWS ? PANELS : MANY_PANELS, worth = rows * inputs * outputs / SERIAL + 1;
-    long groups = (rows + MOST - 1) / MOST, most = MANY_ROWS / MOST, pairs = inputs / 2;
+    long count = (outputs + 15) / 16, some = rows <= FEW_ROWS ? count : MANY_PANELS, worth = rows * inputs * outputs / SERIAL + 1;
+    long groups = (rows + WIDE - 1) / WIDE, most = MANY_ROWS / WIDE, pairs = inputs / 2;
     bf16 *beside = rows <= FEW_ROWS ? NULL : room;
     if (!rows) return;
     threads = threads < worth ? threads : worth;
@@ -221,11 +236,12 @@ static void multiplied(long rows, long inputs, long outputs, const bf16 *x, long
         if (beside) {
 #pragma omp for schedule(static)
             for (long g = 0; g < groups; g++) {
-                long r = row_of(rows, groups, g);
+                long r = row_of(rows, groups, g), some = row_of(rows, groups, g + 1) - r;
                 for (long i = 0; i < pairs; i += CHUNK) {
                     long here = pairs - i < CHUNK ? pairs - i : CHUNK;
                     bf16 *to = beside + (i * rows + r * here) * 2;
-                    lay_beside(row_of(rows, groups, g + 1) - r, here, x + r * x_next + i * 2, x_next, to);
+                    for (long q = 0; q < some; q += 8)
+                        lay_beside(some - q < 8 ? some - q : 8, some, here, x + (r + q) * x_next + i * 2, x_next, to + q * 2);
                 }
             }
         }
@@ -425,7 +441,7 @@ AVX512_BF16 void zoo_prompts(long rows, long heads, long groups, long width, lon
             long start = first / 16 * 16, end = (past + here + 15) / 16 * 16, span = end - start;
             for (long p = start / 16, wide; p < end / 16; p += wide ? WIDTH[here] : 1) {
                 wide = p + WIDTH[here] <= end / 16;
-                apart_tiles[wide][here](width / 2, q + r * q_row + h * q_head, q_row, (panels){keys + (g * padded + p * 16) * width, width * 16, 0, NULL, NULL},
+                apart_tiles[wide][here](width / 2, q + r * q_row + h * q_head, q_row, (panels){keys + (g * padded + p * 16) * width, width * 16, 1, 0, NULL, NULL},
                                         own + p * 16 - start, span, 1, NULL, NULL);
             }
             for (long j = 0; j < here; j++) {
@@ -435,7 +451,7 @@ AVX512_BF16 void zoo_prompts(long rows, long heads, long groups, long width, lon
             }
             for (long p = 0, wide; p < width / 16; p += wide ? WIDTH[here] : 1) {
                 wide = p + WIDTH[here] <= width / 16;
-                apart_tiles[wide][here](span / 2, own_shares, span, (panels){values + (g * width + p * 16) * padded + start * 16, padded * 16, 0, NULL, NULL},
+                apart_tiles[wide][here](span / 2, own_shares, span, (panels){values + (g * width + p * 16) * padded + start * 16, padded * 16, 1, 0, NULL, NULL},
                                         found + p * 16, width, 1, NULL, NULL);
             }
             for (long j = 0; j < here; j++)

@@ -80,9 +80,9 @@ VNNI INLINE __m512i four(const int8_t *codes) {
     return _mm512_set1_epi32(value);
 }
 
-/* Bytes of codes that are asked for ahead. One to four rows wait for memory, which has most to give where each stream runs
- * through it without a jump; more rows wait for arithmetic meanwhile. */
-#define AHEAD(R) (R > 4 ? 1024 : 256)
+/* Bytes of codes that are asked for ahead: memory has most to give where each stream runs through it without a jump, and is
+ * asked early. */
+#define AHEAD(R) (R > 2 ? 3072 : 1024)
 
 /* R rows with N blocks at a time, `apart` blocks from one to the next: as many streams from memory. */
 #define TILE(BITS, R, N)                                                                                                 \
@@ -101,7 +101,7 @@ VNNI INLINE __m512i four(const int8_t *codes) {
                 UNROLLED(int n = 0; n < N; n++) {                                                                        \
                     const uint8_t *at = codes + (n * apart * groups + g) * line + 64 * j;                                \
                     v[n] = _mm512_loadu_si512(at);                                                                       \
-                    _mm_prefetch((const char *)at + AHEAD(R), BITS == 4 ? _MM_HINT_T0 : _MM_HINT_T1);                    \
+                    _mm_prefetch((const char *)at + AHEAD(R), _MM_HINT_T1);                                              \
                 }                                                                                                        \
                 UNROLLED(int r = 0; r < R; r++) {                                                                        \
                     __m512i c = four(x.codes + (r * groups + g) * GROUP + 4 * j);                                        \
@@ -118,7 +118,7 @@ VNNI INLINE __m512i four(const int8_t *codes) {
             if (BITS == 4) UNROLLED(int n = 0; n < N; n++) {                                                             \
                 const bf16 *at = halves + (n * apart * groups + g) * LANES;                                              \
                 scale[n] = load16(at, 0xffff);                                                                           \
-                _mm_prefetch((const char *)at + AHEAD(R) / 8, _MM_HINT_T0);                                              \
+                _mm_prefetch((const char *)at + AHEAD(R) / 8, _MM_HINT_T1);                                              \
             }                                                                                                            \
             UNROLLED(int r = 0; r < R; r++) {                                                                            \
                 __m512 by = _mm512_set1_ps(x.scales[r * groups + g]);                                                    \
@@ -184,7 +184,7 @@ static void span(const matrix *w, long block, long apart, long count, long rows,
 }
 
 /* All rows with the blocks from `first` to `last`: those of a span lie as far apart as can be, so that each stream goes on
- * where it was, which processors fetch ahead by themselves. */
+ * where it was. */
 static void streams(const matrix *w, long first, long last, long rows, rows8 x, const void *bias, void *y, int type) {
     long apart = (last - first) / SPAN, whole = first + apart * SPAN;
     for (long b = first; b < first + apart; b++) span(w, b, apart, SPAN, rows, x, bias, y, type);

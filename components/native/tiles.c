@@ -82,18 +82,19 @@ static int worth(long rows, long inputs, long outputs, int threads) {
     return threads < most ? threads : (int)most;
 }
 
-enum { STEP = 32, CHUNK = 512, MANY_ROWS = 256, MANY_PANELS = 16, FEW = 4, EACH = 16, FEW_INPUTS = 2048, FEW_PANELS = 24 };
+enum { STEP = 32, CHUNK = 512, MANY_ROWS = 256, MANY_PANELS = 16, FEW = 4, EACH = 16, FEW_INPUTS = 2048 };
 
-/* Of a block of the product: at most MANY_ROWS rows and MANY_PANELS panels, or FEW rows and FEW_PANELS. */
+/* Of a block of the product: at most MANY_ROWS rows and MANY_PANELS panels. */
 static _Thread_local float sums[MANY_ROWS * MANY_PANELS * 16] __attribute__((aligned(64)));
 
 /* Of a chunk of packed panels. */
 static _Thread_local bf16 chunk_lines[MANY_PANELS * CHUNK * 16] __attribute__((aligned(64)));
 
-/* Multiply-adds of R rows in float32, FEW_INPUTS apart, with N panels. Packed panels are unpacked by each group of up to EACH
- * rows, and once for all groups of more, which costs a way through the cache. */
+/* Multiply-adds of R rows in float32, FEW_INPUTS apart, with N panels, of which lines so many bytes `ahead` are asked for.
+ * Packed panels are unpacked by each group of up to EACH rows, and once for all groups of more, which costs a way through the
+ * cache. */
 
-typedef void (*fma)(long inputs, const float *x, panels w, float *sums, long next, int first);
+typedef void (*fma)(long inputs, const float *x, panels w, float *sums, long next, int first, long ahead);
 
 /* A line's even and odd inputs, from j on, times the rows'. */
 #define ADDED(R, n, u, j)                                                                                                \
@@ -107,14 +108,18 @@ typedef void (*fma)(long inputs, const float *x, panels w, float *sums, long nex
 
 #define PLAIN_LINES(R, N)                                                                                                \
     for (long j = i; j < end; j += 2) UNROLLED(int n = 0; n < N; n++) {                                                  \
-        __m512i u = _mm512_loadu_si512(w.w + n * w.next + j * 16);                                                       \
+        const bf16 *at = w.w + n * w.next + j * 16;                                                                      \
+        __m512i u = _mm512_loadu_si512(at);                                                                              \
+        if (ahead) _mm_prefetch((const char *)at + ahead, _MM_HINT_T1);                                                  \
         ADDED(R, n, u, j)                                                                                                \
     }
 
 #define PACKED_LINES(R, N)                                                                                               \
     for (long j = i; j < end; j += 2 * BLOCK, block++) UNROLLED(int n = 0; n < N; n++) {                                 \
+        const bf16 *at = w.w + n * w.next + j / 2 * PACKED_LINE;                                                         \
         __m512i lines[BLOCK];                                                                                            \
-        unpack(w.w + n * w.next + j / 2 * PACKED_LINE, table_of(w.heads + n), lines);                                    \
+        if (ahead) UNROLLED(int k = 0; k < 3; k++) _mm_prefetch((const char *)(at + k * LINE) + ahead, _MM_HINT_T1);     \
+        unpack(at, table_of(w.heads + n * w.apart), lines);                                                              \
         if (__builtin_expect(escapes[n].block == block, 0)) escaped(escapes + n, lines);                                 \
         if (__builtin_expect(end - j >= 2 * BLOCK, 1))                                                                   \
             UNROLLED(int k = 0; k < BLOCK; k++) ADDED(R, n, lines[k], j + 2 * k)                                         \
@@ -126,10 +131,11 @@ typedef void (*fma)(long inputs, const float *x, panels w, float *sums, long nex
 #define PACKED_BEGIN(N)                                                                                                  \
     uint32_t block = w.pair / BLOCK;                                                                                     \
     coming escapes[N];                                                                                                   \
-    for (int n = 0; n < N; n++) escapes[n] = coming_of(w, n);
+    for (int n = 0; n < N; n++) escapes[n] = coming_of(w, n * w.apart);
 
 #define FMA(NAME, WAY, R, N)                                                                                             \
-    AVX512 static void NAME##_##R##_##N(long inputs, const float *x, panels w, float *sums, long next, int first) {      \
+    AVX512 static void NAME##_##R##_##N(long inputs, const float *x, panels w, float *sums, long next, int first,        \
+                                        long ahead) {                                                                    \
         const __m512i high = _mm512_set1_epi32(0xffff0000);                                                              \
         WAY##_BEGIN(N)                                                                                                   \
         for (long i = 0; i < inputs; i += STEP) {                                                                        \
@@ -154,46 +160,79 @@ FMAS(plain_fma, PLAIN)
 FMAS(packed_fma, PACKED)
 static const int WIDTH[FEW + 1] = {0, 8, 6, 4, 3};
 
-/* A block by multiply-adds. Of many rows, inputs are taken in chunks whose piece of w stays in the second cache for all. */
-AVX512 static void fma_block(long rows, long inputs, long outputs, const bf16 *x, long x_next, panels w, const bf16 *bias,
-                             bf16 *y, long y_next) {
-    static _Thread_local float wide[FEW * FEW_INPUTS] __attribute__((aligned(64)));
-    long groups = (rows + FEW - 1) / FEW, all = (outputs + 15) / 16, next = all * 16, chunk = groups == 1 ? FEW_INPUTS : CHUNK;
+AVX512 static void widen(long rows, long inputs, const bf16 *x, long x_next, float *wide) {
+    for (long r = 0; r < rows; r++)
+        for (long i = 0; i < inputs; i += 16) _mm512_store_ps(wide + r * FEW_INPUTS + i, load16(x + r * x_next + i, part_of(inputs - i)));
+}
+
+static _Thread_local float wide[FEW * FEW_INPUTS] __attribute__((aligned(64)));
+
+/* At most FEW rows by multiply-adds, by streams as those of panels.c. */
+static void few_rows(long rows, long inputs, long outputs, const bf16 *x, long x_next, panels w, const bf16 *bias, bf16 *y,
+                     long y_next) {
+    long all = (outputs + 15) / 16, apart = all / WIDTH[rows], whole = apart * WIDTH[rows];
+    for (long n = 0; n < all; n = n + 1 == apart ? whole : n + 1) {
+        long count = n < apart ? WIDTH[rows] : 1;
+        panels own = from_panel(w, n);
+        if (n < apart) own.next *= apart, own.apart = apart;
+        for (long i = 0, here; i < inputs; i += here) {
+            here = inputs - i < FEW_INPUTS ? inputs - i : FEW_INPUTS;
+            widen(rows, here, x + i, x_next, wide);
+            (w.heads ? packed_fmas : plain_fmas)[n < apart][rows](here, wide, from_pair(own, i / 2), sums, count * 16, i == 0, AHEAD);
+        }
+        for (long k = 0; k < count; k++) {
+            long output = (n + k * apart) * 16, left = outputs - output;
+            finish(rows, left < 16 ? left : 16, sums + k * 16, count * 16, bias ? bias + output : NULL, y + output, y_next);
+        }
+    }
+}
+
+/* A block of more rows by multiply-adds: inputs are taken in chunks whose piece of w stays in the second cache for all. */
+static void fma_block(long rows, long inputs, long outputs, const bf16 *x, long x_next, panels w, const bf16 *bias, bf16 *y,
+                      long y_next) {
+    long groups = (rows + FEW - 1) / FEW, all = (outputs + 15) / 16, next = all * 16;
     for (long i = 0, here; i < inputs; i += here) {
         panels own = from_pair(w, i / 2);
-        here = inputs - i < chunk ? inputs - i : chunk;
+        here = inputs - i < CHUNK ? inputs - i : CHUNK;
         if (w.heads && rows > EACH) own = unpacked(own, all, here / 2, chunk_lines, CHUNK * 16);
         for (long g = 0; g < groups; g++) {
             long r = rows * g / groups, count = rows * (g + 1) / groups - r;
-            for (long q = 0; q < count; q++)
-                for (long j = 0; j < here; j += 16)
-                    _mm512_store_ps(wide + q * FEW_INPUTS + j, load16(x + (r + q) * x_next + i + j, part_of(here - j)));
+            widen(count, here, x + r * x_next + i, x_next, wide);
             for (long n = 0, step; n < all; n += step) {
                 int whole = n + WIDTH[count] <= all;
                 step = whole ? WIDTH[count] : 1;
-                (own.heads ? packed_fmas : plain_fmas)[whole][count](here, wide, from_panel(own, n), sums + r * next + n * 16, next, i == 0);
+                (own.heads ? packed_fmas : plain_fmas)[whole][count](here, wide, from_panel(own, n), sums + r * next + n * 16, next, i == 0, 0);
             }
         }
     }
     finish(rows, outputs, sums, next, bias, y, y_next);
 }
 
+/* The thread's panels from `first` to `last`. */
+static void by_multiply_adds(long rows, long inputs, long outputs, const bf16 *x, long x_next, panels w, const bf16 *bias, bf16 *y,
+                             long y_next, long first, long last) {
+    long some = rows <= FEW ? last - first : MANY_PANELS;
+    for (long p = first; p < last; p += some) {
+        long end = (p + some < last ? p + some : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
+        const bf16 *own = bias ? bias + p * 16 : NULL;
+        if (rows <= FEW) few_rows(rows, inputs, width, x, x_next, from_panel(w, p), own, y + p * 16, y_next);
+        for (long r = 0; rows > FEW && r < rows; r += MANY_ROWS)
+            fma_block(rows - r < MANY_ROWS ? rows - r : MANY_ROWS, inputs, width, x + r * x_next, x_next, from_panel(w, p), own,
+                      y + r * y_next + p * 16, y_next);
+    }
+}
+
 /* y = x w^T + bias by multiply-adds, as zoo_panels_by_dots. */
 void zoo_panels_by_multiply_adds(long rows, long inputs, long outputs, const bf16 *x, long x_next, const void *heads, const void *w,
                                  const bf16 *bias, bf16 *y, long y_next, int threads) {
-    long count = (outputs + 15) / 16, some = rows <= FEW ? FEW_PANELS : MANY_PANELS;
+    long count = (outputs + 15) / 16;
     panels all = panels_of(inputs, outputs, heads, w);
+    if (!rows) return;
     threads = worth(rows, inputs, outputs, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long t = 0; t < threads; t++) {
         unsigned old = flushed();
-        long last = first_of(count, t + 1, threads);
-        for (long p = first_of(count, t, threads); p < last; p += some) {
-            long end = (p + some < last ? p + some : last) * 16, width = (end < outputs ? end : outputs) - p * 16;
-            for (long r = 0; r < rows; r += MANY_ROWS)
-                fma_block(rows - r < MANY_ROWS ? rows - r : MANY_ROWS, inputs, width, x + r * x_next, x_next, from_panel(all, p),
-                          bias ? bias + p * 16 : NULL, y + r * y_next + p * 16, y_next);
-        }
+        by_multiply_adds(rows, inputs, outputs, x, x_next, all, bias, y, y_next, first_of(count, t, threads), first_of(count, t + 1, threads));
         restored(old);
     }
 }
