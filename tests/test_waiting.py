@@ -36,10 +36,10 @@ def waited(**settings: str) -> tuple[float, str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are libgomp's on Linux")
 def test_idle_threads_sleep_soon() -> None:
-    """A thousand looks take some 50 microseconds; libgomp's own 300,000 take milliseconds."""
+    """Twenty thousand looks take 0.5 to 1 milliseconds; libgomp's own 300,000 take milliseconds."""
     seconds, spins = waited()
     assert spins == zoo.SPINS
-    assert seconds < 5e-4
+    assert seconds < 2e-3
     longer, _ = waited(GOMP_SPINCOUNT="300000")
     assert longer > 4 * seconds
 
