@@ -38,9 +38,9 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 # A thread that waits for the others first looks again and again whether they are done, then sleeps. By default libgomp
-# looks for up to 16 ms, which keeps the processor from those it waits for where other programs run too. 20,000 looks are
-# 0.5 to 1 ms, more than lies between two products or two steps; fewer cost more, as to be woken takes a while. Read
-# once, when torch is imported.
+# looks for up to 16 ms, which keeps the processor from those it waits for where other programs run too. 20,000 looks
+# are 0.5 to 1 ms, more than lies between two products or two steps; fewer cost more, as to be woken takes a while.
+# Read once, when torch is imported.
 SPINS = "20000"
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPINS

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+import zoo
 from tests.benchmarks import gates
 from tests.benchmarks.cases import CASES, Bench
 from tests.benchmarks.report import report
@@ -84,6 +85,10 @@ def main() -> None:
         for name, case in CASES.items():
             sys.stdout.write(f"{name:18}{case.__doc__}\n")
         return
+    # torch was imported before zoo could tell its threads how to wait; those of peers that come later are to wait as
+    # libgomp has it, too.
+    if os.environ.get("GOMP_SPINCOUNT") == zoo.SPINS:
+        del os.environ["GOMP_SPINCOUNT"]
     able = [peer for peer in ("transformers", "llama.cpp") if find_spec(peer.replace("llama.cpp", "llama_cpp"))]
     bench = Bench(
         SHAPES[args.shape],

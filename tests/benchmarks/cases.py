@@ -15,7 +15,7 @@ import torch
 
 from tests.benchmarks import guessing, loading, ranks, traffic
 from tests.benchmarks.shapes import LLAMA_FILES, Shape, folder_of, recurrent_folder
-from tests.benchmarks.sides import LlamaCpp, Prompts, Side, Timed, Transformers, Zoo, turns
+from tests.benchmarks.sides import LlamaCpp, Machine, Prompts, Side, Timed, Transformers, Turn, Zoo, turns
 from zoo.bench import (
     Arrival,
     arrivals,
@@ -23,9 +23,7 @@ from zoo.bench import (
     measure_traffic,
     multiply_adds_of_prompt,
     random_prompts,
-    read_bandwidth,
 )
-from zoo.bench.limits import multiply_rates
 from zoo.engine.pack import Batch
 from zoo.engine.request import Request, SamplingParams
 
@@ -81,12 +79,13 @@ def prefill(bench: Bench) -> dict[str, Any]:
     rows = []
     with bench.sides() as sides:
         assert isinstance(sides[0], Zoo)
+        machine = Machine()
         for length in bench.contexts or (512,):
-            limit = _multiply_limit()
-            times = _turns(bench, sides, bench.prompts(1, length), 0)
+            times = _turns(bench, [*sides, machine], bench.prompts(1, length), 0)
+            _, limit = machine.limits(times.pop(machine.name))
             taken = {name: median(t.prefill for t in runs) for name, runs in times.items()}
             rates = {name: length / seconds for name, seconds in taken.items()}
-            share = multiply_adds_of_prompt(sides[0].model, length) / taken["zoo"] / max(limit, _multiply_limit())
+            share = multiply_adds_of_prompt(sides[0].model, length) / taken["zoo"] / limit
             row = {"prompt": length, "tokens_per_second": rates, "ratios": _ratios(rates)}
             rows.append(row | {"of_multiply_limit": share})
     return {"rows": rows}
@@ -95,22 +94,22 @@ def prefill(bench: Bench) -> dict[str, Any]:
 @case
 def decode(bench: Bench) -> dict[str, Any]:
     """Steps of equal sequences: medians over all steps, the sides by turns."""
-    bandwidth, rows = read_bandwidth(), []
+    bandwidths, rows = [], []
     with bench.sides() as sides:
         assert isinstance(sides[0], Zoo)
+        machine = Machine()
         for batch in bench.batches or (1, 8):
             length = bench.prompt or (512 if batch == 1 else 64)
-            times = _turns(bench, sides, bench.prompts(batch, length), bench.steps)
+            times = _turns(bench, [*sides, machine], bench.prompts(batch, length), bench.steps)
+            bandwidths.append(machine.limits(times.pop(machine.name))[0])
             step = {name: median(s for run in runs for s in run.steps) for name, runs in times.items()}
             rates = {name: batch / seconds for name, seconds in step.items()}
-            # A machine's neighbours come and go: its limit is the most that it gave before and after.
-            bandwidth = max(bandwidth, read_bandwidth())
             read = bytes_per_step(sides[0].model, batch, length + bench.steps // 2)
             row = {"batch": batch, "prompt": length, "step_seconds": step, "tokens_per_second": rates}
             total = {name: _total(batch, length, runs) for name, runs in times.items() if batch == 1 or _honest(name)}
             row |= {"ratios": _ratios(rates), "total_tokens_per_second": total, "total_ratios": _ratios(total)}
-            rows.append(row | {"of_read_limit": read / step["zoo"] / bandwidth})
-    return {"read_bytes_per_second": bandwidth, "rows": rows}
+            rows.append(row | {"of_read_limit": read / step["zoo"] / bandwidths[-1]})
+    return {"read_bytes_per_second": max(bandwidths), "rows": rows}
 
 
 @case
@@ -151,15 +150,18 @@ def context(bench: Bench) -> dict[str, Any]:
     kinds: dict[str, dict[str, Any]] = {"full": {}, "window of 1024": window, "recurrent": recurrent}
     coded = {f"full, {kind} cache": kind for kind in ("int8", "fp8")}
     contexts = bench.contexts or (512, 1024, 2048, 4096, 8192)
-    bandwidth, found = read_bandwidth(), dict[str, Any]()
+    found, machine = dict[str, Any](), Machine()
     for name in (*kinds, *coded):
         card, cache_dtype = small.card(**kinds.get(name, {})), coded.get(name, "auto")
         zoo_side = Zoo(card, weights="random", dtype="bfloat16", cache_dtype=cache_dtype)
-        steps = [_step_at(bench, zoo_side, length) for length in contexts]
+        steps, reads = [], []
+        for length in contexts:
+            steps.append(_step_at(bench, zoo_side, length))
+            reads += [machine.run([], bench.steps)] if name == "full" else []
         found[name] = {"step_seconds": steps}
         if name == "full":
             cache = (bytes_per_step(zoo_side.model, 1, 2048) - bytes_per_step(zoo_side.model, 1, 1024)) / 1024
-            slope = linear_regression(contexts, steps).slope
+            slope, (bandwidth, _) = linear_regression(contexts, steps).slope, machine.limits(reads)
             found[name] |= {"slope_of_read_limit": cache / bandwidth / slope, "cache_bytes_per_token": cache}
         zoo_side.close()
     if bench.peers:
@@ -329,17 +331,13 @@ def shares(bench: Bench) -> dict[str, Any]:
     return ranks.shares(bench)
 
 
-def _turns(bench: Bench, sides: Sequence[Side], prompts: Prompts, steps: int) -> dict[str, list[Timed]]:
+def _turns(bench: Bench, sides: Sequence[Turn], prompts: Prompts, steps: int) -> dict[str, list[Timed]]:
     return turns(sides, prompts, steps, bench.rounds)
 
 
 def _step_at(bench: Bench, side: Side, length: int) -> float:
     """The median decode step of one sequence after `length` tokens."""
     return median(side.run(bench.prompts(1, length), bench.steps).steps)
-
-
-def _multiply_limit() -> float:
-    return multiply_rates(torch.device("cpu"))["bfloat16"]
 
 
 def _ratios(rates: dict[str, float]) -> dict[str, float]:

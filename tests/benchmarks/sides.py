@@ -3,17 +3,21 @@
 import ctypes
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
 
 import zoo
+from zoo.bench.limits import PRODUCT, READ_BYTES, multiply_ways, read_ways
+from zoo.bench.timing import fastest, seconds
 from zoo.engine.request import Request, SamplingParams
 
 Prompts = Sequence[Sequence[int]]
@@ -27,8 +31,8 @@ class Timed:
     steps: list[float] = field(default_factory=list)
 
 
-class Side(Protocol):
-    """One program with the model loaded."""
+class Turn(Protocol):
+    """What takes part in turns."""
 
     name: str
 
@@ -36,14 +40,18 @@ class Side(Protocol):
         """Reads the prompts, of equal lengths, and makes `steps` further tokens for each."""
         ...
 
+    def close(self) -> None: ...
+
+
+class Side(Turn, Protocol):
+    """One program with the model loaded."""
+
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Of the token after these, (V,) float32."""
         ...
 
-    def close(self) -> None: ...
 
-
-def turns(sides: Sequence[Side], prompts: Prompts, steps: int, rounds: int) -> dict[str, list[Timed]]:
+def turns(sides: Sequence[Turn], prompts: Prompts, steps: int, rounds: int) -> dict[str, list[Timed]]:
     """Runs of every side, by turns, so that a drifting machine moves all; a first short one of each is left out."""
     for side in sides:
         side.run(prompts[:1], min(steps, 2))
@@ -53,6 +61,32 @@ def turns(sides: Sequence[Side], prompts: Prompts, steps: int, rounds: int) -> d
             gc.collect()
             times[side.name].append(side.run(prompts, steps))
     return times
+
+
+class Machine:
+    """The machine alone, by turns with the others: `prefill` is a large product, `steps` are reads of memory."""
+
+    name = "machine"
+
+    def __init__(self, size: int = PRODUCT["cpu"], read: int = READ_BYTES) -> None:
+        self.bytes, self.multiply_adds = read, size**3
+        self._read = _fastest_of([*read_ways(torch.ones(read // 4)).values()])
+        self._multiply = _fastest_of(multiply_ways(*(torch.randn(size, size).bfloat16() for _ in range(2))))
+
+    def run(self, prompts: Prompts, steps: int) -> Timed:
+        return Timed(fastest(self._multiply, 3), [seconds(self._read) for _ in range(steps)])
+
+    def limits(self, times: Sequence[Timed]) -> tuple[float, float]:
+        """Bytes read and multiply-adds, per second: medians, as the sides' figures are."""
+        steps = [step for timed in times for step in timed.steps]
+        return self.bytes / median(steps or [inf]), self.multiply_adds / median(timed.prefill for timed in times)
+
+    def close(self) -> None:
+        del self._read, self._multiply
+
+
+def _fastest_of(ways: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    return min(ways, key=lambda way: fastest(way, 2))
 
 
 class Zoo:

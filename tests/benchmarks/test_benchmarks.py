@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.benchmarks import gates, ranks, traffic
 from tests.benchmarks.cases import CASES, Bench
 from tests.benchmarks.report import report
 from tests.benchmarks.shapes import SHAPES
-from tests.benchmarks.sides import Transformers
+from tests.benchmarks.sides import Machine, Transformers, turns
 from zoo.bench import arrivals
 from zoo.components.compiled import packs
 from zoo.engine import runner
@@ -37,7 +38,7 @@ ABOUT: dict[str, Any] = {
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr("tests.benchmarks.cases.read_bandwidth", lambda: 1e10)
+    monkeypatch.setattr("tests.benchmarks.cases.Machine", partial(Machine, size=64, read=1 << 20))
     shape = replace(SHAPES["tiny"], dim=64, hidden=96, vocab=80)
     return Bench(shape, tmp_path, ["transformers"], batches=(3,), contexts=(7, 14), prompt=9, steps=2, rounds=1)
 
@@ -48,6 +49,15 @@ def test_sides_agree_about_the_next_token(bench: Bench) -> None:
         difference = ours.logits(tokens) - theirs.logits(tokens)
         assert difference.norm() < 0.02 * theirs.logits(tokens).norm()
         assert [len(side.run(bench.prompts(3, 9), 4).steps) for side in (ours, theirs)] == [4, 4]
+
+
+def test_the_machine_takes_turns_with_the_sides() -> None:
+    machine = Machine(size=64, read=1 << 20)
+    (timed,) = turns([machine], [], 3, rounds=1)["machine"]
+    read, multiply = machine.limits([timed])
+    assert len(timed.steps) == 3
+    assert read == pytest.approx((1 << 20) / sorted(timed.steps)[1])
+    assert multiply == pytest.approx(64**3 / timed.prefill)
 
 
 def test_ranks_are_measured(bench: Bench) -> None:
