@@ -27,7 +27,7 @@
 /* Of AVX512-BF16 only what functions use that are asked for dot products. */
 #define DOTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
-#define AHEAD _MM_HINT_T0 /* where to values are fetched while keys are worked on, and the next keys meanwhile */
+#define AHEAD _MM_HINT_T1 /* where to values are fetched while keys are worked on, and the next keys meanwhile */
 
 enum { BF16, F32, INT8, FP8 };
 enum { SPLIT = 256, TILE = 32, TOGETHER = 4, WIDEST = 1024 };
