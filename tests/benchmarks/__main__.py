@@ -31,6 +31,7 @@ from tests.benchmarks.cases import CASES, Bench
 from tests.benchmarks.report import report
 from tests.benchmarks.shapes import SHAPES, folder_of
 from zoo.bench.limits import multiply_rates
+from zoo.machine import processor
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -39,10 +40,9 @@ def machine() -> dict[str, Any]:
     """What was measured on, with the rate of large bfloat16 products."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "instructions": [
             flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags
         ],

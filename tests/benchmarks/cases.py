@@ -154,20 +154,18 @@ def context(bench: Bench) -> dict[str, Any]:
     for name in (*kinds, *coded):
         card, cache_dtype = small.card(**kinds.get(name, {})), coded.get(name, "auto")
         zoo_side = Zoo(card, weights="random", dtype="bfloat16", cache_dtype=cache_dtype)
-        steps, reads = [], []
-        for length in contexts:
-            steps.append(_step_at(bench, zoo_side, length))
-            reads += [machine.run([], bench.steps)] if name == "full" else []
+        steps = _steps_at(bench, zoo_side, contexts)
         found[name] = {"step_seconds": steps}
         if name == "full":
             cache = (bytes_per_step(zoo_side.model, 1, 2048) - bytes_per_step(zoo_side.model, 1, 1024)) / 1024
-            slope, (bandwidth, _) = linear_regression(contexts, steps).slope, machine.limits(reads)
+            slope = linear_regression(contexts, steps).slope
+            bandwidth, _ = machine.limits([machine.run([], bench.steps)])
             found[name] |= {"slope_of_read_limit": cache / bandwidth / slope, "cache_bytes_per_token": cache}
         zoo_side.close()
     if bench.peers:
         with bench.sides() as sides:
             for side in sides[1:]:
-                found[side.name] = {"step_seconds": [_step_at(bench, side, length) for length in contexts]}
+                found[side.name] = {"step_seconds": _steps_at(bench, side, contexts)}
     return {"contexts": list(contexts), "read_bytes_per_second": bandwidth, "kinds": found}
 
 
@@ -335,9 +333,10 @@ def _turns(bench: Bench, sides: Sequence[Turn], prompts: Prompts, steps: int) ->
     return turns(sides, prompts, steps, bench.rounds)
 
 
-def _step_at(bench: Bench, side: Side, length: int) -> float:
-    """The median decode step of one sequence after `length` tokens."""
-    return median(side.run(bench.prompts(1, length), bench.steps).steps)
+def _steps_at(bench: Bench, side: Side, lengths: Sequence[int]) -> list[float]:
+    """The median decode step of one sequence after so many tokens, the least of several rounds over all lengths."""
+    rounds = [[side.run(bench.prompts(1, length), bench.steps) for length in lengths] for _ in range(bench.rounds)]
+    return [min(median(run.steps) for run in runs) for runs in zip(*rounds, strict=True)]
 
 
 def _ratios(rates: dict[str, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def test_stored_is_found_again(cache: Path) -> None:
     assert file == cache / "zoo/machine-cpu.json"
     assert stored("cpu") == profile()
     assert [f.name for f in file.parent.iterdir()] == [file.name]
+
+
+def test_generations_of_one_name_are_told_apart() -> None:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    family, model = (re.search(rf"^{name}\s*: (\d+)$", text, re.MULTILINE) for name in ("cpu family", "model"))
+    if not family or not model:
+        pytest.skip("the system does not number its processors")
+    assert Key.here().processor.endswith(f" family {family[1]} model {model[1]}")
 
 
 def test_the_limit_is_the_fastest_way() -> None:
