@@ -6,12 +6,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux tells of the processors."""
+
 
 def processor() -> str:
     """The processor's name, as the system tells it, and the numbers that tell one generation from the next: virtual
     machines often name no more than the maker."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
     told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if "model name" not in told:
         return platform.processor() or platform.machine()
