@@ -74,6 +74,7 @@ _ARGUMENTS = {
     "zoo_order": [*[_SIZE] * 3, *[_ADDRESS] * 4],
     "zoo_experts": [_COUNT, _SIZE, _COUNT, *[_SIZE] * 3, _ADDRESS, _SIZE, *[_ADDRESS] * 7, _COUNT],
     "zoo_weighted": [*[_SIZE] * 4, *[_ADDRESS] * 5, _COUNT],
+    "zoo_draw": [_SIZE, _SIZE, _ADDRESS, _SIZE, *[_ADDRESS] * 3, _COUNT],
     "zoo_alone": [],
     "zoo_pack": [_SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _COUNT],
 }

@@ -213,6 +213,8 @@ class _Operations(TorchDispatchMode):
             new = [tensor for tensor in made if tensor.untyped_storage().data_ptr() not in given]
             if new and len(new) < len(made):
                 self._record.refuse(f"{function.name()} of results and views")
+            elif new and function is torch.ops.aten.to.dtype:
+                self._record.add(partial(new[0].copy_, args[0]))
             elif new:
                 self._record.add(partial(_again, function, args, kwargs, new))
         return found

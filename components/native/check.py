@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
-from zoo.components.native import mixture, prompts, recurrent, small
+from zoo.components.native import mixture, prompts, recurrent, sampling, small
 from zoo.components.native.panels import PackedPanels, Panels, packed, packs
 
 log = logging.getLogger("zoo.components")
@@ -57,6 +58,7 @@ def differences() -> Iterator[tuple[str, float]]:
             yield "attention of prompts", _error(prompts.attend(q_THd, k_GSd, v_GSd, 0.2, 20), expected)
         yield from _mixture(draw)
         yield from _state_space(draw)
+        yield "sampling", _sampling(draw)
 
 
 def _mixture(draw: torch.Generator) -> Iterator[tuple[str, float]]:
@@ -103,6 +105,19 @@ def _moved(name: str, function: Any, states: Tensor, rows: Sequence[Tensor]) -> 
     numbers = torch.tensor([[kept[0].data_ptr(), 0, 3, 0], [kept[1].data_ptr(), 3, 4, 1]])
     yield name, _error(function.move(recurrent.Places(numbers), *rows), outputs)
     yield f"states of the {name}", _error(kept.flatten(0, 1), left)
+
+
+def _sampling(draw: torch.Generator) -> float:
+    """0 where the likeliest token, one of all, and one of the few likeliest are drawn as they are to be, else 1."""
+    logits_V = _drawn(draw, 777).float()
+    shares_V, (sorted_V, ids_V) = logits_V.softmax(-1).double(), logits_V.sort(descending=True, stable=True)
+    ways = ((0.0, torch.inf, 1, 0, 0), (1, torch.inf, 1, 0, 0.3), (1, 50, 0.9, 0.01, 0.7))
+    found_R = sampling.draw(logits_V.expand(3, -1), torch.tensor(ways).double().T.contiguous())
+    sums_V = sorted_V[:50].softmax(-1).double().cumsum(-1)
+    kept = min(int(torch.searchsorted(sums_V, 0.9)) + 1, int((sorted_V >= sorted_V[0] + math.log(0.01)).sum()))
+    place = torch.searchsorted(sums_V, 0.7 * sums_V[kept - 1], right=True)
+    expected = [int(ids_V[0]), int(torch.searchsorted(shares_V.cumsum(-1), 0.3, right=True)), int(ids_V[place])]
+    return float(found_R.tolist() != expected)
 
 
 def settle_tiles(kernels: native.Kernels) -> None:

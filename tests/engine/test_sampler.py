@@ -1,15 +1,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.components import native
+from zoo.components.native import sampling
 from zoo.engine.randoms import uniform
 from zoo.engine.request import SamplingParams
 from zoo.engine.sampler import BLOCK, best, choose, likeliest, ranked
+
+
+@pytest.fixture(params=["torch", "kernel"] if native.missing() is None else ["torch"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to draw, of which a machine without the kernels has one."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampling, "runs", lambda logits_RV: False)
+    return str(request.param)
 
 
 def kept(logits: list[float], params: SamplingParams) -> list[tuple[int, float]]:
@@ -157,7 +168,9 @@ def test_ranked_says_how_far_it_is_certain() -> None:
 def test_the_likeliest_is_the_first_of_equal_ones(vocabulary: int) -> None:
     logits_RV = (torch.randn(30, vocabulary, generator=torch.Generator().manual_seed(6)) * 3).round()
     best_R = logits_RV.amax(-1, keepdim=True)
-    assert likeliest(logits_RV).tolist() == [row.nonzero()[0].item() for row in logits_RV == best_R]
+    expected = [row.nonzero()[0].item() for row in logits_RV == best_R]
+    assert likeliest(logits_RV).tolist() == expected
+    assert choose(logits_RV, [SamplingParams()] * 30, [0.5] * 30).tolist() == expected
 
 
 @pytest.mark.parametrize("count", [1, 64, 90])
@@ -189,3 +202,48 @@ def test_sums_that_round_differently_leave_the_token_within_its_block() -> None:
         assert int(choose(first_RV, plain, [number] * 300).max()) < BLOCK
         lone_RV = F.pad(first_RV, (0, BLOCK), value=-1e4)
         assert int(choose(lone_RV, plain, [number] * 300).max()) < BLOCK
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 0.3, "top_k": 40},
+    {"temperature": 1.0, "top_p": 0.95},
+    {"temperature": 2.0, "min_p": 0.05},
+    {"temperature": 1e300, "top_p": 0.9},
+    {"temperature": 1e-3, "top_k": 900, "top_p": 0.9999},
+    {"temperature": 1.0, "top_k": 700, "top_p": 0.8, "min_p": 1e-4},
+    {"temperature": 1.0, "top_k": 1_000_000},
+]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 15, 16, 17, 1000, 3 * BLOCK, 33_001])
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1.0, 30.0])
+def test_the_kernel_draws_what_the_formula_draws(
+    vocabulary: int, spread: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(8)
+    logits_RV = (torch.randn(90, vocabulary + 3, generator=draw) * spread)[:, :vocabulary]
+    logits_RV[::7, vocabulary // 2 :] = -1e4
+    params = [SamplingParams(**OPTIONS[i % len(OPTIONS)]) for i in range(90)]
+    numbers = [uniform(5, i) for i in range(90)]
+    found = choose(logits_RV, params, numbers).tolist()
+    monkeypatch.setattr(sampling, "runs", lambda logits_RV: False)
+    assert found == choose(logits_RV, params, numbers).tolist()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_gives_any_token_and_disturbs_no_other(options: dict[str, Any], wrong: float) -> None:
+    logits_RV = torch.randn(6, 300, generator=torch.Generator().manual_seed(9))
+    params, numbers = [SamplingParams(**options)] * 6, [0.1, 0.4, 0.99] * 2
+    expected = choose(logits_RV, params, numbers).tolist()
+    broken_RV = logits_RV.clone()
+    broken_RV[1, 7] = broken_RV[3, :] = broken_RV[4, 250:] = wrong
+    found = choose(broken_RV, params, numbers).tolist()
+    assert [found[row] for row in (0, 2, 5)] == [expected[row] for row in (0, 2, 5)]
+    assert all(0 <= token < 300 for token in found)
+
+
+def test_no_rows_give_no_tokens() -> None:
+    assert choose(torch.zeros(0, 50), [], []).tolist() == []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.components.native import sampling
 from zoo.engine.request import SamplingParams
 
 CANDIDATES = 64
@@ -31,6 +32,8 @@ def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequen
     distribution in the order of ids; rows with top_k, top_p or min_p from the likeliest token on.
     """
     kinds = [_kind(p) for p in params]
+    if sampling.runs(logits_RV):
+        return sampling.draw(logits_RV, _settings(params, uniforms, logits_RV) if any(kinds) else None)
     if not any(kinds):
         return likeliest(logits_RV)
     tokens_R = torch.empty(len(params), dtype=torch.int64, device=logits_RV.device)
@@ -95,11 +98,11 @@ def _kind(params: SamplingParams) -> int:
 
 
 def _settings(params: Sequence[SamplingParams], uniforms: Sequence[float], logits_RV: Tensor) -> Tensor:
-    """Rows of (temperature, top_k, top_p, min_p, uniform) as columns, (5, R, 1) float64."""
-    vocabulary = logits_RV.shape[-1]
+    """Rows of (temperature, top_k, top_p, min_p, uniform) as columns, (5, R, 1) float64. Temperature 0 is greedy, an
+    infinite top_k keeps all."""
     columns = [
-        [p.temperature for p in params],
-        [float(p.top_k or vocabulary) for p in params],
+        [0.0 if p.greedy else p.temperature for p in params],
+        [float(p.top_k or torch.inf) for p in params],
         [p.top_p for p in params],
         [p.min_p for p in params],
         [*uniforms],
@@ -131,7 +134,8 @@ def _plain(logits_RV: Tensor, settings: Tensor) -> Tensor:
     sums_RC = weights_RNC.gather(1, index_R1C)[:, 0].cumsum(-1, dtype=torch.float64)
     # The two sums round differently: the token is one of the block, and one that has weight.
     rest_R1 = torch.minimum((goal_R1 - before_R1).clamp(min=0), sums_RC[:, -1:] * (1 - 1e-15))
-    return (block_R1 * BLOCK + torch.searchsorted(sums_RC, rest_R1, right=True))[:, 0]
+    token_R1 = block_R1 * BLOCK + torch.searchsorted(sums_RC, rest_R1, right=True)
+    return token_R1.clamp(max=logits_RV.shape[-1] - 1)[:, 0]
 
 
 def _blocks(x_RV: Tensor, filling: float = 0.0, size: int = BLOCK) -> Tensor:
@@ -166,7 +170,7 @@ def _of_all(logits_RV: Tensor, settings: Tensor) -> Tensor:
     # Of equal tokens, those behind the first ones by id.
     nth_R1 = place_R1 - torch.searchsorted(rising_RV, value_R1)
     equals_RV = (-logits_RV == value_R1).cumsum(-1)
-    return torch.searchsorted(equals_RV, nth_R1 + 1)[:, 0]
+    return torch.searchsorted(equals_RV, nth_R1 + 1).clamp(max=logits_RV.shape[-1] - 1)[:, 0]
 
 
 def _rising(x_RV: Tensor) -> Tensor:
@@ -192,6 +196,7 @@ def _place(values_RC: Tensor, everything_R1: Tensor | None, vocabulary: int, set
     by_p_R1 = torch.searchsorted(sums_RC, top_p * total_R1) + 1
     by_p_R1 = torch.where(top_p < 1, by_p_R1, count)
     by_weight_R1 = (weights_RC >= min_p).sum(-1, keepdim=True)
-    kept_R1 = torch.minimum(torch.minimum(by_k_R1, by_p_R1), by_weight_R1)
+    # Of a row that is not finite no token weighs anything: it gets one all the same, which nobody will take.
+    kept_R1 = torch.minimum(torch.minimum(by_k_R1, by_p_R1), by_weight_R1).clamp(min=1)
     goal_R1 = uniform * sums_RC.gather(-1, kept_R1 - 1)
     return torch.minimum(torch.searchsorted(sums_RC, goal_R1, right=True), kept_R1 - 1), kept_R1
