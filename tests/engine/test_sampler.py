@@ -202,6 +202,16 @@ def test_sums_that_round_differently_leave_the_token_within_its_block() -> None:
         assert int(choose(first_RV, plain, [number] * 300).max()) < BLOCK
         lone_RV = F.pad(first_RV, (0, BLOCK), value=-1e4)
         assert int(choose(lone_RV, plain, [number] * 300).max()) < BLOCK
+        short_RV = F.pad(first_RV[:, :100], (0, BLOCK - 100), value=-1e4)
+        assert int(choose(short_RV, plain, [number] * 300).max()) < 100
+
+
+def test_a_sum_that_is_just_reached() -> None:
+    """Of ten equal shares, a half is five for a filter, and the sixth for a number."""
+    logits_RV = torch.arange(10.0).flip(0).unsqueeze(0)
+    half = SamplingParams(temperature=1e300, top_p=0.5)
+    assert choose(logits_RV.expand(2, -1), [half] * 2, [0.999, 0.2]).tolist() == [4, 1]
+    assert choose(logits_RV, [SamplingParams(temperature=1e300, top_k=10)], [0.5]).tolist() == [5]
 
 
 OPTIONS: list[dict[str, Any]] = [
