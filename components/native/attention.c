@@ -27,16 +27,21 @@
 /* Of AVX512-BF16 only what functions use that are asked for dot products. */
 #define DOTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
-#define AHEAD _MM_HINT_T1 /* where to values are fetched while keys are worked on, and the next keys meanwhile */
+/* Where to values are fetched while keys are worked on, and the next keys meanwhile: evenly, as memory waits otherwise. */
+#define AHEAD _MM_HINT_T1
 
 enum { BF16, F32, INT8, FP8 };
-enum { SPLIT = 256, TILE = 32, TOGETHER = 4, WIDEST = 1024 };
+enum { SPLIT = 256, TILE = 32, TOGETHER = 4, WIDEST = 1024, LINE = 64 };
 
 /* Floats of sums that sequences are worked on together for, and query heads that a block of latents' heads has at least
  * half of, and that a split of latents is to have room for. */
 enum { MOST_SUMS = 9 << 19, BLOCK = 32, MANY = 512 };
 
 INLINE int is_coded(int kind) { return kind == INT8 || kind == FP8; }
+
+INLINE void fetch(const char *from, long bytes) {
+    for (long i = 0; i < bytes; i += LINE) _mm_prefetch(from + i, AHEAD);
+}
 
 /* Words of 32 bits that a turned key has: numbers, neighbouring pairs of them, or, of codes, pairs that lie sixteen apart. */
 INLINE long words_of(int kind, long width) { return kind == F32 ? width : kind == BF16 ? width / 2 : (width + 31) / 32 * 16; }
@@ -83,17 +88,16 @@ AVX512 INLINE __m512i words(int kind, const char *row, long w, long width) {
     return paired(decoded(kind, row + 2 * w), high);
 }
 
-/* `count` keys of a tile, turned: of each word 32 lanes, zero beyond the keys. Fetches as many bytes of `next` meanwhile. */
-AVX512 INLINE void turn_keys(int kind, long width, const char *k, long row, long count, const char *next, __m512i *tile) {
-    long bytes = is_coded(kind) ? 2 : 4;
-    for (long half = 0; half < 2; half++, k += 16 * row, next += 16 * row, count -= 16)
-        for (long w = 0; w < words_of(kind, width); w += 16) {
+/* `count` keys of a tile, turned: of each word 32 lanes, zero beyond the keys. Fetches `bytes` of what is ahead meanwhile. */
+AVX512 INLINE void turn_keys(int kind, long width, const char *k, long row, long count, const char *ahead, long bytes,
+                      __m512i *tile) {
+    long each = 8 * bytes / words_of(kind, width);
+    for (long half = 0; half < 2; half++, k += 16 * row, count -= 16)
+        for (long w = 0; w < words_of(kind, width); w += 16, ahead += each) {
             __m512i x[16];
+            fetch(ahead, each);
             if (count >= 16)
-                UNROLLED(int key = 0; key < 16; key++) {
-                    x[key] = words(kind, k + key * row, w, width);
-                    _mm_prefetch(next + key * row + w * bytes, AHEAD);
-                }
+                UNROLLED(int key = 0; key < 16; key++) x[key] = words(kind, k + key * row, w, width);
             else
                 UNROLLED(int key = 0; key < 16; key++)
                     x[key] = key < count ? words(kind, k + key * row, w, width) : _mm512_setzero_si512();
@@ -139,17 +143,18 @@ INLINE __mmask16 lanes(long at, long first, long last) {
     return (__mmask16)(upto & ~before);
 }
 
-/* Scores of the keys first .. last - 1 as weights relative to the largest one so far, times the scales of the values, zero
- * for other keys of their tiles; the largest score, and the sum of the weights without these scales. Returns what earlier
- * sums are to be multiplied with. */
-DOTS INLINE float weigh(int dot, long first, long last, const float *scales, float *scores, float *peak, float *total) {
+/* Scores of the keys first .. last - 1, which are all of a split where `whole`, as weights relative to the largest one so
+ * far, times the scales of the values, zero for other keys of their tiles; the largest score, and the sum of the weights
+ * without these scales. Returns what earlier sums are to be multiplied with. */
+DOTS INLINE float weigh_seen(int dot, int whole, long first, long last, const float *scales, float *scores, float *peak,
+                             float *total) {
     float before = *peak;
     __m512 high = _mm512_set1_ps(before), sum = _mm512_setzero_ps();
     for (long at = first / 16 * 16; at < last; at += 16)
-        high = _mm512_mask_max_ps(high, lanes(at, first, last), high, _mm512_loadu_ps(scores + at));
+        high = _mm512_mask_max_ps(high, whole ? 0xffff : lanes(at, first, last), high, _mm512_loadu_ps(scores + at));
     *peak = _mm512_reduce_max_ps(high);
     for (long at = first / 16 * 16; at < last; at += 16) {
-        __mmask16 seen = lanes(at, first, last);
+        __mmask16 seen = whole ? 0xffff : lanes(at, first, last);
         __m512 x = _mm512_sub_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(*peak));
         __m512 weights = _mm512_maskz_mov_ps(seen, exponential(x));
         sum = _mm512_add_ps(sum, weights);
@@ -163,6 +168,11 @@ DOTS INLINE float weigh(int dot, long first, long last, const float *scales, flo
     float share = before == *peak || before == -INFINITY ? 1 : expf(before - *peak);
     *total = *total * share + _mm512_reduce_add_ps(sum);
     return share;
+}
+
+DOTS INLINE float weigh(int dot, long first, long last, const float *scales, float *scores, float *peak, float *total) {
+    if (first == 0 && last == SPLIT) return weigh_seen(dot, 1, 0, SPLIT, scales, scores, peak, total);
+    return weigh_seen(dot, 0, first, last, scales, scores, peak, total);
 }
 
 /* 32 lanes of two neighbouring values, in pairs; of bfloat16 in an order of its own. part: which of them there are. */
@@ -197,10 +207,12 @@ AVX512 INLINE void in_order(int kind, __m512 *x) {
 static const char NOTHING[4 * WIDEST];
 
 /* Adds the values first .. last - 1, by the weights of N queries, to those lanes i .. i + 32 CHUNKS of sums that there are.
- * packed: the values of these lanes as pairs, where they are at hand. */
+ * packed: the values of these lanes as pairs, where they are at hand. next: what is fetched meanwhile, as many rows, or half
+ * of them where many queries take long. */
 DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const char *v, const __m512i *packed, long row, long i,
                             uint64_t part, long first, long last, const char *next, const float *weights, float *o,
                             long width) {
+    const int each = queries < TOGETHER ? 2 : 1;
     __m512 sums[TOGETHER][4];
     UNROLLED(int n = 0; n < queries; n++) UNROLLED(int c = 0; c < chunks; c++) {
         const float *from = o + n * width + i + 32 * c;
@@ -212,8 +224,8 @@ DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const ch
         for (long key = first; key < last; key++) {
             const float *at = (const float *)(v + key * row) + i;
             UNROLLED(int c = 0; c < chunks; c++) {
-                if (next) _mm_prefetch(next + key * row + 4 * (i + 32 * c), AHEAD);
-                if (next) _mm_prefetch(next + key * row + 4 * (i + 32 * c) + 64, AHEAD);
+                for (long line = each * key; next && line < each * key + each; line++)
+                    _mm_prefetch(next + line / 2 * row + 4 * (i + 32 * c) + line % 2 * LINE, AHEAD);
                 __m512 x = _mm512_maskz_loadu_ps((__mmask16)(part >> 32 * c), at + 32 * c);
                 __m512 y = _mm512_maskz_loadu_ps((__mmask16)(part >> (32 * c + 16)), at + 32 * c + 16);
                 UNROLLED(int n = 0; n < queries; n++) {
@@ -229,8 +241,8 @@ DOTS INLINE void add_values(int kind, int dot, int queries, int chunks, const ch
             const char *odd = 2 * pair + 1 < last ? v + (2 * pair + 1) * row : NOTHING;
             UNROLLED(int c = 0; c < chunks; c++) {
                 __m512i x[2];
-                if (next) _mm_prefetch(next + 2 * pair * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
-                if (next) _mm_prefetch(next + (2 * pair + 1) * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
+                for (long line = each * pair; next && line < each * pair + each; line++)
+                    _mm_prefetch(next + line * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
                 if (packed)
                     x[0] = packed[4 * pair + 2 * c], x[1] = packed[4 * pair + 2 * c + 1];
                 else
@@ -392,9 +404,9 @@ DOTS INLINE void add_all(int kind, int dot, long queries, long width, const char
                    width);                                                                                               \
         break;
 
-/* The same for many queries: pairs of values are made once for all. */
+/* The same for many queries: pairs of values are made once for all. each: how many rows of `next` are fetched beside a pair. */
 DOTS INLINE void add_to_many(int kind, int dot, long queries, long width, const char *v, long row, long first, long last,
-                             const char *next, const float *weights, float *o) {
+                             const char *next, int each, const float *weights, float *o) {
     __m512i packed[2 * SPLIT];
     for (long i = 0; first < last && i < width; i += 64) {
         uint64_t part = width - i < 64 ? (1ull << (width - i)) - 1 : ~0ull;
@@ -402,8 +414,8 @@ DOTS INLINE void add_to_many(int kind, int dot, long queries, long width, const 
             const char *even = 2 * pair < first ? NOTHING : v + 2 * pair * row;
             const char *odd = 2 * pair + 1 < last ? v + (2 * pair + 1) * row : NOTHING;
             UNROLLED(int c = 0; c < 2; c++) {
-                _mm_prefetch(next + 2 * pair * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
-                _mm_prefetch(next + (2 * pair + 1) * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
+                for (long line = each * pair; line < each * pair + each; line++)
+                    _mm_prefetch(next + line * row + (kind == BF16 ? 2 : 1) * (i + 32 * c), AHEAD);
                 pairs_of(kind, even, odd, i + 32 * c, (__mmask32)(part >> 32 * c), packed + 4 * pair + 2 * c);
             }
         }
@@ -427,10 +439,13 @@ DOTS INLINE void score_all(const call *c, int kind, int dot, long queries, const
                            span all, float *scores) {
     long row = c->row, words = words_of(kind, c->width), size = words * (kind != F32 && !dot ? 8 : 4);
     long border = is_coded(kind) ? words_of(kind, c->values) : words;
+    /* Keys of latents are long: while they are turned, there is time for all. */
+    long early = TILE * row / (c->one ? 1 : 2);
     __m512i tile[2 * WIDEST];
     for (long at = all.first / TILE * TILE; at < all.last; at += TILE) {
         long keys = all.last - at < TILE ? all.last - at : TILE;
-        turn_keys(kind, c->width, k + c->start + at * row, row, keys, ahead + at * row, tile);
+        turn_keys(kind, c->width, k + c->start + at * row, row, keys, ahead + at * row, early, tile);
+        fetch(ahead + at * row + early, TILE * row - early);
         for (long w = 0, upto = border; w < words; w = upto, upto = words) {
             float scales[TILE] = {0};
             long n = 0;
@@ -465,9 +480,12 @@ DOTS INLINE void attend(const call *c, int kind, int dot, const long *rows, long
     float *scores = (float *)(room + count * shared * size), scales[SPLIT];
     score_all(c, kind, dot, count * shared, room, k, c->one ? k + TILE * row : v, all, scores);
     for (long key = all.first / 16 * 16; key < all.last; key++) scales[key] = row_scale(kind, v + key * row);
+    /* Of few queries weights are soon there: all of what comes next is fetched beside the values. */
+    long queries = count * shared, some = c->one || queries < TOGETHER ? 0 : SPLIT / 2 * row / queries;
     for (long r = 0; r < count; r++) {
         span own = seen_by(c, rows[r], from);
         for (long n = r * shared; n < (r + 1) * shared; n++) {
+            fetch(next + n * some, some);
             float share = weigh(dot, own.first, own.last, scales, scores + n * SPLIT, peaks + n, totals + n);
             for (long i = 0; share != 1 && i < width; i++) part[n * width + i] *= share;
         }
@@ -475,14 +493,14 @@ DOTS INLINE void attend(const call *c, int kind, int dot, const long *rows, long
     /* What all rows see, in whole pairs, is added for all together; before and after it, row by row, what some do not see. */
     if (count > 1) common = (span){common.first + common.first % 2, common.last - common.last % 2};
     if (common.first >= common.last) common = (span){SPLIT, SPLIT};
-    v += c->start;
+    v += c->start, next += queries * some;
     for (long r = 0; r < count; r++) {
         span own = seen_by(c, rows[r], from);
         add_all(kind, dot, shared, width, v, row, own.first, own.last < common.first ? own.last : common.first, NULL,
                 scores + r * shared * SPLIT, part + r * shared * width);
     }
     if (kind != F32 && count * shared > 2 * TOGETHER)
-        add_to_many(kind, dot, count * shared, width, v, row, common.first, common.last, next, scores, part);
+        add_to_many(kind, dot, count * shared, width, v, row, common.first, common.last, next, some ? 1 : 2, scores, part);
     else
         add_all(kind, dot, count * shared, width, v, row, common.first, common.last, next, scores, part);
     for (long r = 0; r < count; r++) {
