@@ -90,7 +90,7 @@ AVX512 INLINE __m512i words(int kind, const char *row, long w, long width) {
 
 /* `count` keys of a tile, turned: of each word 32 lanes, zero beyond the keys. Fetches `bytes` of what is ahead meanwhile. */
 AVX512 INLINE void turn_keys(int kind, long width, const char *k, long row, long count, const char *ahead, long bytes,
-                      __m512i *tile) {
+                             __m512i *tile) {
     long each = 8 * bytes / words_of(kind, width);
     for (long half = 0; half < 2; half++, k += 16 * row, count -= 16)
         for (long w = 0; w < words_of(kind, width); w += 16, ahead += each) {

@@ -42,9 +42,10 @@ AVX512 INLINE __m512 weights(const row *of, __m512 logits) {
 
 AVX512 static float weight(const row *of, float logit) { return _mm512_cvtss_f32(weights(of, _mm512_set1_ps(logit))); }
 
+/* One of them in any case: beside what is not a number the best is not always found. */
 AVX512 INLINE __m512i groups(const row *of, __m512 logits) {
     __m512 below = _mm512_mul_ps(_mm512_sub_ps(_mm512_set1_ps(of->best), logits), _mm512_set1_ps(of->scale));
-    return _mm512_cvttps_epi32(_mm512_min_ps(below, _mm512_set1_ps(GROUPS - 1)));
+    return _mm512_cvttps_epi32(_mm512_min_ps(_mm512_max_ps(below, _mm512_setzero_ps()), _mm512_set1_ps(GROUPS - 1)));
 }
 
 AVX512 static void find_best(row *of) {
@@ -60,7 +61,8 @@ AVX512 static void find_best(row *of) {
 AVX512 static long first_best(const row *of) {
     for (long i = 0; i < of->vocabulary; i += 16) {
         __mmask16 part = part_of(of->vocabulary - i);
-        __mmask16 found = _mm512_mask_cmp_ps_mask(part, _mm512_maskz_loadu_ps(part, of->logits + i), _mm512_set1_ps(of->best), _CMP_EQ_OQ);
+        __m512 logits = _mm512_maskz_loadu_ps(part, of->logits + i);
+        __mmask16 found = _mm512_mask_cmp_ps_mask(part, logits, _mm512_set1_ps(of->best), _CMP_EQ_OQ);
         if (found) return i + __builtin_ctz(found);
     }
     return 0;
@@ -80,7 +82,8 @@ static long of_all(const row *of, double uniform) {
     double total = 0, before = 0, more;
     long first = 0, found = 0;
     for (long i = 0; i < of->vocabulary; i += BLOCK) total += block_weight(of, i);
-    while (before + (more = block_weight(of, first)) <= uniform * total && first + BLOCK < of->vocabulary) before += more, first += BLOCK;
+    while (before + (more = block_weight(of, first)) <= uniform * total && first + BLOCK < of->vocabulary)
+        before += more, first += BLOCK;
     /* The two sums round differently: the token is one of the block, and one that has weight. */
     for (long i = first; i < first + BLOCK && i < of->vocabulary && before <= uniform * total; i++) {
         float own = weight(of, of->logits[i]);
@@ -125,7 +128,8 @@ AVX512 static void open_group(row *of, int number) {
     long count = 0;
     for (long i = 0; i < of->vocabulary; i += 16) {
         __mmask16 part = part_of(of->vocabulary - i);
-        unsigned own = _mm512_mask_cmpeq_epi32_mask(part, groups(of, _mm512_maskz_loadu_ps(part, of->logits + i)), _mm512_set1_epi32(number));
+        __m512i found = groups(of, _mm512_maskz_loadu_ps(part, of->logits + i));
+        unsigned own = _mm512_mask_cmpeq_epi32_mask(part, found, _mm512_set1_epi32(number));
         for (; own; own &= own - 1) {
             long id = i + __builtin_ctz(own);
             of->sorted[count++] = (token){of->logits[id], id};
@@ -139,9 +143,11 @@ static long reaching(row *of, double sum, int beyond) {
     double before = 0, after;
     long count = 0;
     int n = 0;
-    for (; n < GROUPS - 1 && (after = before + of->masses[n], beyond ? after <= sum : after < sum); n++) before = after, count += of->counts[n];
+    for (; n < GROUPS - 1 && (after = before + of->masses[n], beyond ? after <= sum : after < sum); n++)
+        before = after, count += of->counts[n];
     open_group(of, n);
-    for (int i = 0; i < of->counts[n] && (beyond ? before <= sum : before < sum); i++) before += weight(of, of->sorted[i].logit), count++;
+    for (int i = 0; i < of->counts[n] && (beyond ? before <= sum : before < sum); i++, count++)
+        before += weight(of, of->sorted[i].logit);
     return count;
 }
 
