@@ -176,6 +176,7 @@ opened, forward, (when, sign) = run.open_run, Attention.forward, sys.argv[1:]
 
 def struck(*arguments):
     print(when, flush=True)
+    sys.stdin.readline()
     os.kill(os.getpid(), getattr(signal, sign))
 
 def open_run(*arguments):
@@ -194,24 +195,29 @@ if when == "idle":
 Attention.forward = struck
 next(stream)
 """
-"""A first rank that is stopped or killed in the middle of loading, in that of a step, or between steps."""
+"""A first rank that is stopped or killed in the middle of loading, in that of a step, or between steps. It says that it is
+there and waits for a line first."""
 
 
 def first_rank(when: str, sign: str, env: dict[str, str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", FIRST_RANK, when, sign]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"ZOO_DEADLINE": "2"} | env, text=True)
+    env = os.environ | {"ZOO_DEADLINE": "2"} | env
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
 
 
 @linux
 @pytest.mark.parametrize(("when", "sign"), [("loading", "SIGSTOP"), ("generating", "SIGSTOP"), ("idle", "SIGKILL")])
 def test_a_first_rank_that_is_stopped_or_killed_leaves_nobody(when: str, sign: str) -> None:
     first = first_rank(when, sign, {})
+    assert first.stdin is not None
     assert first.stdout is not None
-    with first, first.stdout:
+    with first:
         try:
             assert first.stdout.readline() == f"{when}\n"
             workers = children(first.pid)
             assert len(workers) == 1
+            first.stdin.write("\n")
+            first.stdin.flush()
             wait_for(workers)
         finally:
             first.kill()
@@ -222,6 +228,9 @@ def test_a_first_rank_that_is_stopped_or_killed_leaves_nobody(when: str, sign: s
 def test_a_rank_started_apart_ends_with_the_first_one(when: str, sign: str) -> None:
     places = two_machines()
     first = first_rank(when, sign, places[0])
+    assert first.stdin is not None
+    first.stdin.write("\n")
+    first.stdin.flush()
     other = [sys.executable, "-m", "zoo", "run", "tiny", "--device", "cpu", "--prompt", "Hello"]
     env = os.environ | places[1] | {"ZOO_DEADLINE": "2"}
     with subprocess.Popen(other, env=env, stderr=subprocess.PIPE, text=True) as second:
