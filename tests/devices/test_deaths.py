@@ -195,8 +195,8 @@ if when == "idle":
 Attention.forward = struck
 next(stream)
 """
-"""A first rank that is stopped or killed in the middle of loading, in that of a step, or between steps. It says that it is
-there and waits for a line first."""
+"""A first rank that is stopped or killed in the middle of loading, in that of a step, or between steps, once it is
+given a line."""
 
 
 def first_rank(when: str, sign: str, env: dict[str, str]) -> subprocess.Popen[str]:
