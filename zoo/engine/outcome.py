@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -41,10 +40,9 @@ def read(batch: Batch, logits_RV: Tensor) -> list[Outcome]:
         return outcomes
     rows = [row for wants in batch.wanted for row in wants.drawn]
     tokens_S = _sample(batch.wanted, _select(logits_RV, rows))
-    # A sum is finite only if every term is. One copy to the host carries tokens and sums, as float32: that has every id
-    # below 16 million.
-    host = torch.cat([tokens_S, logits_RV.sum(-1)]).tolist()
-    drawn, finite = map(int, host[: len(rows)]), [*map(isfinite, host[len(rows) :])]
+    # A sum is finite only if every term is; one copy to the host carries tokens and verdicts.
+    host = torch.cat([tokens_S, logits_RV.sum(-1).isfinite().long()]).tolist()
+    drawn, finite = iter(host[: len(rows)]), host[len(rows) :]
     for wants, outcome in zip(batch.wanted, outcomes, strict=True):
         outcome.tokens = _agreed([next(drawn) for _ in wants.drawn], wants.work.drafts)
         outcome.broken = _broken(wants, finite, len(outcome.tokens))
@@ -75,7 +73,7 @@ def _agreed(drawn: list[int], drafts: Sequence[int]) -> list[int]:
     return drawn[: right + 1]
 
 
-def _broken(wants: Wanted, finite: list[bool], tokens: int) -> int | None:
+def _broken(wants: Wanted, finite: list[int], tokens: int) -> int | None:
     """The first position whose logits are not finite, if any of those that count."""
     if all(finite):
         return None
