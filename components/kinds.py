@@ -21,10 +21,16 @@ GROUP = 32
 """Inputs that share a scale of a row, and of four-bit weights. Matrices are filled up with zeros to whole groups."""
 
 LANES = 16
-"""Outputs of a block, whose codes lie side by side. Matrices are filled up with zeros to whole blocks."""
+"""Outputs of a block, or of a panel, which lie side by side. Matrices are filled up with zeros to whole blocks."""
 
 PACKED_BITS = 12
 """Of a packed weight in bfloat16."""
+
+PACKED_INPUTS = 8
+"""Inputs that are packed together. Packed matrices are filled up with zeros to whole ones of these, and of blocks."""
+
+PACKED_HEAD = 24
+"""Bytes that describe a block of packed weights."""
 
 HEAD = "head.weight"
 
@@ -96,18 +102,28 @@ def kind_of(param: Param, kind: Kind, head: bool) -> Kind | None:
 def weight_bytes(param: Param, itemsize: int, kind: Kind | None, *, packed: bool = False) -> int:
     """Bytes of a parameter with `itemsize` bytes for a number of the model's dtype, or as `kind` where it has one.
 
-    packed: matrices in bfloat16 are, where their sizes allow it (zoo.components.native.panels).
+    packed: matrices in bfloat16 are, where their sizes allow it.
     """
-    if kind is None and packed and _packs(param):
-        return param.numel * PACKED_BITS // 8
-    if kind is None:
+    if kind is None and not (packed and _packs(param)):
         return param.numel * (4 if param.dtype == "float32" else itemsize)
+    matrix = kind.nbytes if kind else packed_bytes
     outputs, inputs = param.shape[-2:]
-    return param.numel // (outputs * inputs) * kind.nbytes(outputs, inputs)
+    return param.numel // (outputs * inputs) * matrix(outputs, inputs)
+
+
+def in_panels(outputs: int, inputs: int) -> bool:
+    """Whether bfloat16 matrices of these sizes are put into panels, where there are any (native/panels.py)."""
+    return outputs >= LANES and inputs % 2 == 0
+
+
+def packed_bytes(outputs: int, inputs: int) -> int:
+    """Bytes of a matrix in packed panels, but for the few weights that no code stands for."""
+    blocks, filled = -(-outputs // LANES), -(-inputs // PACKED_INPUTS) * PACKED_INPUTS
+    return blocks * (LANES * filled * PACKED_BITS // 8 + PACKED_HEAD)
 
 
 def _packs(param: Param) -> bool:
-    fits = len(param.shape) >= 2 and param.shape[-2] % LANES == 0 and param.shape[-1] % 2 == 0
+    fits = len(param.shape) >= 2 and in_panels(*param.shape[-2:])
     return fits and param.product and param.dtype == "model"
 
 

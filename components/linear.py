@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.components import few, native
+from zoo.components.kinds import LANES
 from zoo.components.matrix import Holder, Making, Matrix
 from zoo.components.native import panels
 
@@ -50,5 +51,5 @@ def fastest(weight: Tensor) -> Making | None:
     if not panels.pays(weight):
         return None
     if panels.packs():
-        return Making(panels.packed, panels.PackedFilling, panels.LANES)
-    return Making(panels.Panels.of, panels.PanelsFilling, panels.LANES)
+        return Making(panels.packed, panels.PackedFilling, LANES)
+    return Making(panels.Panels.of, panels.PanelsFilling, LANES)

@@ -42,7 +42,7 @@ def test_freed_memory_is_used_again() -> None:
         _faults("", {}),
         _faults("keep_freed_memory()", {"MALLOC_MMAP_THRESHOLD_": "131072"}),
     )
-    assert kept < 100 < min(fresh, own)
+    assert kept < 0.15 * min(fresh, own), "one piece of ten may lie anew: something small has taken part of a freed one"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

@@ -25,7 +25,7 @@ def differences() -> Iterator[tuple[str, float]]:
 
     with torch.inference_mode():
         draw = torch.Generator().manual_seed(0)
-        x_TI, weight_OI, bias_O = (_drawn(draw, *size) for size in ((5, 74), (48, 74), (48,)))
+        x_TI, weight_OI, bias_O = (_drawn(draw, *size) for size in ((5, 74), (45, 74), (45,)))
         expected = native.product_reference(x_TI, weight_OI, bias_O)
         yield "product", _error(native.product(x_TI, weight_OI, bias_O), expected)
         yield "panels", _error(Panels.of(weight_OI).product(x_TI, bias_O), expected)

@@ -7,7 +7,8 @@
 
 #include "numbers.h"
 
-/* Panels: w stored as (outputs / 16, inputs / 2, 16, 2), so that a line of memory has two inputs of sixteen outputs.
+/* Panels: w stored as (outputs / 16 rounded up, inputs / 2, 16, 2), so that a line of memory has two inputs of sixteen
+ * outputs; those that the last panel lacks are zeros.
  *
  * Packed panels hold the same numbers in three quarters of the memory. The upper bytes of weights, their signs and most of
  * their exponents, are few different ones: of four lines there are the places of the upper bytes, of four bits each, in a
@@ -47,7 +48,7 @@ static inline long packed_pairs(long pairs) { return (pairs + BLOCK - 1) / BLOCK
 static inline panels panels_of(long inputs, long outputs, const void *heads, const void *w) {
     const head *own = heads;
     if (!heads) return (panels){w, inputs / 2 * LINE, 1, 0, NULL, NULL};
-    return (panels){w, packed_pairs(inputs / 2) * PACKED_LINE, 1, 0, own, (const escape *)(own + outputs / 16)};
+    return (panels){w, packed_pairs(inputs / 2) * PACKED_LINE, 1, 0, own, (const escape *)(own + (outputs + 15) / 16)};
 }
 
 static inline panels from_panel(panels w, long first) {

@@ -267,11 +267,11 @@ void zoo_panels_by_dots(long rows, long inputs, long outputs, const bf16 *x, lon
     multiplied(rows, inputs, outputs, x, x_next, panels_of(inputs, outputs, heads, w), bias, y, y_next, room, threads);
 }
 
-/* The upper bytes that come most often among sixteen rows, of wide ones a quarter. */
-static void choose(long inputs, const bf16 *w, long next, uint8_t *table) {
+/* The upper bytes that come most often among a panel's rows, of wide ones in a quarter. */
+static void choose(long rows, long inputs, const bf16 *w, long next, uint8_t *table) {
     uint32_t counts[2][256] = {{0}};
     long skip = inputs > 1024 ? 50 : 2;
-    for (long lane = 0; lane < 16; lane++)
+    for (long lane = 0; lane < rows; lane++)
         for (long i = 0; i + 1 < inputs; i += i % 64 == 14 ? skip : 2)
             for (int h = 0; h < 2; h++) counts[h][w[lane * next + i + h] >> 8]++;
     for (int byte = 0; byte < 256; byte++) counts[0][byte] += counts[1][byte];
@@ -309,12 +309,13 @@ static void note(uint64_t missing, const bf16 *lines, long line, escape *to, uin
     }
 }
 
-AVX512 static void pack_panel(long pairs, const bf16 *w, long next, bf16 *to, head *of, escape *found, long most) {
-    choose(pairs * 2, w, next, of->table);
+AVX512 static void pack_panel(long rows, long pairs, const bf16 *w, long next, bf16 *to, head *of, escape *found, long most) {
+    choose(rows, pairs * 2, w, next, of->table);
     of->count = 0;
     for (long i = 0; i < pairs; i += 16) {
         __m512i r[16];
-        for (int lane = 0; lane < 16; lane++) r[lane] = _mm512_maskz_loadu_epi32(part_of(pairs - i), w + lane * next + i * 2);
+        for (int lane = 0; lane < 16; lane++)
+            r[lane] = lane < rows ? _mm512_maskz_loadu_epi32(part_of(pairs - i), w + lane * next + i * 2) : _mm512_setzero_si512();
         turn(r);
         for (long b = 0; b < 16 && i + b < pairs; b += BLOCK, to += BLOCK * PACKED_LINE) {
             __m512i low, places[2];
@@ -329,15 +330,17 @@ AVX512 static void pack_panel(long pairs, const bf16 *w, long next, bf16 *to, he
     }
 }
 
-/* Packs w (outputs, inputs), whose rows are `next` apart and of whole panels. found: room for `most` escapes of each panel,
- * where all are without gaps in the end. Returns their number, -1 if a panel has more. */
+/* Packs w (outputs, inputs), whose rows are `next` apart. found: room for `most` escapes of each panel, where all are
+ * without gaps in the end. Returns their number, -1 if a panel has more. */
 int zoo_pack_panels(long outputs, long inputs, const bf16 *w, long next, void *packed, void *heads, void *found, long most, int threads) {
-    long count = outputs / 16, pairs = inputs / 2, each = packed_pairs(pairs) * PACKED_LINE, total = 0;
+    long count = (outputs + 15) / 16, pairs = inputs / 2, each = packed_pairs(pairs) * PACKED_LINE, total = 0;
     head *own = heads;
     escape *escapes = found;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long p = 0; p < count; p++)
-        pack_panel(pairs, w + p * 16 * next, next, (bf16 *)packed + p * each, own + p, escapes + p * most, most);
+    for (long p = 0; p < count; p++) {
+        long rows = outputs - p * 16 < 16 ? outputs - p * 16 : 16;
+        pack_panel(rows, pairs, w + p * 16 * next, next, (bf16 *)packed + p * each, own + p, escapes + p * most, most);
+    }
     for (long p = 0; p < count; p++) {
         if (own[p].count > most) return -1;
         memmove(escapes + total, escapes + p * most, own[p].count * sizeof(escape));
@@ -346,7 +349,8 @@ int zoo_pack_panels(long outputs, long inputs, const bf16 *w, long next, void *p
     return total;
 }
 
-AVX512 static void unpack_panel(long pairs, panels w, bf16 *y) {
+/* The first rows of a panel, or all. */
+AVX512 static void unpack_panel(long rows, long pairs, panels w, bf16 *y) {
     long inputs = 2 * pairs;
     for (long i = 0; i < pairs; i += 16) {
         __m512i r[16];
@@ -357,20 +361,22 @@ AVX512 static void unpack_panel(long pairs, panels w, bf16 *y) {
                 for (int k = 0; k < BLOCK; k++) r[b + k] = _mm512_setzero_si512();
         }
         turn(r);
-        for (int lane = 0; lane < 16; lane++) _mm512_mask_storeu_epi32(y + lane * inputs + i * 2, part_of(pairs - i), r[lane]);
+        for (int lane = 0; lane < 16 && lane < rows; lane++)
+            _mm512_mask_storeu_epi32(y + lane * inputs + i * 2, part_of(pairs - i), r[lane]);
     }
     const escape *e = w.escapes + w.heads->first;
     for (const escape *end = e + w.heads->count; e < end; e++) {
         int odd = e->pair > 0xffff;
-        y[e->place % 16 * inputs + e->place / 16 * 2 + odd] = e->pair >> odd * 16;
+        if (e->place % 16 < rows) y[e->place % 16 * inputs + e->place / 16 * 2 + odd] = e->pair >> odd * 16;
     }
 }
 
-/* The numbers of `count` panels from number `first` on, of a matrix of so many outputs: y (count * 16, inputs). */
-void zoo_unpack_panels(long first, long count, long outputs, long inputs, const void *packed, const void *heads, bf16 *y, int threads) {
+/* The numbers of outputs `first`, a multiple of sixteen, to `last` of a matrix of so many: y (last - first, inputs). */
+void zoo_unpack_panels(long first, long last, long outputs, long inputs, const void *packed, const void *heads, bf16 *y, int threads) {
     panels w = panels_of(inputs, outputs, heads, packed);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long p = 0; p < count; p++) unpack_panel(inputs / 2, from_panel(w, first + p), y + p * 16 * inputs);
+    for (long output = first; output < last; output += 16)
+        unpack_panel(last - output, inputs / 2, from_panel(w, output / 16), y + (output - first) * inputs);
 }
 
 enum { WIDEST = 256 };

@@ -12,19 +12,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.components import native
+from zoo.components.kinds import LANES, PACKED_BITS, PACKED_HEAD, PACKED_INPUTS, in_panels
 from zoo.components.matrix import Index, Matrix
 from zoo.components.pages import fresh
 from zoo.registry.environment import switch
 
-LANES = 16
-"""Outputs of a panel: a matrix has a multiple of them."""
+BLOCK_BYTES = LANES * PACKED_INPUTS * PACKED_BITS // 8
+"""Of the inputs of a panel that are packed together."""
 
-BLOCK, BLOCK_BYTES = 4, 192
-"""Pairs of inputs that are packed together, and the bytes of these of a panel."""
-
-HEAD_WORDS, ESCAPE_WORDS = 6, 2
+HEAD_WORDS, ESCAPE_WORDS = PACKED_HEAD // 4, 2
 """Of 32 bits, that describe a packed panel, and a weight that no code stands for."""
 
 RARE = 512
@@ -36,8 +35,7 @@ def pays(weight: Tensor) -> bool:
     return (
         weight.dtype is torch.bfloat16
         and weight.device.type in ("cpu", "meta")
-        and weight.shape[-1] % 2 == 0
-        and weight.shape[-2] % LANES == 0
+        and in_panels(*weight.shape[-2:])
         and native.missing() is None
     )
 
@@ -49,9 +47,10 @@ def packs() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """A bfloat16 matrix (O, I) whose values lie as (O / 16, I / 2, 16, 2): two inputs of sixteen outputs together.
+    """A bfloat16 matrix (O, I) whose values lie as (P, I / 2, 16, 2): two inputs of sixteen outputs together.
 
-    words: (O / 16, I / 2, 16) int32, each of two inputs.
+    words: (P, I / 2, 16) int32 of P = O / 16 panels, rounded up, each of two inputs; zeros for outputs that the last
+    panel lacks.
     """
 
     words: Tensor
@@ -78,7 +77,7 @@ class Panels:
     def plain(self, index: Index = ()) -> Tensor:
         # A copy in any case: of two inputs the words are in order already, but not next to each other by their strides.
         rows = self.words.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        return rows.view(torch.bfloat16).view(self.shape)[index]
+        return rows.view(torch.bfloat16).flatten(0, 1)[: self.shape[0]][index]
 
     def renewed(self, weight_OI: Tensor) -> Panels:
         return Panels.of(weight_OI)
@@ -90,7 +89,7 @@ class PanelsFilling:
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         assert dtype is torch.bfloat16, "panels hold pairs of sixteen bits"
         outputs, inputs = shape
-        self._made = Panels(fresh((outputs // LANES, inputs // 2, LANES), torch.int32), shape)
+        self._made = Panels(fresh((_panels(outputs), inputs // 2, LANES), torch.int32), shape)
 
     def put(self, first: int, rows_RI: Tensor) -> None:
         panels, words = self._made.words[first // LANES :], rows_RI.shape[1] // 2
@@ -105,7 +104,7 @@ class PanelsFilling:
 class PackedPanels:
     """A bfloat16 matrix (O, I) with twelve bits for a weight.
 
-    blocks: (O / 16, I / 8 rounded up, 192) uint8, of four pairs of inputs: the codes, then the lower bytes. heads:
+    blocks: (O / 16, I / 8, 192) uint8, rounded up, of four pairs of inputs: the codes, then the lower bytes. heads:
     int32, six for each panel (its table of upper bytes, the number of its first escape, how many these are), then two
     for each escape (where it is, and its pair of inputs).
     """
@@ -133,17 +132,16 @@ class PackedPanels:
             return self._rows(0, self.shape[0])[index]
         first = span.start // LANES * LANES
         own = chosen - first if isinstance(chosen, int) else slice(span.start - first, span.stop - first)
-        return self._rows(first, -(-span.stop // LANES) * LANES)[(own, *index[1:])]
+        return self._rows(first, span.stop)[(own, *index[1:])]
 
     def renewed(self, weight_OI: Tensor) -> Matrix:
         return packed(weight_OI)
 
     def _rows(self, first: int, last: int) -> Tensor:
-        """The rows of whole panels."""
+        """Rows from the first one of a panel on."""
         made = fresh((last - first, self.shape[1]), torch.bfloat16)
-        sizes, places = (first // LANES, (last - first) // LANES, *self.shape), (self.blocks, self.heads, made)
-        unpack = native.library().handle.zoo_unpack_panels
-        unpack(*sizes, *(t.data_ptr() for t in places), torch.get_num_threads())
+        places = (t.data_ptr() for t in (self.blocks, self.heads, made))
+        native.library().handle.zoo_unpack_panels(first, last, *self.shape, *places, torch.get_num_threads())
         return made
 
 
@@ -154,15 +152,15 @@ class PackedFilling:
         assert dtype is torch.bfloat16, "what is packed is the two bytes of bfloat16"
         outputs, inputs = shape
         self.shape = shape
-        self._blocks = fresh((outputs // LANES, -(-inputs // (2 * BLOCK)), BLOCK_BYTES), torch.uint8)
-        self._heads = torch.zeros(outputs // LANES, HEAD_WORDS, dtype=torch.int32)
+        self._blocks = fresh((_panels(outputs), -(-inputs // PACKED_INPUTS), BLOCK_BYTES), torch.uint8)
+        self._heads = torch.zeros(_panels(outputs), HEAD_WORDS, dtype=torch.int32)
         self._escapes: dict[int, Tensor] = {}
         self._unpacked: dict[int, Tensor] = {}
 
     def put(self, first: int, rows_RI: Tensor) -> None:
         panel, (rows, inputs) = first // LANES, rows_RI.shape
         most = LANES * inputs // RARE + 1
-        room = torch.empty(rows // LANES * most, ESCAPE_WORDS, dtype=torch.int32)
+        room = torch.empty(_panels(rows) * most, ESCAPE_WORDS, dtype=torch.int32)
         places = (self._blocks[panel:].data_ptr(), self._heads[panel:].data_ptr(), room.data_ptr())
         pack = native.library().handle.zoo_pack_panels
         found = pack(rows, inputs, rows_RI.data_ptr(), inputs, *places, most, torch.get_num_threads())
@@ -176,7 +174,7 @@ class PackedFilling:
             return self._plain()
         before = 0
         for first, rest in zip(sorted(self._escapes), [*sorted(self._escapes)[1:], self.shape[0]], strict=True):
-            self._heads[first // LANES : rest // LANES, HEAD_WORDS - 2] += before
+            self._heads[first // LANES : _panels(rest), HEAD_WORDS - 2] += before
             before += len(self._escapes[first])
         escapes = [self._escapes[first].flatten() for first in sorted(self._escapes)]
         return PackedPanels(self._blocks, torch.cat((self._heads.flatten(), *escapes)), self.shape)
@@ -189,12 +187,10 @@ class PackedFilling:
             if first in self._unpacked:
                 filling.put(first, self._unpacked.pop(first))
             else:
-                heads = torch.cat(
-                    (self._heads[first // LANES : last // LANES].flatten(), self._escapes[first].flatten())
-                )
+                own = slice(first // LANES, _panels(last))
+                heads = torch.cat((self._heads[own].flatten(), self._escapes[first].flatten()))
                 shape = torch.Size((last - first, self.shape[1]))
-                piece = PackedPanels(self._blocks[first // LANES : last // LANES], heads, shape)
-                filling.put(first, piece.plain())
+                filling.put(first, PackedPanels(self._blocks[own], heads, shape).plain())
         return filling.matrix()
 
 
@@ -205,7 +201,12 @@ def packed(weight_OI: Tensor) -> Matrix:
     return filling.matrix()
 
 
+def _panels(outputs: int) -> int:
+    return -(-outputs // LANES)
+
+
 def words_reference(weight_OI: Tensor) -> Tensor:
     """A matrix's words as panels have them, by PyTorch."""
-    words: Tensor = weight_OI.contiguous().view(torch.int32).unflatten(0, (-1, LANES))
+    filled_OI = F.pad(weight_OI, (0, 0, 0, _panels(len(weight_OI)) * LANES - len(weight_OI)))
+    words: Tensor = filled_OI.view(torch.int32).unflatten(0, (-1, LANES))
     return words.transpose(1, 2).contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.components import native
-from zoo.components.native.panels import LANES
+from zoo.components.kinds import LANES
 from zoo.components.native.small import runs
 
 FEWEST = 17

@@ -93,10 +93,10 @@ def test_packed_models_give_the_same(
 @needs_panels
 def test_what_panels_cannot_hold_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [Linear(12, 48).bfloat16(), Linear(12, 48), Linear(12, 48).half()]
-    layers += [Linear(13, 48).bfloat16(), Linear(12, 47).bfloat16()]
+    layers += [Linear(13, 48).bfloat16(), Linear(12, 47).bfloat16(), Linear(12, 15).bfloat16()]
     for layer in layers:
         pack(layer)
-    assert [bool(layer.stored) for layer in layers] == [True, False, False, False, False]
+    assert [bool(layer.stored) for layer in layers] == [True, False, False, False, True, False]
     monkeypatch.setattr(native, "missing", lambda: "ZOO_NATIVE=off")
     layer = Linear(12, 48).bfloat16()
     pack(layer)

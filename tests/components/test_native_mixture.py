@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native
 
 SIZES: dict[str, Any] = {"dim": 32, "num_experts": 6, "experts_per_token": 3}
 FORMS: dict[str, Expert] = {
+    "odd": GatedSpec(dim=32, hidden_dim=44),
     "gated": GatedSpec(dim=32, hidden_dim=48),
     "gelu": GatedSpec(dim=32, hidden_dim=48, activation="gelu"),
     "plain": MLPSpec(dim=32, hidden_dim=48, activation="relu2"),

@@ -86,9 +86,7 @@ def test_products_by_tiles_equal_the_formula(
 ) -> None:
     for rows in (*range(1, 71), 300) if inputs < 100 else (1, 16, 33, 64, 270):
         x, weight, bias = operands(rows, inputs, outputs)
-        filled = torch.zeros(-(-outputs // 16) * 16, inputs, dtype=x.dtype)
-        filled[:outputs] = weight
-        words, apart = surrounded(filled), torch.full((rows, inputs + 3), torch.nan, dtype=x.dtype)
+        words, apart = surrounded(weight), torch.full((rows, inputs + 3), torch.nan, dtype=x.dtype)
         apart[:, :inputs] = x
         for added in (None, bias):
             found = tiles.panels(apart[:, :inputs], words, outputs, added)
@@ -101,7 +99,7 @@ def test_nothing_is_left_of_the_product_before(tiles: native.Kernels) -> None:
     assert tiles.panels(x[:, :34], Panels.of(weight[:, :34].contiguous()).words, 16, None).isfinite().all()
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(2, 16), (74, 48), (2100, 416)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 16), (74, 48), (74, 41), (2100, 416)])
 def test_products_by_multiply_adds_equal_the_formula(
     inputs: int, outputs: int, multiply_adds: native.Kernels, close: Callable[..., None]
 ) -> None:
@@ -159,13 +157,13 @@ def kept(matrix: PackedPanels) -> tuple[Tensor, Tensor]:
     return parts[0], parts[1]
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(66, 16), (74, 48), (224, 144), (1100, 304), (2062, 416)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(66, 16), (74, 41), (224, 144), (1100, 302), (2062, 416)])
 @pytest.mark.parametrize("way", ["tiles", "multiply_adds"])
 def test_packed_panels_give_the_same_bits(way: str, inputs: int, outputs: int, request: pytest.FixtureRequest) -> None:
     kernels, weight = request.getfixturevalue(way), scarce(inputs, outputs)
     matrix, words = packed(weight), surrounded(weight)
     assert isinstance(matrix, PackedPanels)
-    assert matrix.heads.numel() >= 6 * outputs // 16 + 2 * 3, "of each panel a head, and some escapes"
+    assert matrix.heads.numel() >= 6 * -(-outputs // 16) + 2 * 3, "of each panel a head, and some escapes"
     blocks, heads = kept(matrix)
     for rows in (*range(1, 36), 257, 600) if inputs < 100 else (1, 2, 3, 4, 5, 8, 9, 16, 33, 270):
         x, _, bias = operands(rows, inputs, outputs)

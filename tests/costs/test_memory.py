@@ -47,8 +47,9 @@ def plan(name: str, context: int, free: int, dtype: str = "bfloat16", **changes:
 def test_a_processor_that_packs_keeps_bfloat16_in_three_quarters(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = [plan("mistral-7b-v0.3", 100, 0, **changes).weights for changes in ({}, {"dtype": "float32"})]
     monkeypatch.setattr(memory, "packs", lambda: True)
-    looked_up = 2 * 32768 * 4096
-    assert plan("mistral-7b-v0.3", 100, 0).weights == pytest.approx(0.75 * (plain[0] - looked_up) + looked_up, rel=1e-4)
+    kept = 2 * (32768 + 65) * 4096
+    heads = 24 * (32 * (6144 + 4096 + 2 * 14336 + 4096) + 32768) // 16
+    assert plan("mistral-7b-v0.3", 100, 0).weights == (plain[0] - kept) * 3 // 4 + kept + heads
     assert plan("mistral-7b-v0.3", 100, 0, device="cuda").weights == plain[0]
     assert plan("mistral-7b-v0.3", 100, 0, dtype="float32").weights == plain[1]
     eight = plan("mistral-7b-v0.3", 100, 0, quantize="int8").weights

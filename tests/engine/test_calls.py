@@ -35,15 +35,16 @@ LAYERS: dict[str, list[dict[str, Any]]] = {
     "shared": [{"mixer": ATTENTION, "ffn": MOE | SHARED | {"shared": GATED}}],
     "softmax": [{"mixer": ATTENTION, "ffn": MOE | {"router": {"kind": "softmax", "normalize": True}}}],
     "clamped": [{"mixer": ATTENTION, "ffn": MOE | {"expert": CLAMPED}}],
-    "odd mixture": [{"mixer": ATTENTION, "ffn": MOE | {"expert": GATED | {"hidden_dim": 36}}}],
+    "filled mixture": [{"mixer": ATTENTION, "ffn": MOE | {"expert": GATED | {"hidden_dim": 36}}}],
+    "odd mixture": [{"mixer": ATTENTION, "ffn": MOE | {"expert": GATED | {"hidden_dim": 35}}}],
     "latent": [{"mixer": LATENT, "ffn": GATED}, {"mixer": BORROWING | {"q_lora_rank": None}, "ffn": MOE}],
     "odd latent": [{"mixer": LATENT | {"kv_lora_rank": 20}, "ffn": GATED}],
     "mamba2": [{"mixer": {"kind": "mamba2"} | SSM, "ffn": GATED}, {"mixer": ATTENTION, "ffn": None}],
     "mamba1": [{"mixer": MAMBA1, "ffn": None}, {"mixer": MAMBA1, "ffn": GATED}],
 }
 PLANNED_ANEW = ("odd mixture", "odd latent")
-"""Kinds that ask for numbers on the way: experts whose sizes panels do not fit are multiplied one by one, and latents
-whose sizes the kernel does not fit are read sequence by sequence."""
+"""Kinds that ask for numbers on the way: experts with an odd number of inputs, which panels do not take, are multiplied
+one by one, and latents whose sizes the kernel does not fit are read sequence by sequence."""
 
 
 def card(kind: str, **changes: Any) -> dict[str, Any]:

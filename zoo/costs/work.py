@@ -9,7 +9,7 @@ from functools import cached_property
 
 from zoo.components.cache.spec import CacheDtype, RecurrentCacheSpec
 from zoo.components.decoder.spec import DecoderSpec
-from zoo.components.kinds import HEAD, KINDS, PACKED_BITS, Kind, kind_of
+from zoo.components.kinds import HEAD, KINDS, Kind, in_panels, kind_of, packed_bytes
 from zoo.registry.plan import Plan
 from zoo.registry.spec import Param, Spec, StateSpec
 
@@ -155,8 +155,8 @@ class Work:
         """Bytes of one expert of a matrix as it is stored."""
         if matrix.kind is not None:
             return KINDS[matrix.kind].nbytes(matrix.outputs, matrix.inputs)
-        if self.packed and matrix.dtype == "model":
-            return matrix.numel * PACKED_BITS / 8
+        if self.packed and matrix.dtype == "model" and in_panels(matrix.outputs, matrix.inputs):
+            return packed_bytes(matrix.outputs, matrix.inputs)
         return matrix.numel * BYTES["float32" if matrix.dtype == "float32" else self.dtype]
 
     def weight_bytes(self, step: Step) -> float:
