@@ -141,26 +141,30 @@ class Inspection:
         return self.memory_plan().most
 
     def speed(self, prompt: int = 512, context: int = 1024) -> dict[str, Any]:
-        """What this machine's stored measurements let expect: the first token of a prompt, and decode steps.
+        """What this machine's stored measurements let expect: the first token of a prompt, and decode steps, of a CPU
+        with its memory as it is read now (`read_bytes_per_second`, None where that cannot be told).
 
         `why` says why there are no such figures; `rough` is then what a glance at memory's speed lets expect of the
         CPU, or None. `unmeasured`: which parts were reckoned like others.
         """
         from zoo.costs.forecast import forecast
-        from zoo.costs.glance import glance
+        from zoo.costs.glance import glance, read_rate
         from zoo.costs.profile import profile_file, stored
 
         device = "cuda" if profile_file("cuda").exists() else "cpu"
+        work = replace(self._work, packed=self._packed)
         try:
             profile = stored(device)
-            known = forecast(profile, self._work, device)
+            rate = read_rate() if device == "cpu" else None
+            known = forecast(profile, work, device, rate)
         except ZooError as error:
-            return {"why": str(error), "rough": glance(replace(self._work, packed=self._packed), context)}
+            return {"why": str(error), "rough": glance(work, context)}
         first = known.prefill(prompt)
         steps = {batch: known.decode(batch, context) for batch in SPEED_BATCHES}
         return {
             "device": profile.device,
             "measured": profile.measured,
+            "read_bytes_per_second": rate,
             "prefill": {"tokens": prompt, "seconds": first.total, "parts": first.to_dict()},
             "decode": [
                 {"batch": b, "context": context, "tokens_per_second": b / s.total, "parts": s.to_dict()}

@@ -7,17 +7,18 @@ machine's parts are fitted on, and others, on which nothing was fitted.
     python -m tests.benchmarks.prediction --check          # judges the results: exit status 1 where one does not hold
 
 Rows are merged into docs/benchmarks/predictions.json, and docs/benchmarks.md shows them. A prediction holds where
-measured and predicted times differ by no more than a quarter. Memory is read before and after each shape; where it was
-not as fast as when the machine was measured, the row is told and not judged: it was another machine.
+measured and predicted times differ by no more than a quarter. Memory is read before and after each measurement, and the
+prediction is for that rate; where it changed meanwhile, the measurement is tried again, and in the end told and not
+judged.
 """
 
 import argparse
 import json
 import re
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,17 @@ import torch
 import zoo
 from tests.benchmarks.report import markdown
 from zoo.bench import measure_decode, measure_prefill, work_of
-from zoo.bench.limits import READ_BYTES, read_ways
-from zoo.bench.machine import profile
+from zoo.bench.limits import reading
+from zoo.bench.machine import Rate, profile, steadily
 from zoo.bench.measure import TOLERANCE
 from zoo.bench.shapes import ATTENTION, MAMBA2, MIXERS, Node, card, gated, moe
-from zoo.bench.timing import fastest
 from zoo.costs.forecast import forecast
-from zoo.costs.profile import Limits, Profile, store, stored
+from zoo.costs.profile import Profile, store, stored
 
 DOCS = Path(__file__).parents[2] / "docs"
 FORMATS = ("bfloat16", "int8", "int4")
 PROMPT, SHORT, FAR, STEPS = 512, 64, 4096, 24
 """Tokens of prompts and of sequences that decode; steps of each."""
-
-SAME = 0.15
-"""By how much memory may be faster or slower than when the machine was measured."""
-
-PATIENCE = 8
-"""Seconds to wait for it."""
 
 
 @dataclass(frozen=True)
@@ -84,48 +78,26 @@ SHAPES = {
 }
 
 
-class Memory:
-    """How fast memory is read now, over when the machine was measured."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.data = torch.ones(READ_BYTES // 4)
-        self.work, self.then = read_ways(self.data)[limits.read_way], limits.bytes_per_second
-
-    def now(self) -> float:
-        return self.data.nbytes / fastest(self.work, 3) / self.then
-
-    def settled(self) -> float:
-        """As soon as it is as fast as then, or when patience ends."""
-        end = time.perf_counter() + PATIENCE
-        while abs((found := self.now()) - 1) > SAME and time.perf_counter() < end:
-            time.sleep(0.5)
-        return found
-
-
-def compare(name: str, machine: Profile, form: str, memory: Memory) -> Iterator[dict[str, Any]]:
+def compare(name: str, machine: Profile, form: str, rate: Rate) -> Iterator[dict[str, Any]]:
     """Rows of one shape in one format of weights."""
     shape = SHAPES[name]
     kind = None if form == "bfloat16" else form
     options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "quantize": kind, "prefix_cache": False}
     with zoo.load(shape.card(name), weights="random", max_batch_size=32, **options) as model:
-        known, before = forecast(machine, work_of(model)), memory.settled()
-        found = measure_prefill(model, machine.limits, tokens=PROMPT, repeats=3)
-        cases = [(found, known.prefill(PROMPT), PROMPT)]
+        work, limits = work_of(model), machine.limits
+        cases = [partial(measure_prefill, model, limits, tokens=PROMPT, repeats=3)]
         for batch, context in shape.cases:
-            found = measure_decode(model, machine.limits, batch=batch, context=context, new_tokens=STEPS)
-            cases.append((found, known.decode(batch, found.context), found.context))
-        memories = [before, memory.now()]
+            cases.append(partial(measure_decode, model, limits, batch=batch, context=context, new_tokens=STEPS))
+        measured = [steadily(rate, case) for case in cases]
     about = {"shape": name, "format": form, "parameters": zoo.inspect(shape.card(name)).parameters}
-    about |= {"fitted": shape.fitted, "measured": machine.measured, "memory": memories}
-    for m, p, tokens in cases:
-        case = {"kind": m.kind, "batch": m.batch, "context": tokens, "of_limit": m.of_limit}
+    about |= {"fitted": shape.fitted, "measured": machine.measured}
+    for m, now, steady in measured:
+        known, read = forecast(machine, work, memory=now), m.kind == "prefill"
+        p = known.prefill(PROMPT) if read else known.decode(m.batch, m.context)
+        case = {"kind": m.kind, "batch": m.batch, "context": PROMPT if read else m.context}
         times = {"measured_s": m.seconds, "fastest_s": m.fastest, "predicted_s": p.total, "ratio": p.total / m.seconds}
-        yield about | case | times | {"terms": p.to_dict()}
-
-
-def alike(row: Mapping[str, Any]) -> bool:
-    """Whether memory was as fast as when the machine was measured."""
-    return all(abs(rate - 1) <= SAME for rate in row["memory"])
+        met = {"of_limit": m.of_limit, "memory": now, "steady": steady}
+        yield about | case | times | met | {"terms": p.to_dict()}
 
 
 def holds(row: Mapping[str, Any]) -> bool:
@@ -138,8 +110,8 @@ def line(row: Mapping[str, Any]) -> str:
     return (
         f"{row['shape']:9}{row['format']:9}{row['kind']:8}{row['batch']:3} of {row['context']:4}: "
         f"measured {row['measured_s'] * 1e3:8.2f} ms, predicted {row['predicted_s'] * 1e3:8.2f}, "
-        f"ratio {row['ratio']:.2f}, of limit {row['of_limit']:.0%}, memory {row['memory'][0]:.2f} "
-        f"{row['memory'][1]:.2f} ({terms})\n"
+        f"ratio {row['ratio']:.2f}, of limit {row['of_limit']:.0%}, memory "
+        f"{row['memory'] / 1e9:.0f} GB/s{'' if row['steady'] else ', not steady'} ({terms})\n"
     )
 
 
@@ -156,12 +128,12 @@ def merged(known: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> li
 def report(results: Mapping[str, Any], page: str) -> str:
     """The page with the part between its marks renewed."""
     rows, key = results["rows"], results["machine"]["key"]
-    judged = [row for row in rows if alike(row)]
+    judged = [row for row in rows if row["steady"]]
     days = sorted({row["measured"][:10] for row in rows})
     told = [
         f"{' and '.join(dict.fromkeys((days[0], days[-1])))}. {key['processor']}, {key['cores']} cores; "
         f"torch {key['torch']}; random weights, products in bfloat16. {sum(map(holds, judged))} of {len(judged)} hold"
-        f"{', others (in brackets) met another memory' if len(judged) < len(rows) else ''}."
+        f"{', others (in brackets) met memory that changed meanwhile' if len(judged) < len(rows) else ''}."
     ]
     for fitted, words in ((False, "Shapes on which nothing was fitted"), (True, "Shapes like the fitted ones")):
         if chosen := [row for row in rows if row["fitted"] == fitted]:
@@ -185,7 +157,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         work = f"a prompt of {row['context']}" if row["kind"] == "prefill" else f"a step after {row['context']}"
         key = (row["shape"], f"{row['parameters'] / 1e6:.0f} M", work, str(row["batch"]))
         ratio = f"{row['ratio']:.2f}"
-        ratio = f"({ratio})" if not alike(row) else ratio if holds(row) else f"**{ratio}**"
+        ratio = f"({ratio})" if not row["steady"] else ratio if holds(row) else f"**{ratio}**"
         value = f"{row['measured_s'] * 1e3:.1f} ms, {ratio}"
         lines.setdefault(key, {})[row["format"]] = value
     body = [[*key, *(found.get(form, "-") for form in forms)] for key, found in lines.items()]
@@ -202,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     if args.check:
-        judged = [row for row in results["rows"] if alike(row)]
+        judged = [row for row in results["rows"] if row["steady"]]
         wrong = [row for row in judged if not holds(row)]
         sys.stdout.write("".join(map(line, wrong)) + f"{len(wrong)} of {len(judged)} do not hold\n")
         sys.exit(bool(wrong))
@@ -220,11 +192,11 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
     machine = stored("cpu")
     results["machine"] = machine.model_dump()
     names = args.shape or ([] if args.machine else [*SHAPES])
-    memory = Memory(machine.limits)
+    rate = reading(machine.limits)
     for name in names:
         for form in args.format or (FORMATS[:1] if SHAPES[name].fitted else FORMATS):
             rows = []
-            for row in compare(name, machine, form, memory):
+            for row in compare(name, machine, form, rate):
                 rows.append(row)
                 sys.stdout.write(line(row))
                 sys.stdout.flush()

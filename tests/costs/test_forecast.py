@@ -13,7 +13,7 @@ import pytest
 import zoo
 from zoo.components import native
 from zoo.costs import glance as glances
-from zoo.costs.forecast import Curve, Forecast, forecast
+from zoo.costs.forecast import FELT, Curve, Forecast, forecast
 from zoo.costs.profile import Key, Limits, Pace, Product, Profile, Speed, store
 from zoo.costs.work import Step, Work
 from zoo.registry.errors import ZooError
@@ -54,6 +54,21 @@ def test_products_cost_what_their_elements_do() -> None:
     head = 64 * 200
     assert known(found).prefill(100).products == pytest.approx(matrices * 1e-10)
     assert known(found).step(Step(1, 100, 0, 0)).products == pytest.approx((matrices - head) * 1e-10)
+
+
+def test_products_that_wait_for_memory_take_as_long_as_it_takes_now() -> None:
+    """The more of their time was reading, the more: an eighth of memory's rate is three steps of its logarithm."""
+    found = work(ATTENTION, GATED)
+    elements = sum(count * m.numel for m, count in found.matrices.items())
+    for waiting, felt in ((1.0, 1.0), (0.5, 0.25), (1.7, 1.0)):
+        then = 2 / 1e-10 / waiting
+        speed = SPEED.model_copy(update={"memory": {"plain": then}})
+        as_then, slower = (Forecast(speed, found, memory=rate) for rate in (None, then / 8))
+        assert as_then.decode(1, 0).products == pytest.approx(elements * 1e-10)
+        assert slower.decode(1, 0).products == pytest.approx(8 ** (FELT * felt) * elements * 1e-10)
+        assert slower.decode(1, 0).calls == as_then.decode(1, 0).calls
+    unknown = Forecast(SPEED, found, memory=1e9)
+    assert unknown.decode(1, 0) == known(found).decode(1, 0)
 
 
 def test_a_mixture_costs_the_experts_that_are_chosen() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.bench.timing import fastest, seconds
+from zoo.bench.timing import fastest, seconds, typical
 from zoo.components import native
 from zoo.components.native.panels import Panels, pays
 from zoo.costs.profile import Limits
@@ -70,6 +70,13 @@ def read_ways(data: Tensor) -> Mapping[str, Callable[[], Any]]:
         "dot product, two streams for each core": lambda: data.view(2, -1)[0].dot(data.view(2, -1)[1]),
         "matrix times vector": lambda: matrix.mv(vector),
     }
+
+
+def reading(limits: Limits, total_bytes: int = READ_BYTES) -> Callable[[], float]:
+    """What tells at how many bytes per second main memory is read now, by the way that was the fastest."""
+    data = torch.ones(total_bytes // 4)
+    work = read_ways(data)[limits.read_way]
+    return lambda: data.nbytes / typical(work, 5)
 
 
 def copy_rates(device: torch.device, repeats: int = 5) -> dict[str, float]:

@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
 
-from zoo.bench.limits import DTYPES, machine_limits
+from zoo.bench.limits import DTYPES, machine_limits, reading
 from zoo.bench.measure import decode_steps, random_prompts
 from zoo.bench.shapes import ATTENTION, FFNS, MIXERS, NARROW, Node, card
-from zoo.bench.timing import fastest
+from zoo.bench.timing import fastest, typical
 from zoo.components import linear
 from zoo.components.ffn.gated import Gated
 from zoo.components.ffn.spec import GatedSpec, MoESpec
@@ -37,7 +38,12 @@ from zoo.costs.work import Step, Work, chunk_tokens, prefill
 if TYPE_CHECKING:
     from zoo.model import Model
 
+Found = TypeVar("Found")
+
 Report = Callable[[str], None]
+
+Rate = Callable[[], float]
+"""At how many bytes per second memory is read now."""
 
 SHAPES = ((512, 512), (2048, 2048), (8192, 4096))
 """Rows and columns of the matrices to time; times of others lie in between."""
@@ -51,6 +57,9 @@ WEIGHTS = 96 << 20
 
 SLOW = 0.05
 """Seconds of one product that cannot be waiting for memory: it is timed alone."""
+
+ENOUGH = 0.1
+"""Seconds to time equal products for, three times at least."""
 
 LAYERS = 8
 """Of a model of one part."""
@@ -73,6 +82,12 @@ CALLS = 20
 STEPS = 24
 """Steps to time."""
 
+STEADY = 0.15
+"""By how much the rate of memory may differ and count as the same."""
+
+TRIES = 3
+"""Of a measurement, while memory changes: other machines share it."""
+
 ROUNDS = 2
 """Turns of all runs of a small model, of which the faster ones count: others may use the machine for a moment."""
 
@@ -92,7 +107,8 @@ def profile(device: torch.device, report: Report) -> Profile:
     start = time.perf_counter()
     report("the machine's limits: reading, multiplying, calling")
     limits = machine_limits(device)
-    speeds = {name: _speed(device, name, report) for name in DTYPES}
+    rate = reading(limits) if device.type == "cpu" else None
+    speeds = {name: _speed(device, name, rate, report) for name in DTYPES}
     return Profile(
         key=Key.here(torch.cuda.get_device_name(device) if device.type == "cuda" else None),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,33 +118,53 @@ def profile(device: torch.device, report: Report) -> Profile:
     )
 
 
-def _speed(device: torch.device, dtype: str, report: Report) -> Speed:
-    report(f"products in {dtype}")
-    products = {PLAIN: tuple(times_of_products(device, DTYPES[dtype]))}
-    if dtype == "bfloat16" and device.type == "cpu":
-        for kind in KINDS.values():
-            report(f"products with {kind.name} weights in {dtype}")
-            products[kind.name] = tuple(times_of_products(device, DTYPES[dtype], kind))
+def steadily(rate: Rate, measure: Callable[[], Found]) -> tuple[Found, float, bool]:
+    """What is measured, the bytes per second at which memory was read before and after, and whether that was about the
+    same: up to TRIES times, until it is."""
+    for _ in range(TRIES):
+        before, found, after = rate(), measure(), rate()
+        if steady := max(before, after) <= min(before, after) * (1 + STEADY):
+            break
+    return found, (before + after) / 2, steady
+
+
+def _speed(device: torch.device, dtype: str, rate: Rate | None, report: Report) -> Speed:
+    products, memory = {}, {}
+    for name in (PLAIN, *(KINDS if dtype == "bfloat16" and device.type == "cpu" else ())):
+        report(f"products in {dtype}" if name == PLAIN else f"products with {name} weights in {dtype}")
+        times = partial(times_of_products, device, DTYPES[dtype], KINDS.get(name))
+        if rate is None:
+            products[name] = times()
+        else:
+            products[name], memory[name], _ = steadily(rate, times)
     report(f"the engine and its parts in {dtype}")
-    return Parts(device, dtype, products).speed(report)
+    return Parts(device, dtype, products).speed(report).model_copy(update={"memory": memory})
 
 
 @torch.inference_mode()
-def times_of_products(device: torch.device, dtype: torch.dtype, kind: Kind | None = None) -> Iterator[Product]:
+def times_of_products(device: torch.device, dtype: torch.dtype, kind: Kind | None = None) -> tuple[Product, ...]:
     """Every shape with every number of rows, less what calling a product takes: what calls take in the engine, which
     records steps and calls without Python where it can, is in the paces of parts."""
-    call = empty_seconds(device, dtype, kind)
+    call, found = empty_seconds(device, dtype, kind), list[Product]()
     for outputs, inputs in SHAPES:
         numel = outputs * inputs
         layers = _linears(-(-WEIGHTS // numel), outputs, inputs, device, dtype, kind)
-        for count in ROWS:
-            x_TI = torch.randn(count, inputs, device=device).to(dtype)
-            # Many rows do not wait for memory: some of the matrices are enough.
-            some = layers[: max(2, len(layers) * 16 // max(16, count))]
-            if (first := fastest(lambda x=x_TI, some=some: some[0](x), 1)) > SLOW:  # type: ignore[misc]
-                some = some[:1]
-            taken = first if len(some) == 1 else fastest(lambda x=x_TI, s=some: [layer(x) for layer in s], 3)  # type: ignore[misc]
-            yield Product(elements=numel, rows=count, seconds=max(TINY * TINY, taken / len(some) - call) / numel)
+        taken = [_each(layers, torch.randn(count, inputs, device=device).to(dtype)) for count in ROWS]
+        for at, count in enumerate(ROWS):
+            # More rows take no less: where they seem to, memory was slower for fewer.
+            least = max(TINY * TINY, min(taken[at:]) - call)
+            found.append(Product(elements=numel, rows=count, seconds=least / numel))
+    return tuple(found)
+
+
+def _each(layers: Sequence[Linear], x_TI: Tensor) -> float:
+    """Seconds of a product with one of equal matrices."""
+    # Many rows do not wait for memory: some of the matrices are enough.
+    some = layers[: max(2, len(layers) * 16 // max(16, len(x_TI)))]
+    if (first := fastest(lambda: some[0](x_TI), 1)) > SLOW:
+        return first
+    repeats = max(3, min(20, round(ENOUGH / (first * len(some)))))
+    return typical(lambda: [layer(x_TI) for layer in some], repeats) / len(some)
 
 
 def _linears(
@@ -214,10 +250,11 @@ class Times:
 
 
 class Hot:
-    """Seconds of products with matrices that stay in caches, as those of a small model do, without their calls."""
+    """Seconds of products with the matrices of a small model, as many as it has, without their calls: they stay in
+    caches, but not in the nearest."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype, self._known = device, dtype, dict[tuple[int, int, int], float]()
+        self.device, self.dtype, self._known = device, dtype, dict[tuple[int, ...], float]()
 
     def products(self, work: Work, step: Step) -> float:
         """All of a step."""
@@ -226,16 +263,17 @@ class Hot:
             if rows := matrix.rows(step):
                 touched = matrix.touched(rows)
                 each = max(1, round(rows * matrix.chosen / touched))
-                total += count * touched * self._seconds(matrix.outputs, matrix.inputs, each)
+                total += count * touched * self._seconds(count * matrix.experts, matrix.outputs, matrix.inputs, each)
         return total
 
     @torch.inference_mode()
-    def _seconds(self, outputs: int, inputs: int, rows: int) -> float:
-        key = (outputs, inputs, rows)
+    def _seconds(self, count: int, outputs: int, inputs: int, rows: int) -> float:
+        """Of a product with one of `count` matrices that take turns."""
+        key = (count, outputs, inputs, rows)
         if key not in self._known:
-            layer, x_TI = _linear(outputs, inputs, self.device, self.dtype), torch.randn(rows, inputs)
-            x_TI = x_TI.to(self.device, self.dtype)
-            taken = fastest(lambda: [layer(x_TI) for _ in range(CALLS)], 5) / CALLS
+            layers = _linears(count, outputs, inputs, self.device, self.dtype, None)
+            x_TI, turns = torch.randn(rows, inputs).to(self.device, self.dtype), -(-CALLS // count)
+            taken = fastest(lambda: [layer(x_TI) for _ in range(turns) for layer in layers], 5) / (turns * count)
             self._known[key] = max(0.0, taken - self._call)
         return self._known[key]
 

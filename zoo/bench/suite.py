@@ -147,7 +147,8 @@ def _measured(report: Report, model: Model, case: Case, options: Options) -> Mea
 def _forecast(report: Report, profile: Profile, model: Model) -> Forecast | None:
     """What predicts; None, and the report says why, where the profile has not the model's formats."""
     try:
-        return forecast(profile, work_of(model), model.placement.device.type)
+        device = model.placement.device.type
+        return forecast(profile, work_of(model), device, report.limits.bytes_per_second if device == "cpu" else None)
     except ZooError as error:
         report.why = str(error)
         return None

@@ -175,6 +175,8 @@ def _speed(speed: dict[str, Any]) -> list[list[str]]:
     first, (one, *more) = speed["prefill"], speed["decode"]
     others = ", ".join(f"{row['tokens_per_second']:.3g} for {row['batch']}" for row in more)
     rest = f"; like others: {', '.join(speed['unmeasured'])}" if speed["unmeasured"] else ""
+    if rate := speed["read_bytes_per_second"]:
+        rest = f"; memory is read at {rate / 1e9:.0f} GB/s now{rest}"
     return [
         ["speed", f"{one['tokens_per_second']:.3g} tokens/s for one sequence of {one['context']} tokens, {others}"],
         ["", f"first token of a prompt of {first['tokens']} tokens after {first['seconds']:.3g} s"],

@@ -105,12 +105,14 @@ class Pace(_Data):
 class Speed(_Data):
     """How fast zoo's own parts run in one number format.
 
-    products: times of products by kind of weights ("plain", or a quantised one). elements: activations per second
+    products: times of products by kind of weights ("plain", or a quantised one). memory: bytes per second at which main
+    memory was read meanwhile, as it changes where others share it; nothing of a GPU. elements: activations per second
     that small operations take in and give, between products. step_s, sequence_s: seconds that the engine takes for a
     step, and for each sequence. paces: by what components say of themselves.
     """
 
     products: dict[str, tuple[Product, ...]] = Field(min_length=1)
+    memory: dict[str, PositiveFloat] = {}
     elements: PositiveFloat
     step_s: NonNegativeFloat
     sequence_s: NonNegativeFloat
