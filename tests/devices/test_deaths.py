@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -253,6 +254,22 @@ def test_between_steps_a_rank_may_be_silent_for_longer() -> None:
     assert found == [1]
     for peer in peers:
         peer.channel.close()
+
+
+@linux
+def test_a_model_that_is_dropped_takes_its_workers_along() -> None:
+    """But not while somebody still reads from it."""
+    model = zoo.load("tiny", devices=2, device="cpu")
+    others = model.engine._others
+    assert isinstance(others, Ranks)
+    workers = [worker.pid for worker in others.workers.values()]
+    chunks = model.stream("Hello", max_tokens=4, ignore_eos=True)
+    del model, others
+    gc.collect()
+    assert sum(len(chunk.tokens) for chunk in chunks) == 4
+    del chunks
+    gc.collect()
+    wait_for(workers)
 
 
 @linux

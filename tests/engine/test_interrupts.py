@@ -210,6 +210,24 @@ def test_rows_of_an_interrupted_step_are_taken_back(name: str, monkeypatch: pyte
     check(engine)
 
 
+def test_an_interrupted_run_keeps_what_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, run, steps = make("full"), Runner.run, list[int]()
+
+    def interrupted(self: Runner, batch: Batch) -> torch.Tensor:
+        steps.append(len(batch.rows))
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return run(self, batch)
+
+    order = [engine.submit(ask(ids(5), max_tokens=count)) for count in (2, 12)]
+    monkeypatch.setattr(Runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    found = {completion.request_id: len(completion.tokens) for completion in engine.run()}
+    assert found == dict(zip(order, (2, 12), strict=True))
+    assert engine.run() == []
+
+
 def marked(engine: Engine) -> bool:
     """Whether rows of any sequence may still be taken back."""
     stores = [group.store for group in engine._memory._groups]
