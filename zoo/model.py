@@ -65,6 +65,8 @@ class Model:
         self.plan, self._module, self._engine = plan, module, engine
         self._prompts, self.placement, self.folder = Prompts(plan, tokenizer), placement, folder
         self.notes, self._files, self._run = [*notes], files, run
+        if run is not None:
+            run.ends_with(engine)
 
     # --- what it is ---------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ from zoo.devices.meet import join_started, start, started
 from zoo.devices.mesh import Mesh, Wanted, Wish, device_of, lay_out, wish
 from zoo.devices.setup import Setup
 from zoo.devices.shares import Part, join
+from zoo.engine.engine import Engine
 from zoo.inspection import Inspection
 from zoo.registry.environment import whole
 from zoo.registry.errors import RequestError
@@ -182,6 +184,11 @@ class Run:
         kept = (Part.of(whole, mesh, ranks[0]).states for ranks in stages)
         self.ranks.elsewhere = [*zip(kept, budgets, strict=True)][1:]
         return self.ranks, {**sizes, "memory_bytes": budgets[0]}
+
+    def ends_with(self, engine: Engine) -> None:
+        """Ends the other ranks when nobody has the engine any more, if it was not closed before."""
+        # A process that ends takes them along as it is.
+        weakref.finalize(engine, self.ranks.close).atexit = False
 
     def __str__(self) -> str:
         return f"{self.spread.mesh.size} devices ({self.spread.mesh})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -119,9 +118,6 @@ class Engine:
             self._memory, prefixes, chunk_tokens=chunk, max_batch_size=max_batch_size, drafting=drafting
         )
         self._others = others
-        if others is not None:
-            # Of an engine that nobody closes and nobody has any more. A process that ends takes them with it as it is.
-            weakref.finalize(self, others.close).atexit = False
         plain = runner(decoder, self._memory, others is not None or follows)
         self._runner: Runner | None = plain if others is None else Leading(others, plain)
         ahead = others is None and drafting is None and goes_ahead(plain, self._memory)
@@ -180,15 +176,12 @@ class Engine:
 
         Where it is interrupted, a later call has what has ended until then.
         """
-        while True:
+        while self.busy:
             with self._locked():
                 self._advance()
-            if not self.busy:
-                break
         chunks, self._loose = self._loose, []
-        for chunk in chunks:
-            if chunk.error is not None:
-                raise chunk.error
+        if error := next((chunk.error for chunk in chunks if chunk.error is not None), None):
+            raise error
         return [chunk.completion for chunk in chunks if chunk.completion is not None]
 
     def receive(self, request_id: str) -> Chunk | None:
