@@ -208,5 +208,5 @@ def _panels(outputs: int) -> int:
 def words_reference(weight_OI: Tensor) -> Tensor:
     """A matrix's words as panels have them, by PyTorch."""
     filled_OI = F.pad(weight_OI, (0, 0, 0, _panels(len(weight_OI)) * LANES - len(weight_OI)))
-    words: Tensor = filled_OI.view(torch.int32).unflatten(0, (-1, LANES))
+    words: Tensor = filled_OI.contiguous().view(torch.int32).unflatten(0, (-1, LANES))
     return words.transpose(1, 2).contiguous()

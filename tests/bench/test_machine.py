@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from zoo.bench import machine
+from zoo.bench import machine, suite
 from zoo.bench.limits import machine_limits, reading
 from zoo.bench.shapes import MIXERS
 from zoo.costs.profile import Profile
@@ -92,6 +93,18 @@ def test_what_is_measured_while_memory_changes_is_measured_again() -> None:
     count = iter(range(9))
     found = [machine.steadily(lambda: next(rates), lambda: next(count)) for _ in range(2)]
     assert found == [(2, 3.1e10, True), (5, 1.5e10, False)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bench_predicts_for_memory_as_it_has_just_read_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's memory is its own."""
+    asked: list[Any] = []
+    monkeypatch.setattr(suite, "forecast", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(suite, "work_of", lambda model: "work")
+    report = SimpleNamespace(limits=SimpleNamespace(bytes_per_second=3e10))
+    model = SimpleNamespace(placement=SimpleNamespace(device=torch.device(device)))
+    suite._forecast(cast(Any, report), cast(Any, "profile"), cast(Any, model))
+    assert asked == [("profile", "work", device, 3e10 if device == "cpu" else None)]
 
 
 @dataclass

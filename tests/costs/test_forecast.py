@@ -162,6 +162,25 @@ def test_inspect_tells_the_speed(measured: Profile) -> None:
     assert found["unmeasured"] == ["attention", "moe"]
 
 
+def test_inspect_predicts_for_memory_as_it_is_read_now(
+    measured: Profile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zoo.cli import main
+
+    speed = SPEED.model_copy(update={"memory": {"plain": 1e10}})
+    store(measured.model_copy(update={"speeds": {"bfloat16": speed}}), "cpu")
+    told, seconds = [], []
+    for rate in (1e10, 5e9, None):
+        monkeypatch.setattr(glances, "read_rate", lambda rate=rate: rate)
+        found = zoo.inspect("mixtral-8x7b").speed()
+        told.append(found["read_bytes_per_second"])
+        seconds.append(1 / found["decode"][0]["tokens_per_second"])
+        text = _shown(main, capsys, "inspect", "mixtral-8x7b")
+        assert ("memory is read at 5 GB/s now" in text) == (rate == 5e9)
+    assert told == [1e10, 5e9, None]
+    assert seconds[0] == seconds[2] == pytest.approx(seconds[1] / 2**FELT)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_inspect_without_measurements_tells_what_memory_allows(
     packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

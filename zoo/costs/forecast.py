@@ -20,7 +20,7 @@ PLAIN = "plain"
 
 FELT = 0.7
 """How much of memory's change is felt by a product that waits for nothing else, in the logarithm. With memory at 34 and
-at 57 GB/s single rows took 1.2 (twelve bits, 4096 by 4096) to 1.45 times as long (a step of 1.1 billion weights), as
+at 57 GB/s single rows took 1.2 (twelve bits, 8192 by 4096) to 1.45 times as long (a step of 1.1 billion weights), as
 they also unpack; products that wait less feel it less."""
 
 NO_PACE = Pace(call_s=0.0, item_s=0.0)
