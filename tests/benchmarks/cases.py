@@ -351,8 +351,8 @@ def _honest(name: str) -> bool:
 
 def _total(batch: int, length: int, runs: Sequence[Timed]) -> float:
     """Tokens per second, those of the prompts too, of whole runs."""
-    seconds = median(run.prefill + sum(run.steps) for run in runs)
-    return batch * (length + 1 + len(runs[0].steps)) / seconds
+    counted = (batch * (length + 1 + len(run.steps)) + run.meanwhile for run in runs)
+    return median(tokens / (run.prefill + sum(run.steps)) for tokens, run in zip(counted, runs, strict=True))
 
 
 def _compared(plan: Sequence[Arrival], found: dict[str, Any]) -> dict[str, Any]:

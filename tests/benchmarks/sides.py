@@ -17,6 +17,7 @@ import torch
 
 import zoo
 from zoo.bench.limits import PRODUCT, READ_BYTES, multiply_ways, read_ways
+from zoo.bench.measure import answer_tokens
 from zoo.bench.timing import fastest, seconds
 from zoo.engine.request import Request, SamplingParams
 
@@ -25,10 +26,14 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass
 class Timed:
-    """Seconds until every prompt had its first new token, and of each step after that."""
+    """Seconds until every prompt had its first new token, and of each step after that.
+
+    meanwhile: new tokens beyond the first ones that sequences got while others' prompts were read.
+    """
 
     prefill: float
     steps: list[float] = field(default_factory=list)
+    meanwhile: int = 0
 
 
 class Turn(Protocol):
@@ -95,24 +100,24 @@ class Zoo:
     def __init__(self, ref: Any, name: str = "zoo", **options: Any) -> None:
         # Rounds repeat their prompts, and are to read them anew.
         self.name, self.model = name, zoo.load(ref, device="cpu", prefix_cache=False, **options)
-        self.chunk = 512
 
     def run(self, prompts: Prompts, steps: int) -> Timed:
         """Steps count once every sequence has its first token; those that had it before go on meanwhile."""
         engine, batch = self.model.engine, len(prompts)
-        meanwhile = sum(map(len, prompts)) // self.chunk + 2
-        params = SamplingParams(max_tokens=steps + meanwhile, ignore_eos=True)
+        most = answer_tokens(self.model, batch, max(map(len, prompts)), steps)
+        params = SamplingParams(max_tokens=most, ignore_eos=True)
         start = time.perf_counter()
         names = [engine.submit(Request(prompt, params)) for prompt in prompts]
-        begun: set[str] = set()
-        while len(begun) < batch:
-            begun.update(chunk.request_id for chunk in engine.step())
-        timed = Timed(time.perf_counter() - start)
+        made = dict.fromkeys(names, 0)
+        while not all(made.values()):
+            for chunk in engine.step():
+                made[chunk.request_id] += len(chunk.tokens)
+        timed = Timed(time.perf_counter() - start, meanwhile=sum(made.values()) - batch)
         for _ in range(steps):
             start = time.perf_counter()
-            made = len(engine.step())
+            rows = len(engine.step())
             timed.steps.append(time.perf_counter() - start)
-            assert made == batch, "a step had other rows than one of each sequence"
+            assert rows == batch, "a step had other rows than one of each sequence"
         for name in names:
             engine.cancel(name)
         engine.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from tests.benchmarks import gates, ranks, traffic
-from tests.benchmarks.cases import CASES, Bench
+from tests.benchmarks.cases import CASES, Bench, _total
 from tests.benchmarks.report import report
 from tests.benchmarks.shapes import SHAPES
-from tests.benchmarks.sides import Machine, Transformers, turns
+from tests.benchmarks.sides import Machine, Transformers, Zoo, turns
 from zoo.bench import arrivals
 from zoo.components.compiled import packs
 from zoo.engine import runner
@@ -49,6 +50,16 @@ def test_sides_agree_about_the_next_token(bench: Bench) -> None:
         difference = ours.logits(tokens) - theirs.logits(tokens)
         assert difference.norm() < 0.02 * theirs.logits(tokens).norm()
         assert [len(side.run(bench.prompts(3, 9), 4).steps) for side in (ours, theirs)] == [4, 4]
+
+
+def test_the_first_of_many_sequences_goes_on_until_the_last_has_begun(bench: Bench) -> None:
+    """Those that go on leave less of a step to the others' prompts."""
+    with closing(Zoo(bench.folder, max_batch_size=256)) as side:
+        timed = side.run(bench.prompts(256, 20), 2)
+        assert len(timed.steps) == 2
+        assert side.run(bench.prompts(8, 20), 2).meanwhile == 0 < timed.meanwhile < 256 * 20
+    rows = [replace(timed, prefill=seconds, steps=[0.5, 0.5], meanwhile=44) for seconds in (1.0, 9.0, 3.0)]
+    assert _total(10, 7, rows) == pytest.approx(144 / 4)
 
 
 def test_the_machine_takes_turns_with_the_sides() -> None:
