@@ -53,6 +53,7 @@ def test_a_shape_is_measured_beside_its_prediction(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(machine, "SHAPES", ((64, 64),))
     monkeypatch.setattr(machine, "WEIGHTS", 1 << 13)
     speed = Speed(
+        memory={"plain": 1e9},
         products={"plain": machine.times_of_products(torch.device("cpu"), torch.bfloat16)},
         elements=1e9,
         step_s=1e-4,
@@ -66,4 +67,6 @@ def test_a_shape_is_measured_beside_its_prediction(monkeypatch: pytest.MonkeyPat
     assert all(r["ratio"] == pytest.approx(r["predicted_s"] / r["measured_s"]) for r in rows)
     met = [(r["memory"], r["steady"]) for r in rows]
     assert met == [(4.5e10, True), (3e10, True), (5e10, False), (5e10, False)]
+    steps = [r["terms"]["products"] for r in rows if r["batch"] == 1 and r["kind"] == "decode"]
+    assert steps[0] > steps[1], "of the same products, beside memory of 30 and of 50 GB/s"
     assert all(map(prediction.line, rows))

@@ -201,6 +201,16 @@ def test_pieces_of_packed_panels(outputs: int) -> None:
 
 
 @needs_packing
+def test_what_lies_behind_the_last_row_is_not_packed() -> None:
+    """Here rows of weights of all sizes: with them in the last panel the whole matrix would be stored plain."""
+    weight = spread(2100, 160)
+    weight[150:] = torch.randint(-(2**15), 2**15, (10, 2100), dtype=torch.int16).view(torch.bfloat16)
+    found, expected = packed(weight[:150]), packed(weight[:150].clone())
+    assert isinstance(found, PackedPanels) and isinstance(expected, PackedPanels)
+    assert torch.equal(found.blocks, expected.blocks) and torch.equal(found.heads, expected.heads)
+
+
+@needs_packing
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("outputs", [144, 150])
 def test_packed_panels_are_made_of_rows_in_any_order(outputs: int, odd: bool) -> None:
